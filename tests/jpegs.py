@@ -1,0 +1,377 @@
+"""Images for tests, made on the spot: photographs, JPEGs of many kinds, and damage.
+
+Everything is a pure function of its seed:
+
+    jpegs.photograph(7)                     # a PIL image, 500 x 375
+    jpegs.jpeg("progressive", 7)            # its bytes, about 80 KB
+    jpegs.jpeg("baseline", 7, 64, 48)       # about 3 KB, for fast tests
+    jpegs.png(7)
+    jpegs.damage("zeroed_tail", data, 7)    # never equal to data
+
+`KINDS` names the kinds of JPEG that must be accepted, `DAMAGE` those of damage.
+"""
+
+import functools
+import io
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+WIDTH = 500
+HEIGHT = 375
+QUALITY = 90
+
+SOI = b"\xff\xd8"
+EOI = b"\xff\xd9"
+SOS = 0xDA
+COM = 0xFE
+
+# Bytes at the start of a file that hold its tables and sizes, for most JPEGs.
+HEADER_BYTES = 700
+BLOCK_BYTES = 4096
+
+
+# ---------------------------------------------------------------- photographs
+
+
+def photograph(seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """Draws an RGB image with the statistics of a photograph.
+
+    Gradients, a dozen soft-coloured shapes, and noise whose amplitude falls with its
+    frequency, so that a JPEG of it at quality 90 has about 0.4 bytes a pixel.
+    """
+    generator = np.random.default_rng(seed)
+    image = _gradient(generator, width, height)
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        _draw_shape(draw, generator, width, height)
+    pixels = np.asarray(image, np.float32) + _texture(generator, width, height)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _gradient(generator: np.random.Generator, width: int, height: int) -> Image.Image:
+    corners = generator.integers(30, 226, (3, 3, 3), np.uint8)
+    return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, generator: np.random.Generator, width: int, height: int
+) -> None:
+    red, green, blue = (int(value) for value in generator.integers(0, 256, 3))
+    x, y = generator.uniform(-0.1, 0.9, 2) * (width, height)
+    right, bottom = (x, y) + generator.uniform(0.1, 0.5, 2) * (width, height)
+    if generator.random() < 0.5:
+        draw.ellipse((x, y, right, bottom), fill=(red, green, blue))
+    else:
+        corners = [(x, bottom), ((x + right) / 2, y), (right, (y + bottom) / 2)]
+        draw.polygon(corners, fill=(red, green, blue))
+
+
+def _texture(generator: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Returns the sum of grids of noise: mostly of brightness, a little of colour."""
+    texture = np.zeros((height, width, 3), np.float32)
+    for cell, amplitude in ((64, 18.0), (16, 12.0), (6, 9.0), (3, 8.0), (1, 5.0)):
+        shape = (-(-height // cell), -(-width // cell))
+        brightness = generator.normal(0, amplitude, (*shape, 1))
+        colour = generator.normal(0, amplitude / 4, (*shape, 3))
+        grid = np.clip(128 + brightness + colour, 0, 255).astype(np.uint8)
+        layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
+        texture += np.asarray(layer, np.float32) - 128
+    return texture
+
+
+# ---------------------------------------------------------------- kinds of JPEG
+
+
+def jpeg(
+    kind: str,
+    seed: int,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    quality: int = QUALITY,
+) -> bytes:
+    """Encodes the photograph of a seed as the JPEG that `KINDS` names.
+
+    The size is ignored by the kinds that are named after theirs.
+    """
+    return KINDS[kind](seed, width, height, quality)
+
+
+def png(seed: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
+    """Encodes the photograph of a seed as an RGB PNG."""
+    return _save(photograph(seed, width, height), "PNG")
+
+
+def _save(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def _kind(mode: str = "RGB", **options: Any) -> Callable[[int, int, int, int], bytes]:
+    """Makes a kind of Pillow's options of writing a JPEG."""
+
+    def encode(seed: int, width: int, height: int, quality: int) -> bytes:
+        image = photograph(seed, width, height).convert(mode)
+        return _save(image, quality=quality, **options)
+
+    return encode
+
+
+def _sized(width: int, height: int) -> Callable[[int, int, int, int], bytes]:
+    """Makes a kind of fixed size."""
+
+    def encode(seed: int, _width: int, _height: int, quality: int) -> bytes:
+        return _save(photograph(seed, width, height), quality=quality)
+
+    return encode
+
+
+def _exif_thumbnail(seed: int, width: int, height: int, quality: int) -> bytes:
+    image = photograph(seed, width, height)
+    thumbnail = image.copy()
+    thumbnail.thumbnail((160, 120))
+    return _save(image, quality=quality, exif=_exif(_save(thumbnail, quality=75)))
+
+
+def _exif(thumbnail: bytes) -> bytes:
+    """Builds an EXIF block: the image's directory, and that of a JPEG thumbnail.
+
+    TIFF, little-endian. Offsets count from `II`: 8 the first directory (2 + 12 + 4
+    bytes), 26 the second (2 + 3 x 12 + 4 bytes), 68 the thumbnail. Tags: 274
+    orientation (1 is upright), 259 compression (6 is JPEG), 513 offset and 514 length
+    of the thumbnail.
+    """
+    first = struct.pack("<HHHIHHI", 1, 274, 3, 1, 1, 0, 26)
+    second = struct.pack("<H", 3)
+    second += struct.pack("<HHIHH", 259, 3, 1, 6, 0)
+    second += struct.pack("<HHII", 513, 4, 1, 68)
+    second += struct.pack("<HHII", 514, 4, 1, len(thumbnail))
+    second += struct.pack("<I", 0)
+    tiff = struct.pack("<2sHI", b"II", 42, 8) + first + second + thumbnail
+    return b"Exif\x00\x00" + tiff
+
+
+def _icc_with_markers(seed: int, width: int, height: int, quality: int) -> bytes:
+    noise = np.random.default_rng(seed).bytes(1000)
+    profile = noise + 200 * (SOI + EOI + b"\xff\xda\x00\x0c") + noise + EOI
+    image = photograph(seed, width, height)
+    return _save(image, quality=quality, icc_profile=profile)
+
+
+def _long_comments(seed: int, width: int, height: int, quality: int) -> bytes:
+    """Adds a comment of the greatest length, 65,533 bytes, and one of 2,000."""
+    data = jpeg("baseline", seed, width, height, quality)
+    generator = np.random.default_rng(seed)
+    comments = b"".join(
+        struct.pack(">BBH", 0xFF, COM, size + 2) + generator.bytes(size - 2) + EOI
+        for size in (65_533, 2_000)
+    )
+    return SOI + comments + data[2:]
+
+
+def _fill_bytes(seed: int, width: int, height: int, quality: int) -> bytes:
+    """Puts `FF FF` before every marker of the header and before the end marker."""
+    data = jpeg("baseline", seed, width, height, quality)
+    segments = list(header_segments(data))
+    scan = data[2 + sum(map(len, segments)) : -2]
+    fill = b"\xff\xff"
+    return SOI + b"".join(fill + s for s in segments) + scan + fill + EOI
+
+
+def _trailing_bytes(seed: int, width: int, height: int, quality: int) -> bytes:
+    data = jpeg("baseline", seed, width, height, quality)
+    return data + np.random.default_rng(seed).bytes(500)
+
+
+def _trailing_image(seed: int, width: int, height: int, quality: int) -> bytes:
+    data = jpeg("baseline", seed, width, height, quality)
+    return data + jpeg("progressive", seed + 1, 160, 120, quality)
+
+
+KINDS: dict[str, Callable[[int, int, int, int], bytes]] = {
+    "baseline": _kind(),
+    "progressive": _kind(progressive=True),
+    "grey": _kind("L"),
+    "grey_progressive": _kind("L", progressive=True),
+    "cmyk": _kind("CMYK"),
+    "cmyk_progressive": _kind("CMYK", progressive=True),
+    "restart_markers": _kind(restart_marker_blocks=5),
+    "restart_progressive": _kind(restart_marker_rows=1, progressive=True),
+    "444": _kind(subsampling="4:4:4"),
+    "422": _kind(subsampling="4:2:2"),
+    "rgb_kept": _kind(keep_rgb=True),
+    "optimized": _kind(optimize=True),
+    "exif_thumbnail": _exif_thumbnail,
+    "icc_with_markers": _icc_with_markers,
+    "long_comments": _long_comments,
+    "fill_bytes": _fill_bytes,
+    "trailing_bytes": _trailing_bytes,
+    "trailing_image": _trailing_image,
+    "1x1": _sized(1, 1),
+    "3x17": _sized(3, 17),
+}
+"""Kinds of JPEG by name; all are undamaged."""
+
+
+def header_segments(data: bytes) -> Iterator[bytes]:
+    """Yields the marker segments of a JPEG, after `FF D8` up to the first scan's.
+
+    Fit for JPEGs without fill bytes in their header.
+    """
+    position, marker = 2, 0
+    while marker != SOS:
+        marker = data[position + 1]
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        yield data[position:end]
+        position = end
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damage(kind: str, data: bytes, seed: int) -> bytes:
+    """Damages an image in the way that `DAMAGE` names; the result differs from it.
+
+    Args:
+      kind: a name of `DAMAGE`.
+      data: the image, of 100 bytes or more.
+      seed: chooses the place and the bytes.
+    """
+    if len(data) < 100:
+        raise ValueError(f"{len(data)} bytes are too few to damage")
+    generator = np.random.default_rng(seed)
+    for _ in range(100):
+        damaged = DAMAGE[kind](data, generator)
+        if damaged != data:
+            return damaged
+    raise ValueError(f"{kind} changes nothing in these {len(data):,} bytes")
+
+
+def _below(generator: np.random.Generator, limit: int) -> int:
+    return int(generator.integers(0, max(limit, 1)))
+
+
+def _header(data: bytes) -> int:
+    return min(HEADER_BYTES, len(data) - 2)
+
+
+def _block(data: bytes) -> int:
+    """Returns 4 KiB, or half of a smaller image."""
+    return min(BLOCK_BYTES, len(data) // 2)
+
+
+def _replace(data: bytes, start: int, new: bytes, old_size: int | None = None) -> bytes:
+    size = len(new) if old_size is None else old_size
+    return data[:start] + new + data[start + size :]
+
+
+def _truncated(data: bytes, generator: np.random.Generator) -> bytes:
+    return data[: _below(generator, len(data))]
+
+
+def _truncated_header(data: bytes, generator: np.random.Generator) -> bytes:
+    return data[: _below(generator, _header(data))]
+
+
+def _last_two_bytes_cut(data: bytes, _generator: np.random.Generator) -> bytes:
+    return data[:-2]
+
+
+def _flip_bit(data: bytes, generator: np.random.Generator, limit: int) -> bytes:
+    position = _below(generator, limit)
+    flipped = data[position] ^ (1 << _below(generator, 8))
+    return _replace(data, position, bytes([flipped]))
+
+
+def _bit_flipped(data: bytes, generator: np.random.Generator) -> bytes:
+    return _flip_bit(data, generator, len(data))
+
+
+def _header_bit(data: bytes, generator: np.random.Generator) -> bytes:
+    return _flip_bit(data, generator, _header(data))
+
+
+def _header_byte(data: bytes, generator: np.random.Generator) -> bytes:
+    return _replace(data, _below(generator, _header(data)), generator.bytes(1))
+
+
+def _header_bytes(data: bytes, generator: np.random.Generator) -> bytes:
+    for _ in range(8):
+        data = _header_byte(data, generator)
+    return data
+
+
+def _header_zeroed(data: bytes, generator: np.random.Generator) -> bytes:
+    size = 1 + _below(generator, 16)
+    start = _below(generator, _header(data) - size)
+    return _replace(data, start, bytes(size))
+
+
+def _header_deleted(data: bytes, generator: np.random.Generator) -> bytes:
+    size = 1 + _below(generator, 16)
+    return _replace(data, _below(generator, _header(data) - size), b"", size)
+
+
+def _zeroed(data: bytes, generator: np.random.Generator) -> bytes:
+    size = _block(data)
+    return _replace(data, _below(generator, len(data) - size), bytes(size))
+
+
+def _zeroed_tail(data: bytes, generator: np.random.Generator) -> bytes:
+    start = _below(generator, len(data))
+    return _replace(data, start, bytes(len(data) - start))
+
+
+def _noise_64(data: bytes, generator: np.random.Generator) -> bytes:
+    start = _below(generator, len(data) - 64)
+    return _replace(data, start, generator.bytes(64))
+
+
+def _noise_4096(data: bytes, generator: np.random.Generator) -> bytes:
+    size = _block(data)
+    return _replace(data, _below(generator, len(data) - size), generator.bytes(size))
+
+
+def _deleted_4096(data: bytes, generator: np.random.Generator) -> bytes:
+    size = _block(data)
+    return _replace(data, _below(generator, len(data) - size), b"", size)
+
+
+def _other_tail(data: bytes, generator: np.random.Generator) -> bytes:
+    other = _other_image(_below(generator, 8))
+    return data[: _below(generator, len(data))] + other[_below(generator, len(other)) :]
+
+
+@functools.cache
+def _other_image(number: int) -> bytes:
+    kind = ("baseline", "progressive", "grey", "restart_markers")[number % 4]
+    return jpeg(kind, 1_000_000 + number, 200, 150)
+
+
+def _appended(data: bytes, generator: np.random.Generator) -> bytes:
+    return data + generator.bytes(1 + _below(generator, 1000))
+
+
+DAMAGE: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
+    "truncated": _truncated,
+    "truncated_header": _truncated_header,
+    "last_two_bytes_cut": _last_two_bytes_cut,
+    "bit_flipped": _bit_flipped,
+    "header_bit": _header_bit,
+    "header_byte": _header_byte,
+    "header_bytes": _header_bytes,
+    "header_zeroed": _header_zeroed,
+    "header_deleted": _header_deleted,
+    "zeroed_4096": _zeroed,
+    "zeroed_tail": _zeroed_tail,
+    "noise_64": _noise_64,
+    "noise_4096": _noise_4096,
+    "deleted_4096": _deleted_4096,
+    "other_tail": _other_tail,
+    "appended": _appended,
+}
+"""Kinds of damage by name; `header_...` strikes in the first 700 bytes."""

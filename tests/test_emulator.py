@@ -1,0 +1,296 @@
+"""Tests the emulator of Cloud Storage, with the real client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import google_crc32c
+import pytest
+import requests
+from emulator import (
+    Emulator,
+    Fault,
+    LostResponse,
+    Reset,
+    ShortRange,
+    Stall,
+    Status,
+    WrongContent,
+)
+from google.api_core.exceptions import BadRequest, Forbidden, NotFound
+from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption
+
+MIB = 1024 * 1024
+SMALL = random.Random(1).randbytes(100_000)  # goes up as one `multipart`
+LARGE = random.Random(2).randbytes(9 * MIB + 1)  # a `session` and 3 `chunk`s
+CHUNK_SIZE = 4 * MIB
+METADATA = {"digest": "0123abcd", "examples": "1,251"}
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    monkeypatch.setenv("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "1")
+    with Emulator(bucket="bucket") as emulator:
+        for key, value in emulator.environment.items():
+            monkeypatch.setenv(key, value)
+        yield emulator
+
+
+@pytest.fixture
+def bucket(emulator: Emulator) -> storage.Bucket:
+    client = storage.Client(project="project")
+    client._http  # noqa: B018 (created without a lock: touched before any thread is)
+    return client.bucket("bucket")
+
+
+def crc32c_of(data: bytes) -> str:
+    return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
+
+
+def upload(
+    bucket: storage.Bucket, name: str, data: bytes, timeout: float = 60.0
+) -> storage.Blob:
+    blob = bucket.blob(name, chunk_size=CHUNK_SIZE)
+    blob.metadata = METADATA
+    blob.upload_from_file(
+        io.BytesIO(data),
+        size=len(data),
+        timeout=timeout,
+        checksum="crc32c",
+        crc32c_checksum_value=crc32c_of(data),
+    )
+    return blob
+
+
+def answers(emulator: Emulator) -> str:
+    """Returns, say, `session 200, chunk 308`; without an answer the status is None."""
+    return ", ".join(f"{each.kind} {each.status}" for each in emulator.requests)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (SMALL, "multipart 200"),
+        (LARGE, "session 200, chunk 308, chunk 308, chunk 200"),
+    ],
+    ids=["small", "large"],
+)
+def test_upload_is_stored(
+    emulator: Emulator, bucket: storage.Bucket, data: bytes, expected: str
+) -> None:
+    blob = upload(bucket, "a/b%2Fc d", data)
+    assert (blob.crc32c, blob.size) == (crc32c_of(data), len(data))
+    assert answers(emulator) == expected
+    assert {each.name for each in emulator.requests} == {"a/b%2Fc d"}
+    assert emulator.objects() == {"a/b%2Fc d": data}
+    assert emulator.metadata("a/b%2Fc d") == METADATA
+    assert bucket.get_blob("a/b%2Fc d").metadata == METADATA
+    upload(bucket, "a/b%2Fc d", b"new")
+    assert emulator.objects() == {"a/b%2Fc d": b"new"}
+    bucket.blob("a/b%2Fc d").delete()
+    assert emulator.objects() == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "at", "expected"),
+    [
+        (Status(503), "session", 1, "session 503, session 200, chunk 308"),
+        (Status(429), "chunk", 2, "chunk 308, chunk 429, chunk 308, chunk 200"),
+        (Reset(), "session", 1, "session None, session 200, chunk 308"),
+        (Reset(), "upload", 3, "chunk 308, chunk None, chunk 308, chunk 200"),
+        (LostResponse(), "chunk", 2, "chunk 308, chunk None, chunk 308, chunk 200"),
+        (LostResponse(), "chunk", 3, "chunk 308, chunk 308, chunk None, chunk 200"),
+        (Stall(9), "chunk", 3, "chunk 308, chunk 308, chunk None, chunk 200"),
+    ],
+)
+def test_client_survives_fault(
+    emulator: Emulator,
+    bucket: storage.Bucket,
+    fault: Fault,
+    kind: Literal["session", "chunk", "upload"],
+    at: int,
+    expected: str,
+) -> None:
+    emulator.inject(fault, kind=kind, at=at)
+    timeout = 1.0 if isinstance(fault, Stall) else 60.0
+    blob = upload(bucket, "name", LARGE, timeout)
+    assert expected in answers(emulator)
+    assert emulator.objects() == {"name": LARGE}
+    assert (blob.crc32c, blob.size) == (crc32c_of(LARGE), len(LARGE))
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "exception", "message"),
+    [
+        (Status(403, "No scope."), "session", Forbidden, "No scope."),
+        (Status(404), "chunk", NotFound, "Not Found"),
+        (ShortRange(), "chunk", ValueError, "4194304 bytes read .* 2097152 bytes have"),
+        (WrongContent(), "chunk", DataCorruption, "did not match"),
+    ],
+)
+def test_client_gives_up_at_fault(
+    emulator: Emulator,
+    bucket: storage.Bucket,
+    fault: Fault,
+    kind: Literal["session", "chunk"],
+    exception: type[Exception],
+    message: str,
+) -> None:
+    emulator.inject(fault, kind=kind, at=1)
+    with pytest.raises(exception, match=message):
+        upload(bucket, "name", LARGE)
+    assert emulator.objects() == {}
+
+
+@pytest.mark.parametrize("answer_looks_right", [False, True])
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_wrong_content_is_listed_as_stored(
+    emulator: Emulator, bucket: storage.Bucket, data: bytes, answer_looks_right: bool
+) -> None:
+    emulator.inject(WrongContent(answer_looks_right), at=1)
+    try:
+        answered = upload(bucket, "name", data).crc32c
+        assert (answered == crc32c_of(data)) == answer_looks_right
+    except DataCorruption:
+        assert data == LARGE and not answer_looks_right
+        return  # the client has deleted the object
+    [listed] = bucket.list_blobs()
+    assert listed.crc32c == crc32c_of(emulator.objects()["name"]) != crc32c_of(data)
+
+
+def test_fault_strikes_the_requests_it_is_for(
+    emulator: Emulator, bucket: storage.Bucket
+) -> None:
+    emulator.inject(Status(403), kind="multipart", at=2, times=2, name="train")
+    statuses = {}
+    for name in ("train-0", "validation-0", "train-1", "train-2", "train-3"):
+        try:
+            upload(bucket, name, SMALL)
+        except Forbidden:
+            statuses[name] = 403
+    assert statuses == {"train-1": 403, "train-2": 403}
+    emulator.inject(Status(403), kind="list", at=1, times=None)
+    for _ in range(2):
+        with pytest.raises(Forbidden):
+            list(bucket.list_blobs())
+    emulator.heal()
+    assert len(list(bucket.list_blobs())) == 3
+    with pytest.raises(ValueError, match="kind='chunk'"):
+        emulator.inject(ShortRange())
+
+
+def test_interrupted_upload_tells_how_far_it_got(
+    emulator: Emulator, bucket: storage.Bucket
+) -> None:
+    url = bucket.blob("name").create_resumable_upload_session()
+
+    def put(data: bytes, content_range: str) -> tuple[int, str | None]:
+        headers = {"Content-Range": f"bytes {content_range}/{2 * MIB}"}
+        answer = requests.put(url, data=data, headers=headers, timeout=10)
+        return answer.status_code, answer.headers.get("Range")
+
+    first, last = LARGE[:MIB], LARGE[MIB : 2 * MIB]
+    assert put(b"", "*") == (308, None)
+    assert put(first, f"0-{MIB - 1}") == (308, f"bytes=0-{MIB - 1}")
+    assert put(first, f"0-{MIB - 1}") == (308, f"bytes=0-{MIB - 1}")
+    emulator.inject(Reset(), kind="chunk", at=1)
+    with pytest.raises(requests.ConnectionError):
+        put(last, f"{MIB}-{2 * MIB - 1}")
+    assert put(b"", "*") == (308, f"bytes=0-{MIB - 1}")
+    emulator.inject(LostResponse(), kind="chunk", at=1)
+    with pytest.raises(requests.ConnectionError):
+        put(last, f"{MIB}-{2 * MIB - 1}")
+    assert put(b"", "*") == (200, None)
+    assert emulator.objects() == {"name": first + last}
+
+
+def test_session_can_be_cancelled(emulator: Emulator, bucket: storage.Bucket) -> None:
+    url = bucket.blob("name").create_resumable_upload_session()
+    assert requests.delete(url, timeout=10).status_code == 499
+    assert answers(emulator) == "session 200, other 499"
+    assert emulator.objects() == {}
+
+
+def test_what_is_not_right_is_refused(
+    emulator: Emulator, bucket: storage.Bucket
+) -> None:
+    elsewhere = bucket.client.bucket("elsewhere")
+    with pytest.raises(NotFound):
+        elsewhere.blob("name").create_resumable_upload_session()
+    with pytest.raises(NotFound):
+        upload(elsewhere, "name", SMALL)
+    with pytest.raises(NotFound):
+        list(elsewhere.list_blobs())
+    with pytest.raises(BadRequest, match="CRC32C"):
+        # Only for resumable uploads does the client send the crc32c it is told.
+        bucket.blob("name", chunk_size=CHUNK_SIZE).upload_from_string(
+            LARGE, checksum=None, crc32c_checksum_value=crc32c_of(SMALL)
+        )
+    assert emulator.objects() == {}
+
+
+def test_listing_has_pages_and_the_fields_asked_for(
+    emulator: Emulator, bucket: storage.Bucket
+) -> None:
+    for index in range(1_001):
+        emulator.put(f"a/{index:04}", SMALL[:index], METADATA)
+    emulator.put("b", b"")
+    fields = "items(name,size,metadata),nextPageToken"
+    blobs = list(bucket.list_blobs(prefix="a/", fields=fields))
+    assert [blob.name for blob in blobs] == [f"a/{index:04}" for index in range(1_001)]
+    assert [blob.size for blob in blobs] == list(range(1_001))
+    assert (blobs[7].metadata, blobs[7].crc32c) == (METADATA, None)
+    assert answers(emulator) == "list 200, list 200"
+    assert len(list(bucket.list_blobs(fields="items(name)"))) == 1_000
+    assert len(list(bucket.list_blobs(max_results=2))) == 2
+
+
+def test_somebody_else_changes_objects(
+    emulator: Emulator, bucket: storage.Bucket
+) -> None:
+    for name in ("deleted", "damaged", "truncated"):
+        emulator.put(name, SMALL)
+    emulator.delete("deleted")
+    emulator.corrupt("damaged")
+    emulator.corrupt("truncated", truncate=True)
+    assert emulator.requests == []
+    blobs = {blob.name: blob for blob in bucket.list_blobs()}
+    assert sorted(blobs) == ["damaged", "truncated"]
+    assert (blobs["damaged"].size, blobs["truncated"].size) == (100_000, 50_000)
+    for name, data in emulator.objects().items():
+        assert data != SMALL
+        assert blobs[name].crc32c == crc32c_of(data)
+
+
+def test_eight_threads_upload_under_faults(
+    emulator: Emulator, bucket: storage.Bucket
+) -> None:
+    emulator.inject(Reset(), kind="chunk", at=5, times=2)
+    emulator.inject(LostResponse(), kind="chunk", at=9, times=2)
+    data = {f"{index}": LARGE[index:] for index in range(12)}
+    data |= {f"small-{index}": SMALL[index:] for index in range(100)}
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(upload, bucket, *each) for each in data.items()]:
+            future.result()
+    assert emulator.objects() == data
+
+
+def test_throttle_limits_all_connections_together(
+    emulator: Emulator, bucket: storage.Bucket
+) -> None:
+    emulator.bytes_per_second = 1e6
+    started = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda index: upload(bucket, f"{index}", SMALL), range(8)))
+    assert 0.8 <= time.monotonic() - started < 8
+    emulator.bytes_per_second, emulator.latency = None, 0.3
+    started = time.monotonic()
+    upload(bucket, "name", SMALL)
+    assert time.monotonic() - started >= 0.3
