@@ -55,6 +55,7 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -72,9 +73,10 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeAlias
 
 import google_crc32c
@@ -108,6 +110,10 @@ IMAGENET_VALIDATION_IMAGES = 50_000
 IMAGENET_SMALLEST_CLASS = 732  # training images; the largest has 1,300
 
 IMAGE_SUFFIX = ".JPEG"
+TRAINING_TAR = "ILSVRC2012_img_train.tar"
+VALIDATION_TAR = "ILSVRC2012_img_val.tar"
+TAR_BLOCK_BYTES = 512
+COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
 LISTING_THREADS = 8  # a cold directory on a network disk takes milliseconds
 WRITE_BUFFER_BYTES = 2**20
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
@@ -150,6 +156,17 @@ flags.DEFINE_bool(
     "fake_imagenet",
     False,
     "Where --raw_data_dir is empty or absent, first draw a small fake ImageNet there.",
+)
+flags.DEFINE_bool(
+    "keep_local_shards",
+    True,
+    "Keep a shard in --local_scratch_dir after its upload, or remove it.",
+)
+flags.DEFINE_integer(
+    "task_index", 0, "Which of --task_count machines this is, counted from 0."
+)
+flags.DEFINE_integer(
+    "task_count", 1, "How many machines share the work; each has its own index."
 )
 flags.DEFINE_bool(
     "dry_run", False, "Check everything, print what would be done, and end."
@@ -228,24 +245,83 @@ class RawImage:
     """One image of the raw data set, not yet read.
 
     Attributes:
-      folder: The directory that holds it.
+      source: The directory or the tar that holds it.
       filename: Base name, `n01440764_18.JPEG`.
       synset: WordNet id of its class, `n01440764`.
-      label: 1-based rank of the synset among all synsets.
-      num_bytes: Size of the file.
+      label: 1-based rank of the synset among all synsets; 0 until it is known.
+      num_bytes: Size of the image.
       mtime_ns: Time of its last modification, nanoseconds since 1970.
+      offset: Of its first byte in the tar; None for a file in a directory.
     """
 
-    folder: str
+    source: str
     filename: str
     synset: str
     label: int
     num_bytes: int
     mtime_ns: int
+    offset: int | None = None
 
     @property
     def path(self) -> str:
-        return os.path.join(self.folder, self.filename)
+        return os.path.join(self.source, self.filename)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageSource:
+    """A directory or a tar of images of one class, or of the validation split.
+
+    Attributes:
+      path: Of the directory, of the tar, or of the tar that holds the tar.
+      synset: Of all its images; empty where they are of many classes.
+      start, end: The tar's place in the file, bytes; None for a directory.
+    """
+
+    path: str
+    synset: str = ""
+    start: int | None = None
+    end: int | None = None
+
+    def list(self, label: int = 0) -> list[RawImage]:
+        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
+
+        Raises:
+          InvalidInputError: It cannot be listed, or it is a damaged tar.
+        """
+        is_tar = self.start is not None
+        images = self._list_tar(label) if is_tar else self._list_directory(label)
+        return sorted(images, key=lambda image: image.filename)
+
+    def _list_directory(self, label: int) -> Iterable[RawImage]:
+        for entry in _scan(self.path):
+            if _is_image_name(entry.name):
+                size = mtime_ns = 0
+                with contextlib.suppress(OSError):  # a dangling link: read, it says so
+                    status = entry.stat()
+                    size, mtime_ns = status.st_size, status.st_mtime_ns
+                yield RawImage(
+                    self.path, entry.name, self.synset, label, size, mtime_ns
+                )
+
+    def _list_tar(self, label: int) -> Iterable[RawImage]:
+        images = {}  # a name that comes again replaces the first, as in extracting
+        for member in list_tar(self.path, self.start or 0, self.end):
+            filename = os.path.basename(member.name)
+            if _is_image_name(filename):
+                images[filename] = RawImage(
+                    self.path,
+                    filename,
+                    self.synset,
+                    label,
+                    member.num_bytes,
+                    member.mtime * 10**9,
+                    member.offset,
+                )
+        return images.values()
+
+
+def _is_image_name(filename: str) -> bool:
+    return filename.endswith(IMAGE_SUFFIX) and not filename.startswith(".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,15 +331,21 @@ class Dataset:
     Attributes:
       synsets: Sorted; the label of `synsets[i]` is i + 1, and 0 is left to the
         "background" class of the models that read the shards.
+      layout: Where the images of each split are, in words.
     """
 
     synsets: tuple[str, ...]
     training: list[RawImage]
     validation: list[RawImage]
+    layout: str
 
     @property
     def num_bytes(self) -> int:
-        return sum(image.num_bytes for image in self.training + self.validation)
+        splits = (self.training, self.validation)
+        return sum(image.num_bytes for split in splits for image in split)
+
+
+EMPTY_DATASET = Dataset((), [], [], "")
 
 
 def read_dataset(raw_data_dir: str) -> Dataset:
@@ -272,27 +354,38 @@ def read_dataset(raw_data_dir: str) -> Dataset:
     Raises:
       InvalidInputError: The directory cannot give a data set; all problems at once.
     """
-    training_dir = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
-    validation_dir = os.path.join(raw_data_dir, VALIDATION_DIRECTORY)
-    labels: list[str] = []
-    classes: list[str] = []
+    problems: list[str] = []
+    classes: list[ImageSource] = []
     training: list[RawImage] = []
     validation: list[RawImage] = []
-    problems: list[str] = []
     with _no_garbage_collection():
         with _collecting(problems):
-            labels = read_labels(os.path.join(raw_data_dir, LABELS_FILE))
+            classes = find_classes(raw_data_dir)
         with _collecting(problems):
-            classes = _list_class_directories(training_dir)
-        synsets = tuple(sorted({*labels, *classes}))
+            validation = list_validation(raw_data_dir)
+        trained = {class_.synset for class_ in classes}
+        synsets = tuple(sorted(trained.union(image.synset for image in validation)))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
         with _collecting(problems):
-            training = _list_training_images(training_dir, classes, label_of)
-        with _collecting(problems):
-            validation = _list_validation_images(validation_dir, labels, label_of)
+            training = _list_training(classes, label_of)
     if problems:
         raise InvalidInputError(*problems)
-    return Dataset(synsets, training, validation)
+    validation = [
+        dataclasses.replace(image, label=label_of[image.synset]) for image in validation
+    ]
+    layout = (
+        f"training images in {_layout(training)}, "
+        f"validation images in {_layout(validation)}"
+    )
+    return Dataset(synsets, training, validation, layout)
+
+
+def _layout(images: Sequence[RawImage]) -> str:
+    """Says in what images lie: 'a directory', '60 directories', 'a tar'."""
+    num_sources = len({image.source for image in images})
+    if images[0].offset is None:
+        return "a directory" if num_sources == 1 else f"{num_sources:,} directories"
+    return "a tar" if num_sources == 1 else f"{num_sources:,} tars"
 
 
 @contextlib.contextmanager
@@ -307,6 +400,170 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def find_classes(raw_data_dir: str) -> list[ImageSource]:
+    """Finds the source of each class, in the order of their paths.
+
+    The first of these that is there: the directories `train/<synset>`, the tars
+    `train/<synset>.tar`, the tar of such tars `ILSVRC2012_img_train.tar`.
+
+    Raises:
+      InvalidInputError: None is there, or an extraction stopped half way.
+    """
+    training_dir = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
+    whole_tar = os.path.join(raw_data_dir, TRAINING_TAR)
+    is_tar = os.path.isfile(whole_tar)
+    if is_tar and not os.path.isdir(training_dir):
+        classes = _classes_in_tar(whole_tar)
+    else:
+        entries = [e for e in _scan(training_dir) if not e.name.startswith(".")]
+        directories = {
+            e.name: ImageSource(e.path, e.name) for e in entries if e.is_dir()
+        }
+        tars = {
+            e.name.removesuffix(".tar"): e
+            for e in entries
+            if e.name.endswith(".tar") and not e.is_dir()
+        }
+        _check_extracted(training_dir, directories, tars)
+        classes = list(directories.values()) or [
+            ImageSource(tar.path, synset, 0, tar.stat().st_size)
+            for synset, tar in tars.items()
+        ]
+        if classes and is_tar:
+            in_tar = {class_.synset for class_ in _classes_in_tar(whole_tar)}
+            _check_extracted(whole_tar, {c.synset for c in classes}, in_tar)
+        elif is_tar:
+            classes = _classes_in_tar(whole_tar)
+    if not classes:
+        raise InvalidInputError(_no_images(training_dir, f"*/*{IMAGE_SUFFIX}"))
+    return sorted(classes, key=lambda class_: class_.synset + os.sep)
+
+
+def _classes_in_tar(tar_path: str) -> list[ImageSource]:
+    return [
+        ImageSource(
+            tar_path,
+            os.path.basename(member.name).removesuffix(".tar"),
+            member.offset,
+            member.offset + member.num_bytes,
+        )
+        for member in list_tar(tar_path)
+        if member.name.endswith(".tar")
+    ]
+
+
+def _check_extracted(
+    tar_place: str, extracted: Collection[str], packed: Collection[str]
+) -> None:
+    """Checks that of the classes packed in tars, all or none are extracted.
+
+    Raises:
+      InvalidInputError: Some are.
+    """
+    left = sorted(set(packed) - set(extracted))
+    if extracted and left:
+        raise InvalidInputError(
+            f"All classes in {tar_place} must be extracted, or none; found "
+            f"{_count(len(left), 'class')} without a directory beside "
+            f"{len(extracted):,} with one: {_some(left)}. Extract these too, or remove "
+            "the directories, and the tars are read as they are."
+        )
+
+
+def _list_training(
+    classes: Sequence[ImageSource], label_of: Mapping[str, int]
+) -> list[RawImage]:
+    """Lists the images of all classes, sorted by path.
+
+    Raises:
+      InvalidInputError: A class without images, or one that cannot be listed.
+    """
+    images: list[RawImage] = []
+    empty: list[ImageSource] = []
+    problems: list[str] = []
+    with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
+        listings = [threads.submit(c.list, label_of[c.synset]) for c in classes]
+    for class_, listing in zip(classes, listings, strict=True):
+        with _collecting(problems):
+            if not listing.result():
+                empty.append(class_)
+            images += listing.result()
+    if empty:
+        names = _some([class_.synset for class_ in empty])
+        problems.append(
+            f"Each class must have images, but {len(empty):,} of "
+            f"{_count(len(classes), 'class')} have none: {names}. "
+            + _no_images(empty[0].path, f"*{IMAGE_SUFFIX}")
+        )
+    if problems:
+        raise InvalidInputError(*problems)
+    return images
+
+
+def list_validation(raw_data_dir: str) -> list[RawImage]:
+    """Lists the validation images by name, with their synsets but without labels.
+
+    From the first of these that is there: `validation/*.JPEG`,
+    `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. The i-th is of the i-th
+    synset in `synset_labels.txt`, which only the second can do without.
+
+    Raises:
+      InvalidInputError: None is there, or the label file does not fit.
+    """
+    validation_dir = os.path.join(raw_data_dir, VALIDATION_DIRECTORY)
+    tar_path = os.path.join(raw_data_dir, VALIDATION_TAR)
+    labels_path = os.path.join(raw_data_dir, LABELS_FILE)
+    place = validation_dir
+    problems: list[str] = []
+    images: list[RawImage] = []
+    with _collecting(problems):
+        if os.path.isdir(validation_dir) or not os.path.isfile(tar_path):
+            images = ImageSource(validation_dir).list() or _list_folders(validation_dir)
+        if not images and os.path.isfile(tar_path):
+            place = tar_path
+            images = ImageSource(tar_path, "", 0, os.path.getsize(tar_path)).list()
+        if not images:
+            problems.append(_no_images(place, f"*{IMAGE_SUFFIX}"))
+    labels: list[str] = []
+    if not (images and images[0].synset) or os.path.exists(labels_path):
+        with _collecting(problems):
+            labels = read_labels(labels_path)
+            if images and len(labels) != len(images):
+                problems.append(
+                    f"{labels_path} has {_count(len(labels), 'label')} and {place} "
+                    f"{_count(len(images), 'image')}; they must be equal in number."
+                )
+    if problems:
+        raise InvalidInputError(*problems)
+    return _with_synsets(images, labels, labels_path) if labels else images
+
+
+def _list_folders(validation_dir: str) -> list[RawImage]:
+    """Lists `validation/<synset>/*.JPEG` in the order of the flat layout."""
+    images = [
+        image
+        for entry in _scan(validation_dir)
+        if entry.is_dir() and not entry.name.startswith(".")
+        for image in ImageSource(entry.path, entry.name).list()
+    ]
+    return sorted(images, key=lambda image: image.filename)
+
+
+def _with_synsets(
+    images: Sequence[RawImage], labels: Sequence[str], labels_path: str
+) -> list[RawImage]:
+    for line, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
+        if image.synset not in ("", label):
+            raise InvalidInputError(
+                f"{labels_path} and the folders of {VALIDATION_DIRECTORY}/ must agree; "
+                f"line {line:,} says {label}, {image.path} is in {image.synset}."
+            )
+    return [
+        dataclasses.replace(image, synset=label)
+        for image, label in zip(images, labels, strict=True)
+    ]
 
 
 def read_labels(labels_path: str) -> list[str]:
@@ -336,101 +593,95 @@ def read_labels(labels_path: str) -> list[str]:
     return labels
 
 
-def _list_training_images(
-    training_dir: str, classes: Sequence[str], label_of: Mapping[str, int]
-) -> list[RawImage]:
-    """Lists the images of all classes, sorted by path.
+@dataclasses.dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file in a tar.
+
+    Attributes:
+      offset: Of its first byte, from the start of the file that holds the tar.
+      mtime: Seconds since 1970.
+    """
+
+    name: str
+    offset: int
+    num_bytes: int
+    mtime: int
+
+
+def list_tar(path: str, start: int = 0, end: int | None = None) -> list[TarMember]:
+    """Lists the files in a tar, or in a tar within a file, by their headers.
+
+    Links, and names that would lead out of a directory, are left out. Plain headers
+    (https://www.gnu.org/software/tar/manual/html_node/Standard.html) are read here,
+    six times as fast as by `tarfile`; a tar with any others is left to that.
+
+    Args:
+      start, end: Where the tar begins and ends in the file, bytes.
 
     Raises:
-      InvalidInputError: A class without images, or one that cannot be listed.
+      InvalidInputError: Not a tar, a compressed one, or one that is cut short.
     """
-    folders = [os.path.join(training_dir, synset) for synset in classes]
-    images: list[RawImage] = []
-    empty: list[str] = []
-    problems: list[str] = []
-    with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
-        labels = [label_of[synset] for synset in classes]
-        listings = [
-            threads.submit(_list_class, *class_)
-            for class_ in zip(folders, classes, labels, strict=True)
-        ]
-    for folder, listing in zip(folders, listings, strict=True):
-        with _collecting(problems):
-            if not listing.result():
-                empty.append(folder)
-            images += listing.result()
-    if empty:
-        problems.append(
-            f"Each class must have images, but {len(empty):,} of {len(classes):,} "
-            f"directories have none: {_some([os.path.basename(f) for f in empty])}. "
-            + _no_images(f"{empty[0]}/*{IMAGE_SUFFIX}")
-        )
-    if problems:
-        raise InvalidInputError(*problems)
-    return images
-
-
-def _list_class(folder: str, synset: str, label: int) -> list[RawImage]:
-    return [_raw_image(folder, e, synset, label) for e in _list_image_files(folder)]
-
-
-def _list_validation_images(
-    validation_dir: str, labels: Sequence[str], label_of: Mapping[str, int]
-) -> list[RawImage]:
-    """Lists the validation images, sorted by path, the i-th with the i-th label.
-
-    Raises:
-      InvalidInputError: No images, or another number than of labels.
-    """
-    entries = _list_image_files(validation_dir)
-    if not entries:
-        raise InvalidInputError(_no_images(f"{validation_dir}/*{IMAGE_SUFFIX}"))
-    if not labels:
-        return []  # `read_labels` has said why
-    if len(labels) != len(entries):
-        labels_path = os.path.join(os.path.dirname(validation_dir), LABELS_FILE)
-        raise InvalidInputError(
-            f"{labels_path} has {_count(len(labels), 'label')} and "
-            f"{validation_dir} {_count(len(entries), 'image')}; they must be equal "
-            "in number."
-        )
-    return [
-        _raw_image(validation_dir, entry, synset, label_of[synset])
-        for entry, synset in zip(entries, labels, strict=True)
-    ]
-
-
-def _list_image_files(folder: str) -> list[os.DirEntry[str]]:
-    """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac)."""
-    entries = [
-        entry
-        for entry in _scan(folder)
-        if entry.name.endswith(IMAGE_SUFFIX) and not entry.name.startswith(".")
-    ]
-    return sorted(entries, key=lambda entry: entry.name)
-
-
-def _raw_image(
-    folder: str, entry: os.DirEntry[str], synset: str, label: int
-) -> RawImage:
     try:
-        status = entry.stat()
-    except OSError:  # a dangling link: reading it says so, and names it
-        return RawImage(folder, entry.name, synset, label, 0, 0)
-    size, mtime_ns = status.st_size, status.st_mtime_ns
-    return RawImage(folder, entry.name, synset, label, size, mtime_ns)
+        with open(path, "rb", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size if end is None else end
+            members = _read_headers(file, start, end)
+            if members is None:
+                members = _read_headers_with_tarfile(file, start, end)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInputError(
+            f"Cannot list the tar {path}"
+            + (f" (the one within it at byte {start:,})" if start else "")
+            + f": {reason}. Download it again, and compare its checksum."
+        ) from error
+    return [m for m in members if not m.name.startswith("/") and ".." not in m.name]
 
 
-def _list_class_directories(training_dir: str) -> list[str]:
-    """Lists the synsets that have a directory, in the order of their paths."""
-    classes = [
-        entry.name
-        for entry in _scan(training_dir)
-        if not entry.name.startswith(".") and entry.is_dir()
-    ]
-    if not classes:
-        raise InvalidInputError(_no_images(f"{training_dir}/*/*{IMAGE_SUFFIX}"))
-    return sorted(classes, key=lambda synset: synset + os.sep)
+def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | None:
+    """Reads the headers of a tar of plain files; None where it has others."""
+    members: list[TarMember] = []
+    position = start
+    while True:
+        header = os.pread(file.fileno(), TAR_BLOCK_BYTES, position)
+        if position + TAR_BLOCK_BYTES > end or len(header) < TAR_BLOCK_BYTES:
+            raise ValueError("it is cut short")
+        if header == bytes(TAR_BLOCK_BYTES):
+            return members
+        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        if f"{checksum:06o}".encode() not in header[148:156]:
+            raise ValueError(_not_a_tar(header, position))
+        is_plain = header[156] in b"0\0" and header[345] == 0
+        if not is_plain or header[124] >= 0x80 or header[136] >= 0x80:
+            return None
+        num_bytes = int(header[124:136].rstrip(b" \0") or b"0", 8)
+        mtime = int(header[136:148].rstrip(b" \0") or b"0", 8)
+        name = os.fsdecode(header[:100].split(b"\0")[0])
+        position += TAR_BLOCK_BYTES
+        members.append(TarMember(name, position, num_bytes, mtime))
+        position += math.ceil(num_bytes / TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+
+
+def _not_a_tar(header: bytes, position: int) -> str:
+    for name, magic in COMPRESSED_STARTS.items():
+        if header.startswith(magic):
+            return f"it is compressed; decompress it with {name} -d first"
+    return f"it is damaged, or not a tar, at byte {position:,}"
+
+
+def _read_headers_with_tarfile(file: BinaryIO, start: int, end: int) -> list[TarMember]:
+    file.seek(start)
+    members = []
+    with tarfile.TarFile(fileobj=file) as tar:
+        for member in tar:
+            if member.offset_data + member.size > end:
+                raise ValueError("it is cut short")
+            if member.isreg() and not member.issparse():
+                members.append(
+                    TarMember(
+                        member.name, member.offset_data, member.size, int(member.mtime)
+                    )
+                )
+    return members
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -440,9 +691,8 @@ def _scan(directory: str) -> list[os.DirEntry[str]]:
     except FileNotFoundError:
         raise InvalidInputError(_no_directory(directory)) from None
     except OSError as error:
-        raise InvalidInputError(
-            f"Cannot list {directory}: {error.strerror}."
-        ) from error
+        problem = f"Cannot list {directory}: {error.strerror}."
+        raise InvalidInputError(problem) from error
 
 
 def _no_directory(directory: str) -> str:
@@ -452,23 +702,22 @@ def _no_directory(directory: str) -> str:
         os.path.join(raw_data_dir, path)
         for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
     ]
-    tars = sorted(pathlib.Path(raw_data_dir).glob("*.tar"))
     kaggle_dir = next(filter(os.path.isdir, kaggle_dirs), None)
     if kaggle_dir:
         found = f"{kaggle_dir} (Kaggle's layout): README says which links it takes"
     elif split == VALIDATION_DIRECTORY and os.path.isdir(f"{raw_data_dir}/val"):
         found = f"{raw_data_dir}/val: rename it to {VALIDATION_DIRECTORY}"
-    elif tars:
-        found = f"{_some([tar.name for tar in tars])}: extract it as README shows"
     else:
         found = _some(sorted(os.listdir(raw_data_dir))) or "nothing"
-    return f"No directory {directory}. Found {found}."
+    tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
+    return f"No directory {directory}, and no {tar} beside it. Found {found}."
 
 
-def _no_images(pattern: str) -> str:
-    """Words a directory without images with what is in it instead."""
-    directory = pattern.partition("/*")[0]
-    names = [entry.name for entry in _scan(directory)]
+def _no_images(place: str, pattern: str) -> str:
+    """Words a directory or tar without images with what is in it instead."""
+    if os.path.isfile(place):
+        return f"No images match {pattern} in {place}."
+    names = [entry.name for entry in _scan(place)]
     suffixes = collections.Counter(os.path.splitext(name)[1] for name in names)
     advice = {
         ".tar": "extract each into a directory of its name",
@@ -480,9 +729,9 @@ def _no_images(pattern: str) -> str:
     for suffix, remedy in advice.items():
         if suffixes[suffix]:
             files = _count(suffixes[suffix], f"{suffix} file")
-            return f"No images match {pattern}. Found {files} there: {remedy}."
+            return f"No images match {place}/{pattern}. Found {files} there: {remedy}."
     found = _some(sorted(names)) or "nothing"
-    return f"No images match {pattern}. Found {found} there."
+    return f"No images match {place}/{pattern}. Found {found} there."
 
 
 def shortfalls(dataset: Dataset) -> list[str]:
@@ -682,13 +931,17 @@ def encode_image(image: RawImage) -> EncodedImage:
 
 
 def _read_image(image: RawImage) -> bytes:
+    in_tar = image.offset is not None
     try:
-        with open(image.path, "rb", buffering=0) as file:
-            data = file.read()
+        with open(image.source if in_tar else image.path, "rb", buffering=0) as file:
+            if in_tar:
+                file.seek(image.offset or 0)
+            data = file.read(image.num_bytes if in_tar else -1)
+    except FileNotFoundError as error:
+        is_link = os.path.islink(image.path)
+        raise _ImageError("a link to nothing" if is_link else "it is gone") from error
     except OSError as error:
-        link = "a link to nothing" if os.path.islink(image.path) else "no such file"
-        missing = isinstance(error, FileNotFoundError)
-        raise _ImageError(link if missing else f"{error.strerror}") from error
+        raise _ImageError(f"{error.strerror}") from error
     if len(data) != image.num_bytes:
         raise _ImageError(
             f"it had {image.num_bytes:,} bytes when the run began and now has "
@@ -1119,31 +1372,43 @@ class Progress:
         return f"{images:,.0f} images/s, {_size(self.bytes_written / self.seconds())}/s"
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What `write_and_upload` has done.
+
+    Attributes:
+      finished: Shards that were written and uploaded.
+      bad_images: Images that cannot be decoded; their shards are left out.
+    """
+
+    finished: list[FinishedShard]
+    bad_images: list[BadImage]
+
+
 def write_and_upload(
     to_write: Sequence[Shard],
     to_upload: Sequence[FinishedShard],
     scratch_dir: str,
     num_workers: int,
     upload: Callable[[FinishedShard], FinishedShard],
+    max_unfinished: int,
     progress: Progress,
-) -> list[BadImage]:
+) -> Outcome:
     """Writes shards in processes, and uploads each in a thread once it is finished.
 
     Args:
       to_write: Shards that are not complete.
       to_upload: Shards that are, but are not in the bucket.
       upload: Uploads one shard and returns it.
-
-    Returns:
-      The images that cannot be decoded; their shards are left out.
+      max_unfinished: How many shards may be begun and not yet uploaded.
 
     Raises:
-      RunError: The first failure of any other kind; what has not begun is cancelled.
+      RunError: The first failure but for a bad image; what has not begun is cancelled.
     """
     finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
     writing: set[Future] = set()
     uploading: set[Future] = set()
-    bad_images: list[BadImage] = []
+    outcome = Outcome([], [])
 
     def start(future: Future, running: set[Future]) -> None:
         running.add(future)
@@ -1155,9 +1420,11 @@ def write_and_upload(
     ):
         for shard in to_upload:
             start(uploaders.submit(upload, shard), uploading)
-        for planned in to_write:
-            start(workers.submit(write_shard, planned, scratch_dir), writing)
-        while writing or uploading:
+        waiting = collections.deque(to_write)
+        while waiting or writing or uploading:
+            while waiting and len(writing) + len(uploading) < max_unfinished:
+                planned = waiting.popleft()
+                start(workers.submit(write_shard, planned, scratch_dir), writing)
             progress.log_when_due()
             try:
                 future = finished.get(timeout=1)
@@ -1165,17 +1432,18 @@ def write_and_upload(
                 continue
             if future in uploading:
                 uploading.remove(future)
+                outcome.finished.append(future.result())
                 progress.uploaded(future.result().stamp)
                 continue
             writing.remove(future)
             try:
                 written = _written_shard(future)
             except BadImagesError as error:
-                bad_images += error.bad_images
+                outcome.bad_images.extend(error.bad_images)
                 continue
             progress.wrote(written.stamp)
             start(uploaders.submit(upload, written), uploading)
-    return bad_images
+    return outcome
 
 
 @contextlib.contextmanager
@@ -1364,6 +1632,13 @@ class StoredObject:
     def of(cls, stamp: Stamp) -> StoredObject:
         return cls(stamp.num_bytes, stamp.crc32c, stamp.digest)
 
+    @classmethod
+    def listed(cls, blob: storage.Blob) -> StoredObject:
+        metadata = blob.metadata or {}
+        is_as_written = metadata.get("crc32c") == blob.crc32c
+        digest = metadata.get("digest", "") if is_as_written else ""
+        return cls(blob.size, blob.crc32c, digest)
+
     def holds(self, other: StoredObject | Stamp) -> bool:
         """Whether the bytes are the same."""
         return (self.num_bytes, self.crc32c) == (other.num_bytes, other.crc32c)
@@ -1423,9 +1698,7 @@ class Destination:
             )
             try:
                 return {
-                    blob.name.removeprefix(prefix): StoredObject(
-                        blob.size, blob.crc32c, (blob.metadata or {}).get("digest", "")
-                    )
+                    blob.name.removeprefix(prefix): StoredObject.listed(blob)
                     for blob in blobs
                 }
             except exceptions.Forbidden:
@@ -1469,7 +1742,7 @@ class Destination:
         blob = self._bucket.blob(
             self.path.name_of(shard.name), chunk_size=UPLOAD_CHUNK_BYTES
         )
-        blob.metadata = {"digest": shard.stamp.digest}
+        blob.metadata = {"digest": shard.stamp.digest, "crc32c": shard.stamp.crc32c}
         blob.upload_from_filename(
             shard.path,
             content_type="application/octet-stream",
@@ -1563,7 +1836,529 @@ def _said(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------
-# 8. The fake ImageNet: a demonstration for who has no ImageNet (yet)
+# 8. One run: what is left to do, whether it can be done, doing it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks for: the flags of the same names, and the client to use.
+
+    Raises:
+      InvalidInputError: All that is wrong with them.
+    """
+
+    raw_data_dir: str | None
+    gcs_upload: bool
+    gcs_project: str | None
+    gcs_output_path: str | None
+    local_scratch_dir: str | None
+    client: storage.Client | None = None
+    num_workers: int | None = None
+    training_shards: int = TRAINING_SHARDS
+    validation_shards: int = VALIDATION_SHARDS
+    keep_local_shards: bool = True
+    task_index: int = 0
+    task_count: int = 1
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [*self._directory_problems(), *self._number_problems()]
+        if self.gcs_upload:
+            problems += self._upload_problems()
+        elif not self.keep_local_shards:
+            problems.append("--nokeep_local_shards must go with an upload.")
+        if not importlib.util.find_spec("tensorflow"):
+            problems.append("TensorFlow is missing: pip install -r requirements.txt.")
+        if problems:
+            raise InvalidInputError(*problems)
+
+    @property
+    def raw_dir(self) -> str:
+        return os.path.abspath(self.raw_data_dir or "")
+
+    @property
+    def scratch_dir(self) -> str:
+        return os.path.abspath(
+            self.local_scratch_dir or os.path.join(self.raw_dir, "tf_records")
+        )
+
+    @property
+    def workers(self) -> int:
+        return self.num_workers or _num_processors()
+
+    @property
+    def max_unfinished(self) -> int:
+        """How many shards may be begun and not yet uploaded."""
+        if self.keep_local_shards:
+            return self.training_shards + self.validation_shards
+        return self.workers + 2 * UPLOAD_THREADS
+
+    def share(self, shards: Iterable[Shard]) -> list[Shard]:
+        """This task's part of a plan, of both splits."""
+        return [s for s in shards if s.index % self.task_count == self.task_index]
+
+    def _directory_problems(self) -> Iterator[str]:
+        if not self.raw_data_dir:
+            yield "--raw_data_dir must name the directory of the raw ImageNet."
+        elif not os.path.isdir(self.raw_data_dir):
+            yield (
+                f"--raw_data_dir={self.raw_data_dir} must be a directory with "
+                f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}; "
+                "there is none of that name."
+            )
+        elif os.path.realpath(self.scratch_dir) == os.path.realpath(self.raw_dir):
+            yield "--local_scratch_dir must be another directory than --raw_data_dir."
+
+    def _upload_problems(self) -> Iterator[str]:
+        if not self.gcs_project and not self.client:
+            yield "--project must be given for the upload (or pass --nogcs_upload)."
+        if not self.gcs_output_path:
+            yield (
+                "--gcs_output_path=gs://bucket/directory must be given for the upload "
+                "(or pass --nogcs_upload)."
+            )
+            return
+        try:
+            GcsPath.parse(self.gcs_output_path)
+        except InvalidInputError as error:
+            yield from error.problems
+
+    def _number_problems(self) -> Iterator[str]:
+        flags_of_counts = (
+            "num_workers",
+            "training_shards",
+            "validation_shards",
+            "task_count",
+        )
+        for flag in flags_of_counts:
+            value = getattr(self, flag)
+            if value is not None and not 0 < value < 100_000:
+                yield f"--{flag} must be from 1 to 99,999; found {value:,}."
+        if not 0 <= self.task_index < max(self.task_count, 1):
+            yield (
+                "--task_index must be from 0 to --task_count - 1; found "
+                f"{self.task_index:,} of {self.task_count:,}."
+            )
+
+
+def _num_processors() -> int:
+    """Counts the processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What of a plan is left to do.
+
+    Attributes:
+      to_write: Shards that are finished neither here nor in the bucket.
+      to_upload: Shards that are finished here but not in the bucket.
+      done: The others, by base name, as they stand in the bucket or here.
+    """
+
+    to_write: list[Shard]
+    to_upload: list[FinishedShard]
+    done: dict[str, StoredObject]
+
+    @property
+    def is_done(self) -> bool:
+        return not (self.to_write or self.to_upload)
+
+
+def find_work(
+    shards: Iterable[Shard],
+    scratch_dir: str,
+    objects: Mapping[str, StoredObject] | None,
+) -> Work:
+    """Compares a plan with what the scratch directory and the bucket hold.
+
+    Args:
+      objects: Of the bucket, by base name; None where nothing is uploaded.
+    """
+    work = Work([], [], {})
+    for shard in shards:
+        finished = find_finished(shard, scratch_dir)
+        stored = objects.get(shard.name) if objects else None
+        if finished and (objects is None or (stored and stored.holds(finished.stamp))):
+            work.done[shard.name] = StoredObject.of(finished.stamp)
+        elif finished:
+            work.to_upload.append(finished)
+        elif stored and stored.digest == shard.digest():
+            work.done[shard.name] = stored
+        else:
+            work.to_write.append(shard)
+    return work
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run, with all that is known before its first image.
+
+    Attributes:
+      synsets: As in `Dataset`.
+      shards: The whole plan, that of the other tasks too.
+      destination: Where to upload to; None to write the shards only.
+      objects: What the bucket holds there, by base name; None without an upload.
+      work: What is left to do of this task's share.
+    """
+
+    options: Options
+    synsets: tuple[str, ...]
+    shards: list[Shard]
+    destination: Destination | None
+    objects: Mapping[str, StoredObject] | None
+    work: Work
+
+
+def _prepare(options: Options) -> Job:
+    """Reads, plans and checks whatever can be before the first image.
+
+    Raises:
+      InvalidInputError: All that keeps the run from beginning.
+    """
+    problems: list[str] = []
+    dataset = EMPTY_DATASET
+    destination, objects = None, None
+    with _closing(concurrent.futures.ThreadPoolExecutor(1)) as background:
+        opened = background.submit(_open_destination, options)
+        with _collecting(problems):
+            dataset = read_dataset(options.raw_dir)
+            _log_dataset(dataset, options.raw_dir)
+        with _collecting(problems):
+            destination, objects = opened.result()
+    shards = plan_shards(dataset, options.training_shards, options.validation_shards)
+    work = find_work(options.share(shards), options.scratch_dir, objects)
+    problems += _scratch_problems(options, work)
+    if destination and objects:
+        problems += _foreign_objects(destination, objects, shards)
+    if problems:
+        raise InvalidInputError(*problems)
+    return Job(options, dataset.synsets, shards, destination, objects, work)
+
+
+def _log_dataset(dataset: Dataset, raw_dir: str) -> None:
+    classes = len({image.synset for image in dataset.training})
+    logging.info(
+        "Found %s in %s and %s (%s) in %s: %s.",
+        _count(len(dataset.training), "training image"),
+        _count(classes, "synset"),
+        _count(len(dataset.validation), "validation image"),
+        _size(dataset.num_bytes),
+        raw_dir,
+        dataset.layout,
+    )
+    if not os.path.exists(os.path.join(raw_dir, FAKE_MARK)):
+        for line in shortfalls(dataset):
+            logging.warning("%s", line)
+
+
+def _open_destination(
+    options: Options,
+) -> tuple[Destination | None, Mapping[str, StoredObject] | None]:
+    """Reaches the bucket and lists it; neither where nothing is to be uploaded.
+
+    Raises:
+      RunError: An upload would not succeed.
+    """
+    if not options.gcs_upload:
+        return None, None
+    path = GcsPath.parse(options.gcs_output_path or "")
+    destination = Destination(path, options.gcs_project, options.client)
+    destination.check_access()
+    objects = destination.list_objects()
+    if objects is None:
+        logging.warning(
+            "Cannot list %s (storage.objects.list is not granted): all shards will be "
+            "uploaded, whatever is there.",
+            path,
+        )
+    return destination, objects or {}
+
+
+def _foreign_objects(
+    destination: Destination, objects: Iterable[str], shards: Iterable[Shard]
+) -> list[str]:
+    """Words what the models would read besides the shards of this plan."""
+    planned = {shard.name for shard in shards}
+    pattern = re.compile(f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-")
+    foreign = sorted(n for n in objects if pattern.match(n) and n not in planned)
+    if not foreign:
+        return []
+    return [
+        (
+            f"{destination.path} must hold no other train-* and validation-* than this "
+            f"run's, for models read them all; found {_some(foreign)}. Delete them, or "
+            "choose another directory."
+        )
+    ]
+
+
+def _scratch_problems(options: Options, work: Work) -> Iterator[str]:
+    """Words why the scratch directory cannot take the shards still to be written."""
+    place = pathlib.Path(options.scratch_dir)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        yield f"--local_scratch_dir={options.scratch_dir}: {place} must be a directory."
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield f"--local_scratch_dir={options.scratch_dir}: {place} must be writable."
+    else:
+        sizes = sorted((shard.num_bytes for shard in work.to_write), reverse=True)
+        needed = sum(sizes[: options.max_unfinished])
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            yield (
+                f"--local_scratch_dir={options.scratch_dir} must have room for "
+                f"{_size(needed)} of shards; its disk has {_size(free)} free. Make "
+                "room, choose another disk, or pass --nokeep_local_shards."
+            )
+
+
+@contextlib.contextmanager
+def _locked(options: Options) -> Iterator[None]:
+    """Keeps a second run of this task out; the lock dies with the process.
+
+    Raises:
+      RunError: There is one already.
+    """
+    name = ".lock"
+    if options.task_count > 1:
+        name += f"-{options.task_index}-of-{options.task_count}"
+    os.makedirs(options.scratch_dir, exist_ok=True)
+    with open(os.path.join(options.scratch_dir, name), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"Another run is writing to {options.scratch_dir}: wait for its end, "
+                "or choose another --local_scratch_dir."
+            ) from None
+        yield
+
+
+def _log_intent(job: Job) -> None:
+    """Says what is there and what will be done."""
+    options, work = job.options, job.work
+    if not (work.to_write and len(work.to_write) == len(job.shards)):
+        logging.info(
+            "Resuming: %s of %s are up to date, %s only to be uploaded.",
+            f"{len(work.done):,}",
+            _count(len(options.share(job.shards)), "shard"),
+            f"{len(work.to_upload):,}",
+        )
+    if options.task_count > 1:
+        whole = find_work(job.shards, options.scratch_dir, job.objects)
+        logging.info(
+            "Task %s of %s. Over all tasks, %s of %s are still missing.",
+            f"{options.task_index:,}",
+            f"{options.task_count:,}",
+            f"{len(whole.to_write) + len(whole.to_upload):,}",
+            _count(len(job.shards), "shard"),
+        )
+    if work.to_write:
+        logging.info(
+            "%s %s of %s (%s) to %s%s.",
+            "Would write" if options.dry_run else "Writing",
+            _count(len(work.to_write), "shard"),
+            _count(sum(len(shard.images) for shard in work.to_write), "image"),
+            _size(sum(shard.num_bytes for shard in work.to_write)),
+            options.scratch_dir,
+            f", and from there to {job.destination.path}" if job.destination else "",
+        )
+
+
+def _carry_out(job: Job) -> None:
+    """Does the work, checks that all is where it should be, and says so.
+
+    Raises:
+      BadImagesError: All was done but the shards of these images.
+      RunError: What stopped it.
+    """
+    _remove_temporary_files(job.options)
+    if not job.work.is_done:
+        _remove_manifest(job)
+    outcome = _write_and_upload(job)
+    if outcome.bad_images:
+        raise BadImagesError(*outcome.bad_images)
+    stored = dict(job.work.done)
+    stored.update((s.name, StoredObject.of(s.stamp)) for s in outcome.finished)
+    objects = job.objects
+    if job.destination:
+        objects = check_uploaded(job.destination, stored)
+    if job.options.task_count > 1:
+        stored |= find_work(job.shards, job.options.scratch_dir, objects).done
+    missing = len(job.shards) - len(stored)
+    if missing:
+        logging.info(
+            "This task is done; %s of other tasks are still missing.",
+            _count(missing, "shard"),
+        )
+    else:
+        _write_manifest(job, stored)
+        _log_complete(job, stored)
+
+
+def _write_and_upload(job: Job) -> Outcome:
+    options, work = job.options, job.work
+    num_uploads = len(work.to_write) + len(work.to_upload)
+    progress = Progress(
+        shards_to_write=len(work.to_write),
+        images_to_write=sum(len(shard.images) for shard in work.to_write),
+        shards_to_upload=num_uploads if job.destination else 0,
+    )
+    try:
+        return write_and_upload(
+            work.to_write,
+            work.to_upload,
+            options.scratch_dir,
+            options.workers,
+            _upload_function(job),
+            options.max_unfinished,
+            progress,
+        )
+    finally:
+        _log_done(job, progress)
+
+
+def _upload_function(job: Job) -> Callable[[FinishedShard], FinishedShard]:
+    if not job.destination:
+        return lambda shard: shard
+    if job.options.keep_local_shards:
+        return job.destination.upload
+    return functools.partial(_upload_and_remove, job.destination)
+
+
+def _upload_and_remove(destination: Destination, shard: FinishedShard) -> FinishedShard:
+    """Uploads a shard, and removes it but for its stamp."""
+    destination.upload(shard)
+    os.unlink(shard.path)
+    return shard
+
+
+def _log_done(job: Job, progress: Progress) -> None:
+    """Says what was done, also where the run has failed or was stopped."""
+    if progress.shards_to_write:
+        logging.info(
+            "Wrote %s (%s, %s) of %s to %s in %s, %s; encoded %s again as RGB JPEG.",
+            _count(progress.shards_written, "shard"),
+            _count(progress.images_written, "image"),
+            _size(progress.bytes_written),
+            f"{progress.shards_to_write:,}",
+            job.options.scratch_dir,
+            _duration(progress.seconds()),
+            progress.speed(),
+            _count(progress.images_repaired, "PNG or CMYK image"),
+        )
+    if progress.shards_to_upload and job.destination:
+        logging.info(
+            "Uploaded %s (%s) of %s to %s in %s.",
+            _count(progress.shards_uploaded, "shard"),
+            _size(progress.bytes_uploaded),
+            f"{progress.shards_to_upload:,}",
+            job.destination.path,
+            _duration(progress.seconds()),
+        )
+
+
+def _log_complete(job: Job, stored: Mapping[str, StoredObject]) -> None:
+    place = f"in {job.options.scratch_dir}"
+    if job.destination:
+        place = f"in {job.destination.path}: give the model --data_dir={job.destination.path}"
+    logging.info(
+        "The data set is complete: %s of %s (%s) %s.",
+        _count(len(stored), "shard"),
+        _count(sum(len(shard.images) for shard in job.shards), "image"),
+        _size(sum(found.num_bytes for found in stored.values())),
+        place,
+    )
+
+
+def check_uploaded(
+    destination: Destination, expected: Mapping[str, StoredObject]
+) -> Mapping[str, StoredObject]:
+    """Lists the destination once and compares it with what should be there.
+
+    Returns:
+      What was listed, by base name; nothing where listing is not granted.
+
+    Raises:
+      RunError: An object is missing or is not of the right size and crc32c.
+    """
+    objects = destination.list_objects()
+    if objects is None:
+        logging.warning(
+            "Cannot list %s: only the answer to each upload says that it is right.",
+            destination.path,
+        )
+        return {}
+    wrong = [
+        name
+        for name, shard in expected.items()
+        if name not in objects or not objects[name].holds(shard)
+    ]
+    if wrong:
+        raise RunError(
+            f"{_count(len(expected), 'object')} in {destination.path} must be as "
+            f"written, but {len(wrong):,} are missing or different: {_some(wrong)}. "
+            "Run the same command again: it uploads them again."
+        )
+    return objects
+
+
+def _remove_temporary_files(options: Options) -> None:
+    """Removes what a killed run of this task left half written."""
+    pattern = re.compile(rf"\.+\w+-(\d+)-of-\d+(\.json)?{re.escape(TEMPORARY_SUFFIX)}")
+    for path in pathlib.Path(options.scratch_dir).glob(f"*/.*{TEMPORARY_SUFFIX}"):
+        match = pattern.fullmatch(path.name)
+        if match and int(match[1]) % options.task_count == options.task_index:
+            path.unlink(missing_ok=True)
+
+
+def _manifest_path(job: Job) -> str:
+    return os.path.join(job.options.scratch_dir, MANIFEST_FILE)
+
+
+def _remove_manifest(job: Job) -> None:
+    """Removes the mark of a complete data set while it is not one."""
+    pathlib.Path(_manifest_path(job)).unlink(missing_ok=True)
+    if job.destination and MANIFEST_FILE in (job.objects or {}):
+        job.destination.delete(MANIFEST_FILE)
+
+
+def _write_manifest(job: Job, stored: Mapping[str, StoredObject]) -> None:
+    """Writes, and last uploads, the mark of a complete data set.
+
+    It lists the examples, bytes and crc32c of each shard, their totals, and the synset
+    of each label, which is written nowhere else.
+    """
+    shards = [
+        {
+            "name": shard.name,
+            "examples": len(shard.images),
+            "bytes": stored[shard.name].num_bytes,
+            "crc32c": stored[shard.name].crc32c,
+        }
+        for shard in job.shards
+    ]
+    examples = collections.Counter[str]()
+    for shard in job.shards:
+        examples[shard.split] += len(shard.images)
+    manifest = {
+        "examples": examples,
+        "bytes": sum(found.num_bytes for found in stored.values()),
+        "labels": dict(enumerate(job.synsets, start=1)),
+        "shards": shards,
+    }
+    path = _manifest_path(job)
+    _write_json(path, manifest)
+    finished = measure(path)
+    there = (job.objects or {}).get(MANIFEST_FILE)
+    if job.destination and not (there and there.holds(finished.stamp)):
+        job.destination.upload(finished)
+
+
+# ---------------------------------------------------------------------------------
+# 9. The fake ImageNet: a demonstration for who has no ImageNet (yet)
 
 FAKE_MARK = ".fake_imagenet"
 
@@ -1656,459 +2451,7 @@ def _draw_shape(
 
 
 # ---------------------------------------------------------------------------------
-# 9. Command line
-
-
-def _num_processors() -> int:
-    """Counts the processors that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user asks for: the flags of the same names, and the client to use.
-
-    Raises:
-      InvalidInputError: All that is wrong with them.
-    """
-
-    raw_data_dir: str | None
-    gcs_upload: bool
-    gcs_project: str | None
-    gcs_output_path: str | None
-    local_scratch_dir: str | None
-    client: storage.Client | None = None
-    num_workers: int | None = None
-    training_shards: int = TRAINING_SHARDS
-    validation_shards: int = VALIDATION_SHARDS
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        problems = [*self._directory_problems(), *self._number_problems()]
-        if self.gcs_upload:
-            problems += self._upload_problems()
-        if not importlib.util.find_spec("tensorflow"):
-            problems.append("TensorFlow is missing: pip install -r requirements.txt.")
-        if problems:
-            raise InvalidInputError(*problems)
-
-    @property
-    def raw_dir(self) -> str:
-        return os.path.abspath(self.raw_data_dir or "")
-
-    @property
-    def scratch_dir(self) -> str:
-        return os.path.abspath(
-            self.local_scratch_dir or os.path.join(self.raw_dir, "tf_records")
-        )
-
-    @property
-    def workers(self) -> int:
-        return self.num_workers or _num_processors()
-
-    def _directory_problems(self) -> Iterator[str]:
-        if not self.raw_data_dir:
-            yield "--raw_data_dir must name the directory of the raw ImageNet."
-        elif not os.path.isdir(self.raw_data_dir):
-            yield (
-                f"--raw_data_dir={self.raw_data_dir} must be a directory with "
-                f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}; "
-                "there is none of that name."
-            )
-        elif os.path.realpath(self.scratch_dir) == os.path.realpath(self.raw_dir):
-            yield "--local_scratch_dir must be another directory than --raw_data_dir."
-
-    def _upload_problems(self) -> Iterator[str]:
-        if not self.gcs_project and not self.client:
-            yield "--project must be given for the upload (or pass --nogcs_upload)."
-        if not self.gcs_output_path:
-            yield (
-                "--gcs_output_path=gs://bucket/directory must be given for the upload "
-                "(or pass --nogcs_upload)."
-            )
-            return
-        try:
-            GcsPath.parse(self.gcs_output_path)
-        except InvalidInputError as error:
-            yield from error.problems
-
-    def _number_problems(self) -> Iterator[str]:
-        for flag in ("num_workers", "training_shards", "validation_shards"):
-            value = getattr(self, flag)
-            if value is not None and not 0 < value < 100_000:
-                yield f"--{flag} must be from 1 to 99,999; found {value:,}."
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What of a plan is left to do, and what is known of the rest.
-
-    Attributes:
-      to_write: Shards that are finished neither here nor in the bucket.
-      to_upload: Shards that are finished here but not in the bucket.
-      done: Base names of the others.
-    """
-
-    to_write: list[Shard]
-    to_upload: list[FinishedShard]
-    done: list[str]
-
-
-def find_work(
-    shards: Iterable[Shard],
-    scratch_dir: str,
-    objects: Mapping[str, StoredObject] | None,
-) -> Work:
-    """Compares a plan with what the scratch directory and the bucket hold.
-
-    Args:
-      objects: Of the bucket, by base name; None where nothing is uploaded.
-    """
-    work = Work([], [], [])
-    for shard in shards:
-        finished = find_finished(shard, scratch_dir)
-        if finished and (objects is None or _is_stored(finished, objects)):
-            work.done.append(shard.name)
-        elif finished:
-            work.to_upload.append(finished)
-        elif _is_stored_as_planned(shard, objects or {}):
-            work.done.append(shard.name)
-        else:
-            work.to_write.append(shard)
-    return work
-
-
-def _is_stored(shard: FinishedShard, objects: Mapping[str, StoredObject]) -> bool:
-    return shard.name in objects and objects[shard.name].holds(shard.stamp)
-
-
-def _is_stored_as_planned(shard: Shard, objects: Mapping[str, StoredObject]) -> bool:
-    return shard.name in objects and objects[shard.name].digest == shard.digest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A run, with all that is known before its first image.
-
-    Attributes:
-      synsets: As in `Dataset`.
-      shards: The whole plan.
-      destination: Where to upload to; None to write the shards only.
-      objects: What the bucket holds there, by base name.
-      work: What of the plan is left to do.
-    """
-
-    options: Options
-    synsets: tuple[str, ...]
-    shards: list[Shard]
-    destination: Destination | None
-    objects: Mapping[str, StoredObject]
-    work: Work
-
-    def log(self) -> None:
-        """Says what is there and what will be done."""
-        num_shards = len(self.shards)
-        if self.work.done or self.work.to_upload:
-            logging.info(
-                "Resuming: %s of %s are up to date, %s only to be uploaded.",
-                f"{len(self.work.done):,}",
-                _count(num_shards, "shard"),
-                f"{len(self.work.to_upload):,}",
-            )
-        images = sum(len(shard.images) for shard in self.work.to_write)
-        num_bytes = sum(shard.num_bytes for shard in self.work.to_write)
-        logging.info(
-            "%s %s of %s (%s) in %s%s.",
-            "Would write" if self.options.dry_run else "Writing",
-            _count(len(self.work.to_write), "shard"),
-            _count(images, "image"),
-            _size(num_bytes),
-            self.options.scratch_dir,
-            f", to be uploaded to {self.destination.path}" if self.destination else "",
-        )
-
-
-def _prepare(options: Options) -> Job:
-    """Reads, plans and checks whatever can be before the first image.
-
-    Raises:
-      InvalidInputError: All that keeps the run from beginning.
-    """
-    problems: list[str] = []
-    dataset = Dataset((), [], [])
-    destination, objects = None, None
-    with _closing(concurrent.futures.ThreadPoolExecutor(1)) as background:
-        opened = background.submit(_open_destination, options)
-        with _collecting(problems):
-            dataset = read_dataset(options.raw_dir)
-            _log_dataset(dataset, options.raw_dir)
-        with _collecting(problems):
-            destination, objects = opened.result()
-    shards = plan_shards(dataset, options.training_shards, options.validation_shards)
-    work = find_work(shards, options.scratch_dir, objects)
-    problems += _scratch_problems(options.scratch_dir, work)
-    if destination and objects:
-        problems += _foreign_objects(destination, objects, shards)
-    if problems:
-        raise InvalidInputError(*problems)
-    return Job(options, dataset.synsets, shards, destination, objects or {}, work)
-
-
-def _log_dataset(dataset: Dataset, raw_dir: str) -> None:
-    classes = len({image.synset for image in dataset.training})
-    logging.info(
-        "Found %s in %s and %s (%s) in %s.",
-        _count(len(dataset.training), "training image"),
-        _count(classes, "synset"),
-        _count(len(dataset.validation), "validation image"),
-        _size(dataset.num_bytes),
-        raw_dir,
-    )
-    if not os.path.exists(os.path.join(raw_dir, FAKE_MARK)):
-        for line in shortfalls(dataset):
-            logging.warning("%s", line)
-
-
-def _open_destination(
-    options: Options,
-) -> tuple[Destination | None, Mapping[str, StoredObject] | None]:
-    """Reaches the bucket and lists it; neither where nothing is to be uploaded.
-
-    Raises:
-      RunError: An upload would not succeed.
-    """
-    if not options.gcs_upload:
-        return None, None
-    path = GcsPath.parse(options.gcs_output_path or "")
-    destination = Destination(path, options.gcs_project, options.client)
-    destination.check_access()
-    objects = destination.list_objects()
-    if objects is None:
-        logging.warning(
-            "Cannot list %s (storage.objects.list is not granted): all shards will be "
-            "uploaded, whatever is there.",
-            path,
-        )
-    return destination, objects or {}
-
-
-def _foreign_objects(
-    destination: Destination, objects: Iterable[str], shards: Iterable[Shard]
-) -> list[str]:
-    """Words what the models would read besides the shards of this plan."""
-    planned = {shard.name for shard in shards}
-    foreign = sorted(
-        name
-        for name in objects
-        if re.match(f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-", name)
-        and name not in planned
-    )
-    if not foreign:
-        return []
-    return [
-        (
-            f"{destination.path} must hold no other train-* and validation-* than this "
-            f"run's, for models read them all; found {_some(foreign)}. Delete them, or "
-            "choose another directory."
-        )
-    ]
-
-
-def _scratch_problems(scratch_dir: str, work: Work) -> Iterator[str]:
-    """Words why the scratch directory cannot take the shards still to be written."""
-    place = pathlib.Path(scratch_dir)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        yield f"--local_scratch_dir={scratch_dir}: {place} must be a directory."
-    elif not os.access(place, os.W_OK | os.X_OK):
-        yield f"--local_scratch_dir={scratch_dir}: {place} must be writable."
-    else:
-        needed = sum(shard.num_bytes for shard in work.to_write)
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            yield (
-                f"--local_scratch_dir={scratch_dir} must have room for "
-                f"{_size(needed)} of shards still to be written; its disk has "
-                f"{_size(free)} free. Make room, or choose another disk."
-            )
-
-
-@contextlib.contextmanager
-def _locked(scratch_dir: str) -> Iterator[None]:
-    """Keeps other runs out of the scratch directory; the lock dies with the process.
-
-    Raises:
-      RunError: Another run is in there.
-    """
-    os.makedirs(scratch_dir, exist_ok=True)
-    with open(os.path.join(scratch_dir, ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"Another run is writing to {scratch_dir}: wait for its end, or choose "
-                "another --local_scratch_dir."
-            ) from None
-        yield
-
-
-def _carry_out(job: Job) -> None:
-    """Does the work, checks that all is where it should be, and says so.
-
-    Raises:
-      BadImagesError: All was done but the shards of these images.
-      RunError: What stopped it.
-    """
-    scratch_dir, destination, work = job.options.scratch_dir, job.destination, job.work
-    _remove_temporary_files(scratch_dir)
-    if work.to_write or work.to_upload:
-        _remove_manifest(job)
-    progress = Progress(
-        shards_to_write=len(work.to_write),
-        images_to_write=sum(len(shard.images) for shard in work.to_write),
-        shards_to_upload=len(work.to_upload) + len(work.to_write) if destination else 0,
-    )
-    try:
-        bad_images = write_and_upload(
-            work.to_write,
-            work.to_upload,
-            scratch_dir,
-            job.options.workers,
-            destination.upload if destination else _keep,
-            progress,
-        )
-    except BaseException:
-        logging.info("Stopped. %s The same command goes on from here.", progress.line())
-        raise
-    _log_written(job, progress)
-    if bad_images:
-        raise BadImagesError(*bad_images)
-    stored = {shard.name: _stored_object(shard, job) for shard in job.shards}
-    if destination:
-        check_uploaded(destination, stored)
-        logging.info(
-            "Uploaded %s (%s) to %s in %s.",
-            _count(progress.shards_uploaded, "shard"),
-            _size(progress.bytes_uploaded),
-            destination.path,
-            _duration(progress.seconds()),
-        )
-    _write_manifest(job, stored)
-    _log_complete(job, stored)
-
-
-def _keep(shard: FinishedShard) -> FinishedShard:
-    """Stands in for an upload where nothing is to be uploaded."""
-    return shard
-
-
-def _log_written(job: Job, progress: Progress) -> None:
-    logging.info(
-        "Wrote %s (%s, %s) to %s in %s, %s; encoded %s again as RGB JPEG.",
-        _count(progress.shards_written, "shard"),
-        _count(progress.images_written, "image"),
-        _size(progress.bytes_written),
-        job.options.scratch_dir,
-        _duration(progress.seconds()),
-        progress.speed(),
-        _count(progress.images_repaired, "PNG or CMYK image"),
-    )
-
-
-def _stored_object(shard: Shard, job: Job) -> StoredObject:
-    """What the data set holds of a shard, wherever it is."""
-    finished = find_finished(shard, job.options.scratch_dir)
-    return StoredObject.of(finished.stamp) if finished else job.objects[shard.name]
-
-
-def _log_complete(job: Job, stored: Mapping[str, StoredObject]) -> None:
-    logging.info(
-        "The data set is complete: %s of %s (%s) are %s",
-        _count(len(stored), "shard"),
-        _count(sum(len(shard.images) for shard in job.shards), "image"),
-        _size(sum(found.num_bytes for found in stored.values())),
-        f"there. Give the model --data_dir={job.destination.path}"
-        if job.destination
-        else f"in {job.options.scratch_dir}.",
-    )
-
-
-def check_uploaded(
-    destination: Destination, expected: Mapping[str, StoredObject]
-) -> None:
-    """Lists the destination once and compares it with what should be there.
-
-    Raises:
-      RunError: An object is missing or is not of the right size and crc32c.
-    """
-    objects = destination.list_objects()
-    if objects is None:
-        logging.warning(
-            "Cannot list %s: only the answer to each upload says that it is right.",
-            destination.path,
-        )
-        return
-    wrong = [
-        name
-        for name, object_ in expected.items()
-        if name not in objects or not objects[name].holds(object_)
-    ]
-    if wrong:
-        raise RunError(
-            f"All {_count(len(expected), 'object')} under {destination.path} must be as "
-            f"written, but {len(wrong):,} are missing or different: {_some(wrong)}. Run "
-            "the same command again: it uploads them again."
-        )
-
-
-def _remove_temporary_files(scratch_dir: str) -> None:
-    """Removes what a killed run left half written."""
-    for path in pathlib.Path(scratch_dir).glob(f"**/.*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
-
-
-def _remove_manifest(job: Job) -> None:
-    """Removes the mark of a complete data set while it is not one."""
-    _manifest_path(job).unlink(missing_ok=True)
-    if job.destination and MANIFEST_FILE in job.objects:
-        job.destination.delete(MANIFEST_FILE)
-
-
-def _manifest_path(job: Job) -> pathlib.Path:
-    return pathlib.Path(job.options.scratch_dir, MANIFEST_FILE)
-
-
-def _write_manifest(job: Job, stored: Mapping[str, StoredObject]) -> None:
-    """Writes, and last uploads, the mark of a complete data set.
-
-    It lists each shard's examples, bytes and crc32c, their totals, and the synset of
-    each label, which is written nowhere else.
-    """
-    shards = [
-        {
-            "name": shard.name,
-            "examples": len(shard.images),
-            "bytes": stored[shard.name].num_bytes,
-            "crc32c": stored[shard.name].crc32c,
-        }
-        for shard in job.shards
-    ]
-    splits = {
-        split: sum(len(shard.images) for shard in job.shards if shard.split == split)
-        for split in (TRAINING_DIRECTORY, VALIDATION_DIRECTORY)
-    }
-    manifest = {
-        "examples": splits,
-        "bytes": sum(found.num_bytes for found in stored.values()),
-        "labels": {label: synset for label, synset in enumerate(job.synsets, start=1)},
-        "shards": shards,
-    }
-    path = str(_manifest_path(job))
-    _write_json(path, manifest)
-    finished = measure(path)
-    if job.destination and not _is_stored(finished, job.objects):
-        job.destination.upload(finished)
+# 10. Command line
 
 
 def run(
@@ -2122,6 +2465,9 @@ def run(
     num_workers: int | None = None,
     training_shards: int = TRAINING_SHARDS,
     validation_shards: int = VALIDATION_SHARDS,
+    keep_local_shards: bool = True,
+    task_index: int = 0,
+    task_count: int = 1,
     dry_run: bool = False,
 ) -> None:
     """Writes the shards that are missing, and uploads those that the bucket misses.
@@ -2135,6 +2481,10 @@ def run(
       client: To use for the upload instead of a new one.
       num_workers: Encoding processes; by default the processors of this process.
       training_shards, validation_shards: How many of each to write.
+      keep_local_shards: Whether a shard stays in the scratch directory once it is in
+        the bucket.
+      task_index, task_count: This run writes the shards whose number is `task_index`
+        modulo `task_count`.
       dry_run: Only check, and log what would be done.
 
     Raises:
@@ -2152,14 +2502,17 @@ def run(
         num_workers=num_workers,
         training_shards=training_shards,
         validation_shards=validation_shards,
+        keep_local_shards=keep_local_shards,
+        task_index=task_index,
+        task_count=task_count,
         dry_run=dry_run,
     )
     if not options.dry_run:
         start_forkserver()
     job = _prepare(options)
-    job.log()
+    _log_intent(job)
     if not options.dry_run:
-        with _locked(options.scratch_dir):
+        with _locked(options):
             _carry_out(job)
 
 
@@ -2175,7 +2528,7 @@ def convert_to_tf_records(
       InvalidInputError, BadImagesError, RunError: As `run`.
     """
     run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
-    empty_plan = plan_shards(Dataset((), [], []))
+    empty_plan = plan_shards(EMPTY_DATASET)
     paths = [shard_path(shard, local_scratch_dir) for shard in empty_plan]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
@@ -2196,9 +2549,13 @@ def upload_to_gcs(
     destination = Destination(GcsPath.parse(gcs_output_path), gcs_project, client)
     shards = [measure(path) for path in [*training_records, *validation_records]]
     objects = destination.list_objects() or {}
-    to_upload = [s for s in shards if not _is_stored(s, objects)]
+    to_upload = [
+        shard
+        for shard in shards
+        if shard.name not in objects or not objects[shard.name].holds(shard.stamp)
+    ]
     progress = Progress(shards_to_upload=len(to_upload))
-    write_and_upload([], to_upload, "", 1, destination.upload, progress)
+    write_and_upload([], to_upload, "", 1, destination.upload, 1, progress)
     check_uploaded(destination, {s.name: StoredObject.of(s.stamp) for s in shards})
 
 
@@ -2265,6 +2622,9 @@ def _run_flags() -> None:
         num_workers=FLAGS.num_workers,
         training_shards=FLAGS.training_shards,
         validation_shards=FLAGS.validation_shards,
+        keep_local_shards=FLAGS.keep_local_shards,
+        task_index=FLAGS.task_index,
+        task_count=FLAGS.task_count,
         dry_run=FLAGS.dry_run,
     )
 
