@@ -116,12 +116,14 @@ TAR_BLOCK_BYTES = 512
 COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
 LISTING_THREADS = 8  # a cold directory on a network disk takes milliseconds
 WRITE_BUFFER_BYTES = 2**20
+READ_BLOCK_BYTES = 2**20
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
 
 UPLOAD_THREADS = 8  # the client's connection pool holds 10
 UPLOAD_CHUNK_BYTES = 2**24  # in memory for each thread; a multiple of 2**18
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 PROGRESS_SECONDS = 10.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -1005,8 +1007,11 @@ def _check_values(height: int, width: int, num_components: int = 3) -> None:
 def _check_decodes(skeleton: Skeleton) -> None:
     import tensorflow as tf
 
+    # To grey is a third faster, and has the same verdict; CMYK cannot be made grey.
+    channels = 1 if skeleton.num_components in (1, 3) else 3
+
     def decode() -> None:
-        tf.raw_ops.DecodeJpeg(contents=skeleton.jpeg, ratio=8)
+        tf.raw_ops.DecodeJpeg(contents=skeleton.jpeg, channels=channels, ratio=8)
 
     try:
         decode()
@@ -1089,7 +1094,7 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
         "image/colorspace": _bytes_feature(b"RGB"),
         "image/channels": _int64_feature(3),
         "image/class/label": _int64_feature(image.label),
-        "image/class/synset": _bytes_feature(image.synset.encode()),
+        "image/class/synset": _bytes_feature(os.fsencode(image.synset)),
         "image/format": _bytes_feature(b"JPEG"),
         "image/filename": _bytes_feature(os.fsencode(image.filename)),
         "image/encoded": _bytes_feature(encoded.jpeg),
@@ -1174,6 +1179,7 @@ def write_shard(shard: Shard, scratch_dir: str) -> FinishedShard:
       OSError: The scratch directory cannot hold it; nothing was written.
     """
     path = shard_path(shard, scratch_dir)
+    pathlib.Path(_stamp_path(path)).unlink(missing_ok=True)  # of another plan
     bad_images = []
     num_repaired = 0
     with _complete_or_absent(path) as file:
@@ -1224,16 +1230,20 @@ def read_stamp(path: str) -> Stamp | None:
 
 
 def measure(path: str) -> FinishedShard:
-    """Reads a file for its size and crc32c, if it has no stamp that says them."""
+    """Reads a file, if it has no stamp, for its size and crc32c."""
     stamp = read_stamp(path)
     if not stamp:
-        num_bytes = crc32c = 0
-        with open(path, "rb") as file:
-            while block := file.read(WRITE_BUFFER_BYTES):
-                num_bytes += len(block)
-                crc32c = google_crc32c.extend(crc32c, block)
-        stamp = Stamp("", 0, num_bytes, _crc32c_text(crc32c), 0)
+        stamp = Stamp("", 0, os.path.getsize(path), read_crc32c(path), 0)
     return FinishedShard(path, stamp)
+
+
+def read_crc32c(path: str) -> str:
+    """Reads a file for its crc32c, as in `Stamp`."""
+    crc32c = 0
+    with open(path, "rb") as file:
+        while block := file.read(READ_BLOCK_BYTES):
+            crc32c = google_crc32c.extend(crc32c, block)
+    return _crc32c_text(crc32c)
 
 
 class RecordWriter:
@@ -1476,6 +1486,11 @@ def _written_shard(future: Future) -> FinishedShard:
             "memory. Finished shards are kept: run the same command again with fewer "
             "--num_workers."
         ) from error
+    except ImportError as error:
+        raise RunError(
+            f"TensorFlow cannot be imported: {error}. Run pip install -r "
+            "requirements.txt in a new virtual environment."
+        ) from error
     except OSError as error:
         raise RunError(
             f"Cannot write {error.filename}: {error.strerror}. Finished shards are "
@@ -1552,10 +1567,11 @@ def _start_worker() -> None:
         signal.signal(signal_number, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # libjpeg's warnings, one for each skeleton
-    import tensorflow as tf
+    with contextlib.suppress(ImportError):  # the first image will raise it again
+        import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def _die_with_parent() -> None:
@@ -1729,6 +1745,7 @@ class Destination:
                 except refused:
                     raise
                 except Exception as error:  # noqa: BLE001
+                    _check_undamaged(shard)
                     logging.warning(
                         "Uploading %s again in %s: %s.",
                         shard.name,
@@ -1752,11 +1769,10 @@ class Destination:
             retry=_retry(600),
         )
         # The client passes the checksum on for files above 8 MiB only.
-        found = StoredObject(blob.size, blob.crc32c, shard.stamp.digest)
-        if not found.holds(shard.stamp):
-            raise RunError(
-                f"the bucket holds {found.num_bytes:,} bytes of crc32c {found.crc32c}, "
-                f"not {shard.stamp.num_bytes:,} of {shard.stamp.crc32c}"
+        if not StoredObject.listed(blob).holds(shard.stamp):
+            raise ValueError(
+                f"the bucket holds {blob.size:,} bytes of crc32c {blob.crc32c}, not "
+                f"{shard.stamp.num_bytes:,} of {shard.stamp.crc32c}"
             )
         return shard
 
@@ -1786,6 +1802,8 @@ class Destination:
         place = f"{self.path}/{filename}".removesuffix("/")
         try:
             yield
+        except RunError:
+            raise
         except DefaultCredentialsError as error:
             remedy = (
                 "Run `gcloud auth application-default login`, or attach a service "
@@ -1812,6 +1830,20 @@ class Destination:
             remedy = "Run the same command again: it goes on from here."
             message = f"Cloud Storage failed at {place}: {_said(error)}. {remedy}"
             raise RunError(message) from error
+
+
+def _check_undamaged(shard: FinishedShard) -> None:
+    """Checks that a file whose upload failed is still as it was written.
+
+    Raises:
+      RunError: It is not; its stamp is removed, so that it will be written again.
+    """
+    if read_crc32c(shard.path) != shard.stamp.crc32c:
+        os.unlink(_stamp_path(shard.path))
+        raise RunError(
+            f"{shard.path} has changed since it was written. Run the same command "
+            "again: it writes it again."
+        )
 
 
 def _retry(seconds: float) -> retry.Retry:
@@ -2029,8 +2061,12 @@ def _prepare(options: Options) -> Job:
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     work = find_work(options.share(shards), options.scratch_dir, objects)
     problems += _scratch_problems(options, work)
-    if destination and objects:
-        problems += _foreign_objects(destination, objects, shards)
+    if destination and (foreign := _foreign(objects or (), shards)):
+        problems.append(
+            f"{destination.path} must hold no other train-* and validation-* than this "
+            f"run's, for models read them all; found {_some(foreign)}. Delete them, or "
+            "choose another directory."
+        )
     if problems:
         raise InvalidInputError(*problems)
     return Job(options, dataset.synsets, shards, destination, objects, work)
@@ -2075,22 +2111,22 @@ def _open_destination(
     return destination, objects or {}
 
 
-def _foreign_objects(
-    destination: Destination, objects: Iterable[str], shards: Iterable[Shard]
-) -> list[str]:
-    """Words what the models would read besides the shards of this plan."""
+def _foreign(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
+    """Picks what models would read besides the shards of this plan."""
     planned = {shard.name for shard in shards}
     pattern = re.compile(f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-")
-    foreign = sorted(n for n in objects if pattern.match(n) and n not in planned)
-    if not foreign:
-        return []
-    return [
-        (
-            f"{destination.path} must hold no other train-* and validation-* than this "
-            f"run's, for models read them all; found {_some(foreign)}. Delete them, or "
-            "choose another directory."
+    return sorted(n for n in filenames if pattern.match(n) and n not in planned)
+
+
+def _warn_of_foreign_files(scratch_dir: str, shards: Iterable[Shard]) -> None:
+    found = [path.name for path in pathlib.Path(scratch_dir).glob("*/*-of-*")]
+    if foreign := _foreign(found, shards):
+        logging.warning(
+            "%s also holds %s of another plan: %s. Remove what you do not need.",
+            scratch_dir,
+            _count(len(foreign), "shard"),
+            _some(foreign),
         )
-    ]
 
 
 def _scratch_problems(options: Options, work: Work) -> Iterator[str]:
@@ -2511,6 +2547,7 @@ def run(
         start_forkserver()
     job = _prepare(options)
     _log_intent(job)
+    _warn_of_foreign_files(options.scratch_dir, job.shards)
     if not options.dry_run:
         with _locked(options):
             _carry_out(job)
@@ -2568,12 +2605,14 @@ class Stopped(BaseException):
 
 
 def _raise_stopped(signal_number: int, _: object) -> NoReturn:
+    for other in STOP_SIGNALS:  # one is enough
+        signal.signal(other, signal.SIG_IGN)
     raise Stopped(signal_number)
 
 
-def _end_at_signals() -> None:
-    """Ends the run at a signal, but for those that `nohup` and the like have off."""
-    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+def _stop_at_signals() -> None:
+    """Stops the run at a signal, but for those that `nohup` and the like ignore."""
+    for signal_number in STOP_SIGNALS:
         if signal.getsignal(signal_number) != signal.SIG_IGN:
             signal.signal(signal_number, _raise_stopped)
 
@@ -2593,7 +2632,7 @@ def main(arguments: Sequence[str]) -> None:
         logging.set_verbosity(logging.INFO)
     if len(arguments) > 1:
         raise app.UsageError(f"All arguments must be flags; found {arguments[1]!r}.")
-    _end_at_signals()
+    _stop_at_signals()
     try:
         _run_flags()
     except (InvalidInputError, BadImagesError) as error:
