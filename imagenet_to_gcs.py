@@ -1420,6 +1420,7 @@ def write_and_upload(
     finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
     writing: set[Future] = set()
     uploading: set[Future] = set()
+    waiting = collections.deque(to_write)
     outcome = Outcome([], [])
 
     def start(future: Future, running: set[Future]) -> None:
@@ -1429,10 +1430,10 @@ def write_and_upload(
     with (
         _closing(concurrent.futures.ThreadPoolExecutor(UPLOAD_THREADS)) as uploaders,
         _closing(_worker_pool(num_workers)) as workers,
+        _failures_in_words(),
     ):
         for shard in to_upload:
             start(uploaders.submit(upload, shard), uploading)
-        waiting = collections.deque(to_write)
         while waiting or writing or uploading:
             while waiting and len(writing) + len(uploading) < max_unfinished:
                 planned = waiting.popleft()
@@ -1449,7 +1450,7 @@ def write_and_upload(
                 continue
             writing.remove(future)
             try:
-                written = _written_shard(future)
+                written = future.result()
             except BadImagesError as error:
                 outcome.bad_images.extend(error.bad_images)
                 continue
@@ -1471,18 +1472,17 @@ def _closing(
     pool.shutdown()
 
 
-def _written_shard(future: Future) -> FinishedShard:
-    """Returns what a worker wrote, with its failures in words.
+@contextlib.contextmanager
+def _failures_in_words() -> Iterator[None]:
+    """Says in one line why a worker could not write its shard.
 
     Raises:
-      BadImagesError: Bad images kept it from writing the shard.
-      RunError: Anything else did.
+      RunError: In place of the worker's error.
     """
     try:
-        return future.result()
+        yield
     except concurrent.futures.process.BrokenProcessPool as error:
-        # A signal to all of the run's processes reaches a worker as soon as us.
-        time.sleep(0.2)
+        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
         raise RunError(
             "A worker process was killed, most likely by the kernel for want of "
             "memory. Finished shards are kept: run the same command again with fewer "
@@ -1802,36 +1802,43 @@ class Destination:
         from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 
         place = f"{self.path}/{filename}".removesuffix("/")
+        login = "Run `gcloud auth application-default login`"
+        role = "Grant roles/storage.objectUser on the bucket to the account of this run"
+        bucket = f"gs://{self.path.bucket}"
+        causes: list[tuple[Any, str, str]] = [
+            (
+                DefaultCredentialsError,
+                f"No credentials for {place}",
+                f"{login}, or attach a service account to the VM.",
+            ),
+            (
+                (GoogleAuthError, exceptions.Unauthorized),
+                f"The login for {place} is not valid",
+                f"{login} again.",
+            ),
+            (
+                exceptions.Forbidden,
+                f"Access to {place} is denied",
+                f"{role}; a VM also needs the access scope cloud-platform.",
+            ),
+            (
+                exceptions.NotFound,
+                f"No bucket for {place}",
+                f"Create it: gcloud storage buckets create {bucket}",
+            ),
+            (
+                Exception,
+                f"Cloud Storage failed at {place}",
+                "Run the same command again: it goes on from here.",
+            ),
+        ]
         try:
             yield
         except RunError:
             raise
-        except DefaultCredentialsError as error:
-            remedy = (
-                "Run `gcloud auth application-default login`, or attach a service "
-                "account to the VM."
-            )
-            message = f"No credentials for {place}: {_said(error)}. {remedy}"
-            raise RunError(message) from error
-        except (GoogleAuthError, exceptions.Unauthorized) as error:
-            remedy = "Run `gcloud auth application-default login` again."
-            message = f"The login for {place} is not valid: {_said(error)}. {remedy}"
-            raise RunError(message) from error
-        except exceptions.Forbidden as error:
-            remedy = (
-                "Grant roles/storage.objectUser on the bucket to the account of this "
-                "run; a VM also needs the access scope cloud-platform."
-            )
-            message = f"Access to {place} is denied: {_said(error)}. {remedy}"
-            raise RunError(message) from error
-        except exceptions.NotFound as error:
-            remedy = f"Create it: gcloud storage buckets create gs://{self.path.bucket}"
-            message = f"No bucket for {place}: {_said(error)}. {remedy}"
-            raise RunError(message) from error
         except Exception as error:
-            remedy = "Run the same command again: it goes on from here."
-            message = f"Cloud Storage failed at {place}: {_said(error)}. {remedy}"
-            raise RunError(message) from error
+            what, remedy = next(c[1:] for c in causes if isinstance(error, c[0]))
+            raise RunError(f"{what}: {_said(error)}. {remedy}") from error
 
 
 def _check_undamaged(shard: FinishedShard) -> None:
@@ -1864,8 +1871,9 @@ def _said(error: BaseException) -> str:
         text = response.json()["error"]["message"]  # type: ignore[union-attr]
     except Exception:  # noqa: BLE001  # no response, or none of that shape
         text = str(cause)
-    code = getattr(cause, "code", None)
-    words = " ".join(f"{int(code) if code else ''} {text or repr(cause)}".split())
+    code = getattr(cause, "code", "")
+    text = f"{code:d} {text}" if isinstance(code, int) else text or repr(cause)
+    words = " ".join(text.split())
     return words[:300].rstrip(".")
 
 
