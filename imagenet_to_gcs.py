@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "absl-py>=2.1.0",
-#   "google-cloud-storage>=3.4.0",
+#   "google-cloud-storage>=3.4.1",
 #   "tensorflow>=2.17.0",
 # ]
 # ///
@@ -76,6 +76,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeAlias
 
@@ -120,7 +121,7 @@ READ_BLOCK_BYTES = 2**20
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
 
 UPLOAD_THREADS = 8  # the client's connection pool holds 10
-UPLOAD_CHUNK_BYTES = 2**24  # in memory for each thread; a multiple of 2**18
+UPLOAD_CHUNK_BYTES = 6 * 2**20  # twice in memory for each thread
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 PROGRESS_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -129,6 +130,20 @@ PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 FLAGS = flags.FLAGS
+FLAGS_OF_OPTIONS = (  # and --project, which is the field gcs_project
+    "raw_data_dir",
+    "gcs_upload",
+    "gcs_output_path",
+    "local_scratch_dir",
+    "num_workers",
+    "training_shards",
+    "validation_shards",
+    "keep_local_shards",
+    "task_index",
+    "task_count",
+    "fake_imagenet",
+    "dry_run",
+)
 
 flags.DEFINE_string("project", None, "Google Cloud project of the upload.")
 flags.DEFINE_string(
@@ -276,7 +291,8 @@ class ImageSource:
     Attributes:
       path: Of the directory, of the tar, or of the tar that holds the tar.
       synset: Of all its images; empty where they are of many classes.
-      start, end: The tar's place in the file, bytes; None for a directory.
+      start: Where the tar begins in the file, bytes; None for a directory.
+      end: Where it ends; None for the end of the file.
     """
 
     path: str
@@ -425,7 +441,7 @@ def find_classes(raw_data_dir: str) -> list[ImageSource]:
                 directories[entry.name] = ImageSource(entry.path, entry.name)
             elif entry.name.endswith(".tar"):
                 synset = entry.name.removesuffix(".tar")
-                tars[synset] = ImageSource(entry.path, synset, 0, entry.stat().st_size)
+                tars[synset] = ImageSource(entry.path, synset, start=0)
     classes = directories or tars
     if directories:
         _check_extracted(training_dir, directories, tars)
@@ -500,6 +516,8 @@ def _list_training(
             + _no_images(empty[0].path, f"*{IMAGE_SUFFIX}")
         )
     if problems:
+        rest = len(problems) - 3
+        problems[3:] = [f"The same holds for {rest:,} more."] if rest > 0 else []
         raise InvalidInputError(*problems)
     return images
 
@@ -525,7 +543,7 @@ def list_validation(raw_data_dir: str) -> list[RawImage]:
             images = ImageSource(validation_dir).list() or _list_folders(validation_dir)
         if not images and os.path.isfile(tar_path):
             place = tar_path
-            images = ImageSource(tar_path, "", 0, os.path.getsize(tar_path)).list()
+            images = ImageSource(tar_path, start=0).list()
         if not images:
             problems.append(_no_images(place, f"*{IMAGE_SUFFIX}"))
     labels: list[str] = []
@@ -577,7 +595,12 @@ def read_labels(labels_path: str) -> list[str]:
       InvalidInputError: No such file, or a line that is not a single word.
     """
     try:
-        text = pathlib.Path(labels_path).read_text("utf-8-sig", errors="replace")
+        text = pathlib.Path(labels_path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"{labels_path} must be text in UTF-8; found {error.object[:4]!r} at its "
+            "start. Save it as UTF-8."
+        ) from error
     except OSError as error:
         raise InvalidInputError(
             f"Cannot read {labels_path}: {error.strerror}. It must hold the synset "
@@ -636,7 +659,11 @@ def list_tar(path: str, start: int = 0, end: int | None = None) -> list[TarMembe
             + (f" (the one within it at byte {start:,})" if start else "")
             + f": {reason}. Download it again, and compare its checksum."
         ) from error
-    return [m for m in members if not m.name.startswith("/") and ".." not in m.name]
+    return [
+        member
+        for member in members
+        if not member.name.startswith("/") and ".." not in member.name.split("/")
+    ]
 
 
 def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | None:
@@ -650,19 +677,23 @@ def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | Non
         if header == bytes(TAR_BLOCK_BYTES):
             return members
         checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        if f"{checksum:06o}".encode() not in header[148:156]:
+        if _octal(header[148:156]) != checksum:
             raise ValueError(_not_a_tar(header, position))
         is_plain = header[156] in b"0\0" and header[345] == 0
         if not is_plain or header[124] >= 0x80 or header[136] >= 0x80:
             return None
-        fields = (header[124:136].strip(b" \0"), header[136:148].strip(b" \0"))
-        if not all(field.isdigit() for field in fields):
+        num_bytes, mtime = _octal(header[124:136]), _octal(header[136:148])
+        if num_bytes is None or mtime is None:
             raise ValueError(_not_a_tar(header, position))
-        num_bytes, mtime = (int(field, 8) for field in fields)
         name = os.fsdecode(header[:100].split(b"\0")[0])
         position += TAR_BLOCK_BYTES
         members.append(TarMember(name, position, num_bytes, mtime))
         position += math.ceil(num_bytes / TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.strip(b" \0")
+    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else None
 
 
 def _not_a_tar(header: bytes, position: int) -> str:
@@ -878,8 +909,9 @@ class Skeleton:
     """The marker segments of a JPEG, without the entropy-coded data between them.
 
     Attributes:
-      jpeg: The segments, about 2 KB, closed by the end marker.
-      height, width, num_components: As the frame header declares them.
+      jpeg: The segments, about 2 KB, closed by the end marker, as of an image of 8 x 8
+        pixels, so that decoding it takes no time and no memory.
+      height, width, num_components: As the image's frame header declares them.
     """
 
     jpeg: bytes
@@ -908,13 +940,14 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 
 # FF 00 is a data byte FF, FF FF is filling, FF D0 to FF D7 are restart markers
 # inside the data: all others begin a segment (ITU-T T.81, B.1.1).
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_FILLING = 0xFF
+_RESTART_MARKERS = frozenset(range(0xD0, 0xD8))
 _END_MARKER = 0xD9
 _BARE_MARKER = 0x01
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
-# TensorFlow's own limit on height x width x channels (jpeg_mem.cc).
-_MAX_VALUES = 2**29
+_MAX_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+_MAX_VALUES = 2**29  # height x width x components; TensorFlow's limit (jpeg_mem.cc)
 
 
 def encode_image(image: RawImage) -> EncodedImage:
@@ -966,31 +999,37 @@ def read_skeleton(data: bytes) -> Skeleton:
     """
     if not data.startswith(JPEG_START):
         raise _ImageError(_not_a_jpeg(data))
+    import numpy as np
+
+    values = np.frombuffer(data, np.uint8)
+    is_marker = ((values[:-1] == 0xFF) & (values[1:] != 0)).tobytes()
     segments = [data[:2]]
     frame = b""
     position = 2
-    while True:
-        found = _MARKER.search(data, position)
-        if not found:
-            raise _ImageError("it is cut short: no end marker")
-        start = found.start()
-        marker = data[start + 1]
-        if marker == _END_MARKER:
-            break
+    while (start := is_marker.find(1, position)) >= 0:
         position = start + 2
-        if marker != _BARE_MARKER:
-            # The length counts its own two bytes; one that says less is damaged, and
-            # libjpeg must see it to say so.
-            length = int.from_bytes(data[position : position + 2], "big")
-            position += max(2, length)
-        segments.append(data[start:position])
-        if marker in _FRAME_MARKERS and not frame:
-            frame = segments[-1]
-    segments.append(b"\xff\xd9")
+        marker = data[start + 1]
+        if marker == _FILLING:
+            position = start + 1
+        elif marker == _END_MARKER:
+            break
+        elif marker not in _RESTART_MARKERS:
+            if marker != _BARE_MARKER:
+                # The length counts its own two bytes; one that says less is damaged,
+                # and libjpeg must see it to say so.
+                length = int.from_bytes(data[position : position + 2], "big")
+                position += max(2, length)
+            segments.append(data[start:position])
+            if marker in _FRAME_MARKERS and not frame:
+                frame = segments[-1]
+                segments[-1] = frame[:5] + struct.pack(">HH", 8, 8) + frame[9:]
+    else:
+        raise _ImageError("it is cut short: no end marker")
     if len(frame) < 10:
         raise _ImageError("it has no frame header")
     height, width, num_components = struct.unpack_from(">HHB", frame, 5)
-    return Skeleton(b"".join(segments), height, width, num_components)
+    jpeg = b"".join((*segments, data[start : start + 2]))
+    return Skeleton(jpeg, height, width, num_components)
 
 
 def _not_a_jpeg(data: bytes) -> str:
@@ -999,21 +1038,23 @@ def _not_a_jpeg(data: bytes) -> str:
 
 def _check_values(height: int, width: int, num_components: int = 3) -> None:
     """Refuses what a small file could blow up to gigabytes, as a full decode does."""
+    declared = f"its header declares {width:,} x {height:,} pixels"
+    if max(height, width) > _MAX_SIDE:
+        raise _ImageError(f"{declared}; no side may have more than {_MAX_SIDE:,}")
     if not 0 < height * width * num_components < _MAX_VALUES:
         raise _ImageError(
-            f"its header declares {width:,} x {height:,} pixels of {num_components} "
-            f"components; the product must be from 1 to {_MAX_VALUES - 1:,}"
+            f"{declared} of {num_components} components; the product must be from 1 "
+            f"to {_MAX_VALUES - 1:,}"
         )
 
 
 def _check_decodes(skeleton: Skeleton) -> None:
     import tensorflow as tf
 
-    # To grey is a third faster, and has the same verdict; CMYK cannot be made grey.
-    channels = 1 if skeleton.num_components in (1, 3) else 3
-
     def decode() -> None:
-        tf.raw_ops.DecodeJpeg(contents=skeleton.jpeg, channels=channels, ratio=8)
+        # Bytes, or an int where a float is meant, would be converted the slow way.
+        contents = tf.constant(skeleton.jpeg)
+        tf.raw_ops.DecodeJpeg(contents=contents, ratio=8, acceptable_fraction=1.0)
 
     try:
         decode()
@@ -1087,35 +1128,24 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
 
     Protobuf's map would otherwise be written in an order that changes from run to run.
+    A new `Example` filled in place is three times as fast as one made of parts; one
+    that is filled again keeps every JPEG in its memory.
     """
     import tensorflow as tf
 
-    features = {
-        "image/height": _int64_feature(encoded.height),
-        "image/width": _int64_feature(encoded.width),
-        "image/colorspace": _bytes_feature(b"RGB"),
-        "image/channels": _int64_feature(3),
-        "image/class/label": _int64_feature(image.label),
-        "image/class/synset": _bytes_feature(os.fsencode(image.synset)),
-        "image/format": _bytes_feature(b"JPEG"),
-        "image/filename": _bytes_feature(os.fsencode(image.filename)),
-        "image/encoded": _bytes_feature(encoded.jpeg),
-    }
-    example = tf.train.Example(features=tf.train.Features(feature=features))
+    example = tf.train.Example()
+    feature = example.features.feature
+    feature["image/height"].int64_list.value.append(encoded.height)
+    feature["image/width"].int64_list.value.append(encoded.width)
+    feature["image/colorspace"].bytes_list.value.append(b"RGB")
+    feature["image/channels"].int64_list.value.append(3)
+    feature["image/class/label"].int64_list.value.append(image.label)
+    feature["image/class/synset"].bytes_list.value.append(os.fsencode(image.synset))
+    feature["image/format"].bytes_list.value.append(b"JPEG")
+    feature["image/filename"].bytes_list.value.append(os.fsencode(image.filename))
+    feature["image/encoded"].bytes_list.value.append(encoded.jpeg)
     serialized: bytes = example.SerializeToString(deterministic=True)
     return serialized
-
-
-def _int64_feature(value: int) -> tf.train.Feature:
-    import tensorflow as tf
-
-    return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-
-
-def _bytes_feature(value: bytes) -> tf.train.Feature:
-    import tensorflow as tf
-
-    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
 
 # ---------------------------------------------------------------------------------
@@ -1427,6 +1457,8 @@ def write_and_upload(
         running.add(future)
         future.add_done_callback(finished.put)
 
+    if to_write:
+        start_forkserver()
     with (
         _closing(concurrent.futures.ThreadPoolExecutor(UPLOAD_THREADS)) as uploaders,
         _closing(_worker_pool(num_workers)) as workers,
@@ -1501,7 +1533,6 @@ def _failures_in_words() -> Iterator[None]:
 
 
 def _worker_pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    start_forkserver()
     return concurrent.futures.ProcessPoolExecutor(
         num_workers,
         multiprocessing.get_context("forkserver"),
@@ -1513,40 +1544,25 @@ def start_forkserver() -> None:
     """Starts the process that imports TensorFlow once and forks the workers.
 
     It returns at once: the import, some seconds of it, goes on while the raw
-    directory is listed. The server imports this file under its module name to get at
-    `_preload`; PYTHONPATH leads it there. What TensorFlow and CUDA print on their
-    import goes to /dev/null unless the user's TF_CPP_MIN_LOG_LEVEL asks for it.
+    directory is listed. The server imports this file by its name, for `_preload`, and
+    so must start where this file is. What TensorFlow and CUDA print on their import
+    goes to /dev/null unless the user's TF_CPP_MIN_LOG_LEVEL asks for it.
     """
     directory, filename = os.path.split(os.path.abspath(__file__))
     module = os.path.splitext(filename)[0] if __name__ == "__main__" else __name__
     sys.modules[module] = sys.modules[__name__]  # what a worker sends back is of it
     multiprocessing.set_forkserver_preload([module])
-    python_path = os.pathsep.join(
-        filter(None, [directory, os.environ.get("PYTHONPATH")])
-    )
+    working_dir = os.open(".", os.O_RDONLY)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            _environment({"PYTHONPATH": python_path, PRELOAD: __name__})
-        )
+        stack.callback(os.close, working_dir)
         if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
             null = stack.enter_context(open(os.devnull, "wb"))
             stack.enter_context(_stderr_to(null.fileno()))
+        stack.callback(os.environ.pop, PRELOAD)
+        os.environ[PRELOAD] = __name__
+        stack.callback(os.fchdir, working_dir)
+        os.chdir(directory)
         multiprocessing.forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables for the processes that start meanwhile."""
-    kept = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _preload() -> None:
@@ -1739,6 +1755,7 @@ class Destination:
             exceptions.NotFound,
             exceptions.Unauthorized,
             RefreshError,
+            TypeError,
         )
         with self._explained(shard.name):
             for seconds in RETRY_SECONDS:
@@ -1765,7 +1782,7 @@ class Destination:
         blob.upload_from_filename(
             shard.path,
             content_type="application/octet-stream",
-            timeout=300,  # for each chunk: 16 MiB at 0.06 MB/s
+            timeout=300,  # for each chunk: 0.02 MB/s at least
             checksum="crc32c",
             crc32c_checksum_value=shard.stamp.crc32c,
             retry=_retry(600),
@@ -1901,6 +1918,7 @@ class Options:
     keep_local_shards: bool = True
     task_index: int = 0
     task_count: int = 1
+    fake_imagenet: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -1925,6 +1943,11 @@ class Options:
         )
 
     @property
+    def draws(self) -> bool:
+        """Whether to draw the fake ImageNet first, if it is not there."""
+        return self.fake_imagenet and not self.dry_run
+
+    @property
     def workers(self) -> int:
         return self.num_workers or _num_processors()
 
@@ -1942,6 +1965,8 @@ class Options:
     def _directory_problems(self) -> Iterator[str]:
         if not self.raw_data_dir:
             yield "--raw_data_dir must name the directory of the raw ImageNet."
+        elif self.draws and not os.path.lexists(self.raw_data_dir):
+            pass  # it will be made
         elif not os.path.isdir(self.raw_data_dir):
             yield (
                 f"--raw_data_dir={self.raw_data_dir} must be a directory with "
@@ -2069,6 +2094,7 @@ def _prepare(options: Options) -> Job:
         with _collecting(problems):
             destination, objects = opened.result()
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
+    _warn_of_foreign_files(options.scratch_dir, shards)
     work = find_work(options.share(shards), options.scratch_dir, objects)
     problems += _scratch_problems(options, work)
     if destination and (foreign := _foreign(objects or (), shards)):
@@ -2185,11 +2211,12 @@ def _locked(options: Options) -> Iterator[None]:
 def _log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
     options, work = job.options, job.work
-    if not (work.to_write and len(work.to_write) == len(job.shards)):
+    num_shards = len(options.share(job.shards))
+    if len(work.to_write) < num_shards:
         logging.info(
             "Resuming: %s of %s are up to date, %s only to be uploaded.",
             f"{len(work.done):,}",
-            _count(len(options.share(job.shards)), "shard"),
+            _count(num_shards, "shard"),
             f"{len(work.to_upload):,}",
         )
     if options.task_count > 1:
@@ -2225,7 +2252,7 @@ def _carry_out(job: Job) -> None:
         _remove_manifest(job)
     outcome = _write_and_upload(job)
     if outcome.bad_images:
-        raise BadImagesError(*outcome.bad_images)
+        raise BadImagesError(*sorted(outcome.bad_images, key=lambda bad: bad.path))
     stored = dict(job.work.done)
     stored.update((s.name, StoredObject.of(s.stamp)) for s in outcome.finished)
     objects = job.objects
@@ -2445,6 +2472,7 @@ def make_fake_imagenet(raw_data_dir: str, num_workers: int) -> None:
         f"{VALIDATION_DIRECTORY}/ILSVRC2012_val_{i + 1:08d}.JPEG"
         for i in range(FAKE_VALIDATION_IMAGES)
     ]
+    start_forkserver()
     with _closing(_worker_pool(num_workers)) as workers:
         paths = [root / path for path in training + validation]
         drawn = workers.map(draw_fake_image, paths, range(len(paths)), chunksize=16)
@@ -2507,14 +2535,7 @@ def run(
     gcs_output_path: str | None = None,
     local_scratch_dir: str | None = None,
     client: storage.Client | None = None,
-    *,
-    num_workers: int | None = None,
-    training_shards: int = TRAINING_SHARDS,
-    validation_shards: int = VALIDATION_SHARDS,
-    keep_local_shards: bool = True,
-    task_index: int = 0,
-    task_count: int = 1,
-    dry_run: bool = False,
+    **options: Any,
 ) -> None:
     """Writes the shards that are missing, and uploads those that the bucket misses.
 
@@ -2522,44 +2543,32 @@ def run(
       raw_data_dir: `train/`, `validation/` and `synset_labels.txt`.
       gcs_upload: Whether to upload, which takes a project and an output path.
       gcs_output_path: `gs://bucket` or `gs://bucket/directory`.
-      local_scratch_dir: Where the shards go; by default `tf_records` under the raw
-        directory.
+      local_scratch_dir: By default `tf_records` under the raw directory.
       client: To use for the upload instead of a new one.
-      num_workers: Encoding processes; by default the processors of this process.
-      training_shards, validation_shards: How many of each to write.
-      keep_local_shards: Whether a shard stays in the scratch directory once it is in
-        the bucket.
-      task_index, task_count: This run writes the shards whose number is `task_index`
-        modulo `task_count`.
-      dry_run: Only check, and log what would be done.
+      **options: Other fields of `Options`.
 
     Raises:
       InvalidInputError: A ValueError: what must be mended before a run can begin.
       BadImagesError: A ValueError: all but the shards of these images are done.
       RunError: What stopped the run; finished shards are kept.
     """
-    options = Options(
+    checked = Options(
         raw_data_dir=raw_data_dir,
         gcs_upload=gcs_upload,
         gcs_project=gcs_project,
         gcs_output_path=gcs_output_path,
         local_scratch_dir=local_scratch_dir,
         client=client,
-        num_workers=num_workers,
-        training_shards=training_shards,
-        validation_shards=validation_shards,
-        keep_local_shards=keep_local_shards,
-        task_index=task_index,
-        task_count=task_count,
-        dry_run=dry_run,
+        **options,
     )
-    if not options.dry_run:
+    if not checked.dry_run:
         start_forkserver()
-    job = _prepare(options)
+    if checked.draws:
+        make_fake_imagenet(checked.raw_dir, checked.workers)
+    job = _prepare(checked)
     _log_intent(job)
-    _warn_of_foreign_files(options.scratch_dir, job.shards)
-    if not options.dry_run:
-        with _locked(options):
+    if not checked.dry_run:
+        with _locked(checked):
             _carry_out(job)
 
 
@@ -2642,9 +2651,11 @@ def main(arguments: Sequence[str]) -> None:
         logging.set_verbosity(logging.INFO)
     if len(arguments) > 1:
         raise app.UsageError(f"All arguments must be flags; found {arguments[1]!r}.")
+    warnings.filterwarnings("ignore", module="google", category=FutureWarning)
     _stop_at_signals()
     try:
-        _run_flags()
+        options: dict[str, Any] = {name: FLAGS[name].value for name in FLAGS_OF_OPTIONS}
+        run(gcs_project=FLAGS.project, **options)
     except (InvalidInputError, BadImagesError) as error:
         for line in str(error).splitlines():
             logging.error("%s", line)
@@ -2657,25 +2668,6 @@ def main(arguments: Sequence[str]) -> None:
             "Stopped by %s; the same command goes on from here.", error.signal.name
         )
         _exit(128 + error.signal)
-
-
-def _run_flags() -> None:
-    if FLAGS.fake_imagenet:
-        make_fake_imagenet(FLAGS.raw_data_dir, FLAGS.num_workers or _num_processors())
-    run(
-        FLAGS.raw_data_dir,
-        FLAGS.gcs_upload,
-        FLAGS.project,
-        FLAGS.gcs_output_path,
-        FLAGS.local_scratch_dir,
-        num_workers=FLAGS.num_workers,
-        training_shards=FLAGS.training_shards,
-        validation_shards=FLAGS.validation_shards,
-        keep_local_shards=FLAGS.keep_local_shards,
-        task_index=FLAGS.task_index,
-        task_count=FLAGS.task_count,
-        dry_run=FLAGS.dry_run,
-    )
 
 
 def _exit(status: int) -> NoReturn:

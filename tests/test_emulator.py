@@ -51,7 +51,7 @@ def bucket(emulator: Emulator) -> storage.Bucket:
 
 
 def crc32c_of(data: bytes) -> str:
-    return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
+    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
 
 
 def upload(
