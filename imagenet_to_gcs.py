@@ -1315,8 +1315,13 @@ def _crc32c_text(crc32c: int) -> str:
 
 
 @contextlib.contextmanager
-def _complete_or_absent(path: str) -> Iterator[BinaryIO]:
-    """Opens a file that appears under its name only once it is whole and on disk."""
+def _complete_or_absent(path: str, on_disk: bool = True) -> Iterator[BinaryIO]:
+    """Opens a file that appears under its name only once it is whole.
+
+    Args:
+      on_disk: Whether it must also survive a loss of power. A JSON file need not: cut
+        off, it cannot be read, and is as good as absent.
+    """
     directory, name = os.path.split(path)
     temporary_path = os.path.join(directory, f".{name}{TEMPORARY_SUFFIX}")
     os.makedirs(directory, exist_ok=True)
@@ -1324,7 +1329,8 @@ def _complete_or_absent(path: str) -> Iterator[BinaryIO]:
     try:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        if on_disk:
+            os.fsync(file.fileno())
         file.close()
         os.replace(temporary_path, path)
     except BaseException as error:
@@ -1338,7 +1344,7 @@ def _complete_or_absent(path: str) -> Iterator[BinaryIO]:
 
 
 def _write_json(path: str, value: Mapping[str, Any]) -> None:
-    with _complete_or_absent(path) as file:
+    with _complete_or_absent(path, on_disk=False) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
