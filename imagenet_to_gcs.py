@@ -75,6 +75,7 @@ import struct
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -114,6 +115,7 @@ IMAGE_SUFFIX = ".JPEG"
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TAR_BLOCK_BYTES = 512
+MOST_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
 COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
 LISTING_THREADS = 8  # a cold directory on a network disk takes milliseconds
 WRITE_BUFFER_BYTES = 2**20
@@ -180,7 +182,7 @@ flags.DEFINE_bool(
     "Keep a shard in --local_scratch_dir after its upload, or remove it.",
 )
 flags.DEFINE_integer(
-    "task_index", 0, "Which of --task_count machines this is, counted from 0."
+    "task_index", None, "Which of --task_count machines this is, counted from 0."
 )
 flags.DEFINE_integer(
     "task_count", 1, "How many machines share the work; each has its own index."
@@ -323,7 +325,8 @@ class ImageSource:
 
     def _list_tar(self, label: int) -> Iterable[RawImage]:
         images = {}  # a name that comes again replaces the first, as in extracting
-        for member in list_tar(self.path, self.start or 0, self.end):
+        name = f"{self.synset}.tar" if self.start else ""
+        for member in list_tar(self.path, self.start or 0, self.end, name):
             filename = os.path.basename(member.name)
             if _is_image_name(filename):
                 images[filename] = RawImage(
@@ -459,10 +462,13 @@ def find_classes(raw_data_dir: str) -> list[ImageSource]:
 def _classes_in_tar(tar_path: str) -> dict[str, ImageSource]:
     classes = {}
     for member in list_tar(tar_path):
-        if member.name.endswith(".tar"):
-            synset = os.path.basename(member.name).removesuffix(".tar")
+        filename = os.path.basename(member.name)
+        if filename.endswith(".tar") and not filename.startswith("."):
+            synset = filename.removesuffix(".tar")
             end = member.offset + member.num_bytes
             classes[synset] = ImageSource(tar_path, synset, member.offset, end)
+    if not classes:
+        raise InvalidInputError(f"No tars match *.tar in {tar_path}.")
     return classes
 
 
@@ -568,7 +574,7 @@ def _list_folders(validation_dir: str) -> list[RawImage]:
         if entry.is_dir() and not entry.name.startswith(".")
         for image in ImageSource(entry.path, entry.name).list()
     ]
-    return sorted(images, key=lambda image: image.filename)
+    return sorted(images, key=lambda image: (image.filename, image.synset))
 
 
 def _with_synsets(
@@ -633,7 +639,9 @@ class TarMember:
     mtime: int
 
 
-def list_tar(path: str, start: int = 0, end: int | None = None) -> list[TarMember]:
+def list_tar(
+    path: str, start: int = 0, end: int | None = None, name: str = ""
+) -> list[TarMember]:
     """Lists the files in a tar, or in a tar within a file, by their headers.
 
     Links, and names that would lead out of a directory, are left out. Plain headers
@@ -642,6 +650,7 @@ def list_tar(path: str, start: int = 0, end: int | None = None) -> list[TarMembe
 
     Args:
       start, end: Where the tar begins and ends in the file, bytes.
+      name: Of a tar within the file.
 
     Raises:
       InvalidInputError: Not a tar, a compressed one, or one that is cut short.
@@ -654,10 +663,12 @@ def list_tar(path: str, start: int = 0, end: int | None = None) -> list[TarMembe
                 members = _read_headers_with_tarfile(file, start, end)
     except (OSError, ValueError, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or error
+        is_compressed = "decompress" in str(error)
         raise InvalidInputError(
             f"Cannot list the tar {path}"
-            + (f" (the one within it at byte {start:,})" if start else "")
-            + f": {reason}. Download it again, and compare its checksum."
+            + (f" ({name} within it)" if name else "")
+            + f": {reason}."
+            + ("" if is_compressed else " Download it again, and compare its checksum.")
         ) from error
     return [
         member
@@ -675,6 +686,7 @@ def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | Non
         if position + TAR_BLOCK_BYTES > end or len(header) < TAR_BLOCK_BYTES:
             raise ValueError("it is cut short")
         if header == bytes(TAR_BLOCK_BYTES):
+            _check_end(file, position, end)
             return members
         checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
         if _octal(header[148:156]) != checksum:
@@ -687,13 +699,14 @@ def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | Non
             raise ValueError(_not_a_tar(header, position))
         name = os.fsdecode(header[:100].split(b"\0")[0])
         position += TAR_BLOCK_BYTES
-        members.append(TarMember(name, position, num_bytes, mtime))
+        if not name.endswith("/"):  # a directory of Unix V7's tar
+            members.append(TarMember(name, position, num_bytes, mtime))
         position += math.ceil(num_bytes / TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
 
 
 def _octal(field: bytes) -> int | None:
     digits = field.strip(b" \0")
-    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else None
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
 
 
 def _not_a_tar(header: bytes, position: int) -> str:
@@ -708,15 +721,32 @@ def _read_headers_with_tarfile(file: BinaryIO, start: int, end: int) -> list[Tar
     members = []
     with tarfile.TarFile(fileobj=file) as tar:
         for member in tar:
-            if member.offset_data + member.size > end:
-                raise ValueError("it is cut short")
             if member.isreg() and not member.issparse():
                 members.append(
                     TarMember(
                         member.name, member.offset_data, member.size, int(member.mtime)
                     )
                 )
+        _check_end(file, tar.offset, end)
     return members
+
+
+def _check_end(file: BinaryIO, position: int, end: int) -> None:
+    """Checks that a tar ends in empty blocks, and the file soon after it.
+
+    tarfile takes a damaged or missing header for the end; a piece missing from a
+    download is a hole of zeros, which looks like an end.
+
+    Raises:
+      ValueError: It does not.
+    """
+    rest = os.pread(file.fileno(), min(end - position, MOST_TAR_FILLING + 1), position)
+    if len(rest) < TAR_BLOCK_BYTES:
+        raise ValueError("it is cut short")
+    if any(rest[:TAR_BLOCK_BYTES]):
+        raise ValueError(_not_a_tar(rest, position))
+    if any(rest) or len(rest) > MOST_TAR_FILLING:
+        raise ValueError(f"it is damaged: empty at byte {position:,}, before its end")
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -1323,7 +1353,8 @@ def _complete_or_absent(path: str, on_disk: bool = True) -> Iterator[BinaryIO]:
         off, it cannot be read, and is as good as absent.
     """
     directory, name = os.path.split(path)
-    temporary_path = os.path.join(directory, f".{name}{TEMPORARY_SUFFIX}")
+    unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
+    temporary_path = os.path.join(directory, f".{name}.{unique}{TEMPORARY_SUFFIX}")
     os.makedirs(directory, exist_ok=True)
     file = open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115
     try:
@@ -1922,7 +1953,7 @@ class Options:
     training_shards: int = TRAINING_SHARDS
     validation_shards: int = VALIDATION_SHARDS
     keep_local_shards: bool = True
-    task_index: int = 0
+    task_index: int | None = None
     task_count: int = 1
     fake_imagenet: bool = False
     dry_run: bool = False
@@ -1964,9 +1995,13 @@ class Options:
             return self.training_shards + self.validation_shards
         return self.workers + 2 * UPLOAD_THREADS
 
+    @property
+    def task(self) -> int:
+        return self.task_index or 0
+
     def share(self, shards: Iterable[Shard]) -> list[Shard]:
         """This task's part of a plan, of both splits."""
-        return [s for s in shards if s.index % self.task_count == self.task_index]
+        return [s for s in shards if s.index % self.task_count == self.task]
 
     def _directory_problems(self) -> Iterator[str]:
         if not self.raw_data_dir:
@@ -2007,10 +2042,12 @@ class Options:
             value = getattr(self, flag)
             if value is not None and not 0 < value < 100_000:
                 yield f"--{flag} must be from 1 to 99,999; found {value:,}."
-        if not 0 <= self.task_index < max(self.task_count, 1):
+        if self.task_index is None and self.task_count > 1:
+            yield "--task_index must be given with --task_count."
+        elif not 0 <= self.task < max(self.task_count, 1):
             yield (
                 "--task_index must be from 0 to --task_count - 1; found "
-                f"{self.task_index:,} of {self.task_count:,}."
+                f"{self.task:,} of {self.task_count:,}."
             )
 
 
@@ -2201,7 +2238,7 @@ def _locked(options: Options) -> Iterator[None]:
     """
     name = ".lock"
     if options.task_count > 1:
-        name += f"-{options.task_index}-of-{options.task_count}"
+        name += f"-{options.task}-of-{options.task_count}"
     os.makedirs(options.scratch_dir, exist_ok=True)
     with open(os.path.join(options.scratch_dir, name), "w") as file:
         try:
@@ -2211,6 +2248,12 @@ def _locked(options: Options) -> Iterator[None]:
                 f"Another run is writing to {options.scratch_dir}: wait for its end, "
                 "or choose another --local_scratch_dir."
             ) from None
+        except OSError as error:  # some network file systems cannot
+            logging.warning(
+                "Cannot lock %s (%s): do not run two at once.",
+                options.scratch_dir,
+                error.strerror,
+            )
         yield
 
 
@@ -2229,7 +2272,7 @@ def _log_intent(job: Job) -> None:
         whole = find_work(job.shards, options.scratch_dir, job.objects)
         logging.info(
             "Task %s of %s. Over all tasks, %s of %s are still missing.",
-            f"{options.task_index:,}",
+            f"{options.task:,}",
             f"{options.task_count:,}",
             f"{len(whole.to_write) + len(whole.to_upload):,}",
             _count(len(job.shards), "shard"),
@@ -2256,6 +2299,8 @@ def _carry_out(job: Job) -> None:
     _remove_temporary_files(job.options)
     if not job.work.is_done:
         _remove_manifest(job)
+    if not job.options.keep_local_shards:
+        _remove_uploaded(job)
     outcome = _write_and_upload(job)
     if outcome.bad_images:
         raise BadImagesError(*sorted(outcome.bad_images, key=lambda bad: bad.path))
@@ -2377,19 +2422,27 @@ def check_uploaded(
     ]
     if wrong:
         raise RunError(
-            f"{_count(len(expected), 'object')} in {destination.path} must be as "
-            f"written, but {len(wrong):,} are missing or different: {_some(wrong)}. "
-            "Run the same command again: it uploads them again."
+            f"All {_count(len(expected), 'object')} in {destination.path} must be as "
+            f"written; found {len(wrong):,} missing or different: {_some(wrong)}. Run "
+            "the same command again: it uploads them again."
         )
     return objects
 
 
 def _remove_temporary_files(options: Options) -> None:
     """Removes what a killed run of this task left half written."""
-    pattern = re.compile(rf"\.+\w+-(\d+)-of-\d+(\.json)?{re.escape(TEMPORARY_SUFFIX)}")
-    for path in pathlib.Path(options.scratch_dir).glob(f"*/.*{TEMPORARY_SUFFIX}"):
-        match = pattern.fullmatch(path.name)
-        if match and int(match[1]) % options.task_count == options.task_index:
+    for path in pathlib.Path(options.scratch_dir).rglob(f".*{TEMPORARY_SUFFIX}"):
+        shard = re.search(r"-(\d+)-of-\d+", path.name)
+        index = int(shard[1]) if shard else 0
+        if index % options.task_count == options.task:
+            path.unlink(missing_ok=True)
+
+
+def _remove_uploaded(job: Job) -> None:
+    """Removes shards that the bucket held before this run, but for their stamps."""
+    for shard in job.options.share(job.shards):
+        if shard.name in job.work.done:
+            path = pathlib.Path(shard_path(shard, job.options.scratch_dir))
             path.unlink(missing_ok=True)
 
 
@@ -2431,7 +2484,7 @@ def _write_manifest(job: Job, stored: Mapping[str, StoredObject]) -> None:
     path = _manifest_path(job)
     _write_json(path, manifest)
     finished = measure(path)
-    there = (job.objects or {}).get(MANIFEST_FILE)
+    there = (job.objects or {}).get(MANIFEST_FILE) if job.work.is_done else None
     if job.destination and not (there and there.holds(finished.stamp)):
         job.destination.upload(finished)
 

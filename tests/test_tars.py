@@ -1,0 +1,517 @@
+"""Tars are listed by their headers: all that is in them, or an error that says why."""
+
+import io
+import os
+import random
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tars
+
+import imagenet_to_gcs
+from imagenet_to_gcs import ImageSource, InvalidInputError, list_tar
+
+BLOCK = tars.BLOCK
+END = bytes(2 * BLOCK)
+DOWNLOAD = "Download it again, and compare its checksum."
+FORMATS = ("gnu", "ustar", "v7", "pax")
+FILES = {f"n01440764_{i}.JPEG": bytes([i]) * (700 * i) for i in range(4)}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "x.tar"
+
+
+def contents(path: Path, start: int = 0, end: int | None = None) -> dict[str, bytes]:
+    """Reads the files of a tar where `list_tar` says they are."""
+    data = path.read_bytes()
+    return {
+        member.name: data[member.offset : member.offset + member.num_bytes]
+        for member in list_tar(str(path), start, end)
+    }
+
+
+def problem(path: Path, start: int = 0, end: int | None = None) -> str:
+    """Returns the error of a tar that cannot be listed."""
+    with pytest.raises(InvalidInputError) as caught:
+        list_tar(str(path), start, end)
+    return str(caught.value)
+
+
+def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type, member.mtime = size, kind, tars.MTIME
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % BLOCK)
+
+
+# ---------------------------------------------------------------- what is listed
+
+
+@pytest.mark.parametrize("tar_format", FORMATS)
+def test_all_files_are_found_when_a_tar_is_plain(path: Path, tar_format: str) -> None:
+    tars.write_tar(path, FILES, tar_format)
+    assert contents(path) == FILES
+    assert {member.mtime for member in list_tar(str(path))} == {tars.MTIME}
+
+
+@pytest.mark.parametrize("tar_format", ["gnu", "ustar", "pax"])
+def test_names_are_whole_when_they_are_long(path: Path, tar_format: str) -> None:
+    files = {
+        f"{'d' * (length - 9 - 6)}/{'n' * 9}.JPEG": bytes([length % 256]) * length
+        for length in (99, 100, 101, 155, 160)
+    }
+    tars.write_tar(path, files, tar_format)
+    assert contents(path) == files
+
+
+def test_names_are_whole_when_they_are_not_text(path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9 \xff.JPEG")
+    tars.write_tar(path, {name: b"1", "caf\u00e9.JPEG": b"2"})
+    assert contents(path) == {name: b"1", "caf\u00e9.JPEG": b"2"}
+
+
+@pytest.mark.parametrize("kind", ["gnu", "oldgnu", "pax", "ustar", "v7"])
+@pytest.mark.skipif(not shutil.which("tar"), reason="needs the command tar")
+def test_all_files_are_found_when_the_command_tar_packed_them(
+    path: Path, kind: str
+) -> None:
+    directory = path.parent / "files"
+    (directory / "sub").mkdir(parents=True)
+    for name, data in FILES.items():
+        (directory / name).write_bytes(data)
+        (directory / "sub" / name).write_bytes(data[::-1])
+    subprocess.run(
+        ["tar", f"--format={kind}", "-cf", path, "-C", directory, "."], check=True
+    )
+    expected = {f"./{name}": data for name, data in FILES.items()}
+    expected |= {f"./sub/{name}": data[::-1] for name, data in FILES.items()}
+    assert contents(path) == expected
+
+
+def random_members(seed: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Makes up a tree: files, directories, links, devices; long and foreign names."""
+    rng = random.Random(seed)
+    kinds = [tarfile.REGTYPE] * 12 + [
+        tarfile.DIRTYPE,
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.CONTTYPE,
+        tarfile.AREGTYPE,
+    ]
+    for i in range(rng.randint(0, 12)):
+        parts = ["n" * rng.choice((1, 9, 9, 9, 60)) for _ in range(rng.choice((1, 2)))]
+        if rng.random() < 0.1:
+            parts += ["\u00e9" * rng.randint(1, 20)]
+        member = tarfile.TarInfo("/".join(parts) + f"_{i}.JPEG")
+        member.type = rng.choice(kinds)
+        member.mtime = rng.choice((0, tars.MTIME, 2**33 - 1))
+        member.linkname = "target" if member.islnk() or member.issym() else ""
+        data = rng.randbytes(rng.choice((0, 1, 511, 512, 513, 2000)))
+        member.size = len(data) if member.isreg() else 0
+        yield member, data[: member.size]
+
+
+@pytest.mark.parametrize("tar_format", ["gnu", "ustar", "pax"])
+def test_listing_is_that_of_tarfile_when_a_tree_is_random(
+    path: Path, tar_format: str
+) -> None:
+    for seed in range(60):
+        with tarfile.open(path, "w", format=tars.FORMATS[tar_format]) as tar:
+            for member, data in random_members(seed):
+                tar.addfile(member, io.BytesIO(data))
+        with tarfile.open(path) as tar:
+            expected = [
+                imagenet_to_gcs.TarMember(m.name, m.offset_data, m.size, int(m.mtime))
+                for m in tar
+                if m.isreg()
+            ]
+        assert list_tar(str(path)) == expected, f"seed {seed}"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 512, 700], ids=str)
+def test_size_is_read_when_it_is_in_base_256(path: Path, num_bytes: int) -> None:
+    data = b"x" * num_bytes
+    changed = bytearray(header("a.JPEG"))
+    changed[124:136] = b"\x80" + num_bytes.to_bytes(11, "big")
+    after = header("b.JPEG", 1) + padded(b"b")
+    path.write_bytes(tars.with_checksum(bytes(changed)) + padded(data) + after + END)
+    assert contents(path) == {"a.JPEG": data, "b.JPEG": b"b"}
+
+
+def test_offsets_are_right_when_a_member_is_of_9_gib(path: Path) -> None:
+    size = 9 * 2**30
+    with open(path, "wb") as file:
+        file.write(header("large", size))
+        file.seek(size, os.SEEK_CUR)  # a hole: no disk is used
+        file.write(header("b.JPEG", 1) + padded(b"b") + END)
+    found = [(member.name, member.offset) for member in list_tar(str(path))]
+    assert found == [("large", BLOCK), ("b.JPEG", size + 2 * BLOCK)]
+
+
+@pytest.mark.parametrize(
+    "checksum",
+    ["{:06o}\0 ", "{:06o} \0", "{:06o}  ", "{:07o}\0", "{:6o}\0 ", "{:7o}\0"],
+    ids=["posix", "space_nul", "spaces", "seven_digits", "v7_spaces", "seven_spaces"],
+)
+def test_checksum_is_accepted_however_it_is_written(path: Path, checksum: str) -> None:
+    # "a" has a sum of five digits at most, so that a space can stand before it.
+    blank = header("a", 1)
+    blank = blank[:148] + b" " * 8 + blank[156:]
+    field = checksum.format(sum(blank)).encode()
+    path.write_bytes(blank[:148] + field + blank[156:] + padded(b"x") + END)
+    assert contents(path) == {"a": b"x"}
+
+
+def test_nothing_is_listed_when_a_tar_is_empty(path: Path) -> None:
+    tars.write_tar(path, {})
+    assert contents(path) == {}
+
+
+def test_fields_are_zero_when_they_are_empty(path: Path) -> None:
+    changed = bytearray(header("a"))
+    changed[124:148] = bytes(24)
+    path.write_bytes(tars.with_checksum(bytes(changed)) + END)
+    (member,) = list_tar(str(path))
+    assert (member.num_bytes, member.mtime) == (0, 0)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 20], ids=str)
+def test_tar_is_whole_when_it_ends_with_few_or_many_empty_blocks(
+    path: Path, num_blocks: int
+) -> None:
+    path.write_bytes(header("a", 1) + padded(b"x") + bytes(num_blocks * BLOCK))
+    assert contents(path) == {"a": b"x"}
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        tarfile.LNKTYPE,
+        tarfile.SYMTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.DIRTYPE,
+        tarfile.FIFOTYPE,
+    ],
+    ids=["hard_link", "symbolic_link", "character", "block", "directory", "fifo"],
+)
+def test_member_is_left_out_when_it_is_no_file(path: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("a.JPEG")
+    member.type, member.linkname = kind, "b.JPEG"
+    odd = member.tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(odd + header("b.JPEG", 1) + padded(b"b") + END)
+    assert contents(path) == {"b.JPEG": b"b"}
+
+
+def test_directory_is_left_out_when_its_format_is_v7(path: Path) -> None:
+    directory = header("sub/", 0, tarfile.AREGTYPE)
+    path.write_bytes(directory + header("sub/b.JPEG", 1) + padded(b"b") + END)
+    assert contents(path) == {"sub/b.JPEG": b"b"}
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="needs the command tar")
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_member_is_left_out_when_it_is_sparse(path: Path, kind: str) -> None:
+    sparse = path.parent / "sparse.JPEG"
+    with open(sparse, "wb") as file:
+        file.seek(2**20)
+        file.write(b"x")
+    whole = path.parent / "whole.JPEG"
+    whole.write_bytes(b"whole")
+    command = ["tar", "-S", f"--format={kind}", f"-cf{path}", f"-C{path.parent}"]
+    subprocess.run([*command, sparse.name, whole.name], check=True)
+    assert contents(path) == {"whole.JPEG": b"whole"}
+
+
+@pytest.mark.parametrize(
+    "name", ["/a.JPEG", "../a.JPEG", "x/../a.JPEG", "..", "x/.."], ids=str
+)
+def test_member_is_left_out_when_its_name_leads_out(path: Path, name: str) -> None:
+    tars.write_tar(path, {name: b"out", "b.JPEG": b"b"})
+    assert contents(path) == {"b.JPEG": b"b"}
+
+
+@pytest.mark.parametrize("name", ["a..b.JPEG", "..a.JPEG", "x../b.JPEG", "./a.JPEG"])
+def test_member_is_listed_when_dots_are_but_in_its_name(path: Path, name: str) -> None:
+    tars.write_tar(path, {name: b"in"})
+    assert contents(path) == {name: b"in"}
+
+
+def test_image_is_the_last_of_its_name_when_a_name_comes_twice(path: Path) -> None:
+    twice = [("n1_1.JPEG", b"old"), ("n1_2.JPEG", b"2"), ("./n1_1.JPEG", b"newest")]
+    path.write_bytes(b"".join(header(n, len(d)) + padded(d) for n, d in twice) + END)
+    images = ImageSource(str(path), "n1", start=0).list(7)
+    assert [(i.filename, i.num_bytes) for i in images] == [
+        ("n1_1.JPEG", 6),
+        ("n1_2.JPEG", 1),
+    ]
+    assert images[0].offset == 5 * BLOCK
+    assert {(i.synset, i.label, i.mtime_ns) for i in images} == {
+        ("n1", 7, tars.MTIME * 10**9)
+    }
+
+
+def test_images_are_those_of_a_directory_when_other_files_are_there(path: Path) -> None:
+    names = ["b.JPEG", "a.JPEG", "._a.JPEG", ".JPEG", "a.jpg", "a.JPEG.txt", "JPEG"]
+    files = {name: name.encode() for name in names}
+    tars.write_tar(path, files)
+    directory = path.parent / "directory"
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    source = ImageSource(str(path), "n1", start=0)
+    packed = [(i.filename, i.num_bytes) for i in source.list()]
+    unpacked = ImageSource(str(directory), "n1").list()
+    assert packed == [(i.filename, i.num_bytes) for i in unpacked]
+    assert [name for name, _ in packed] == ["a.JPEG", "b.JPEG"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+NOT_TARS = {
+    "empty": (b"", f"it is cut short. {DOWNLOAD}"),
+    "web_page": (
+        b"<!DOCTYPE html>" * 100,
+        f"it is damaged, or not a tar, at byte 0. {DOWNLOAD}",
+    ),
+    "small_web_page": (b"<!DOCTYPE html>", f"it is cut short. {DOWNLOAD}"),
+    "random": (
+        random.Random(0).randbytes(5000),
+        f"it is damaged, or not a tar, at byte 0. {DOWNLOAD}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), NOT_TARS.values(), ids=NOT_TARS)
+def test_error_says_so_when_it_is_not_a_tar(
+    path: Path, data: bytes, reason: str
+) -> None:
+    path.write_bytes(data)
+    assert problem(path) == f"Cannot list the tar {path}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("compression", "command"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")]
+)
+def test_error_says_how_to_decompress_when_a_tar_is_compressed(
+    path: Path, compression: str, command: str
+) -> None:
+    data = random.Random(0).randbytes(3000)
+    with tarfile.open(path, f"w:{compression}") as tar:  # type: ignore[call-overload]
+        member = tarfile.TarInfo("a")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    reason = f"it is compressed; decompress it with {command} -d first."
+    assert problem(path) == f"Cannot list the tar {path}: {reason}"
+
+
+@pytest.mark.parametrize(
+    "tar_format", ["gnu", "ustar", "v7", "pax", "long_names", "directories"]
+)
+def test_error_is_raised_wherever_a_tar_is_cut_short(
+    path: Path, tar_format: str
+) -> None:
+    files = FILES
+    if tar_format == "long_names":
+        files = {f"{'d' * 120}/{name}": data for name, data in FILES.items()}
+    whole = tars.tar_bytes(
+        files, tar_format if tar_format in (*tars.FORMATS, "v7") else "gnu"
+    )
+    if tar_format == "directories":
+        whole = header("d", 0, tarfile.DIRTYPE) + whole
+    length = len(whole.rstrip(b"\0"))
+    length += -length % BLOCK
+    for cut in range(0, length + BLOCK, 128):
+        path.write_bytes(whole[:cut])
+        assert problem(path).startswith(f"Cannot list the tar {path}: "), cut
+    path.write_bytes(whole[: length + BLOCK])
+    assert contents(path) == files
+
+
+CUTS = {
+    "in_a_header": BLOCK + 1024 + 100,
+    "in_data": BLOCK + 700,
+    "at_a_boundary": BLOCK + 1024,
+    "without_the_end": 2 * (BLOCK + 1024),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_error_says_so_when_a_tar_is_cut_short(path: Path, cut: int) -> None:
+    whole = tars.tar_bytes({"a.JPEG": b"a" * 700, "b.JPEG": b"b" * 700})
+    path.write_bytes(whole[:cut])
+    assert problem(path) == f"Cannot list the tar {path}: it is cut short. {DOWNLOAD}"
+
+
+@pytest.mark.parametrize("tar_format", ["gnu", "ustar", "v7", "pax"])
+def test_error_is_raised_whichever_header_is_damaged(
+    path: Path, tar_format: str
+) -> None:
+    whole = tars.tar_bytes(FILES, tar_format)
+    tars.write_tar(path, FILES, tar_format)
+    with tarfile.open(path) as tar:
+        starts = {member.offset for member in tar}
+        starts |= {member.offset_data - BLOCK for member in tar}
+    for start in sorted(starts):
+        damaged = bytearray(whole)
+        damaged[start + 3] ^= 0x40
+        path.write_bytes(damaged)
+        assert problem(path).startswith(f"Cannot list the tar {path}: "), start
+
+
+def test_error_says_where_when_a_header_is_damaged(path: Path) -> None:
+    damaged = bytearray(tars.tar_bytes({"a.JPEG": b"a" * 700, "b.JPEG": b"b"}))
+    damaged[1536] ^= 0x40
+    path.write_bytes(damaged)
+    reason = f"it is damaged, or not a tar, at byte 1,536. {DOWNLOAD}"
+    assert problem(path) == f"Cannot list the tar {path}: {reason}"
+
+
+@pytest.mark.parametrize("tar_format", ["gnu", "pax"])
+def test_error_is_raised_when_a_hole_hides_the_rest(
+    path: Path, tar_format: str
+) -> None:
+    """A download in pieces leaves zeros where a piece is missing."""
+    whole = bytearray(tars.tar_bytes(FILES, tar_format))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        third = tar.getmembers()[2]
+    whole[third.offset : third.offset_data] = bytes(third.offset_data - third.offset)
+    path.write_bytes(whole)
+    assert problem(path).startswith(f"Cannot list the tar {path}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (slice(124, 136), b"-0000001000\0"),
+        (slice(124, 136), b"abc\0\0\0\0\0\0\0\0\0"),
+        (slice(124, 136), b"00000000008\0"),
+        (slice(136, 148), b"zzz\0\0\0\0\0\0\0\0\0"),
+    ],
+    ids=["negative_size", "size_no_number", "size_not_octal", "time_no_number"],
+)
+def test_error_says_where_when_a_header_has_no_numbers(
+    path: Path, field: slice, value: bytes
+) -> None:
+    changed = bytearray(header("a.JPEG"))
+    changed[field] = value
+    path.write_bytes(tars.with_checksum(bytes(changed)) + END)
+    reason = f"it is damaged, or not a tar, at byte 0. {DOWNLOAD}"
+    assert problem(path) == f"Cannot list the tar {path}: {reason}"
+
+
+def test_error_is_that_of_the_system_when_a_tar_is_gone(path: Path) -> None:
+    reason = f"No such file or directory. {DOWNLOAD}"
+    assert problem(path).startswith(f"Cannot list the tar {path}: {reason[:25]}")
+
+
+# ---------------------------------------------------------------- tars in a tar
+
+
+@pytest.mark.parametrize("tar_format", FORMATS)
+def test_files_are_found_when_their_tar_is_in_a_tar(
+    path: Path, tar_format: str
+) -> None:
+    inner = {
+        f"n{i}.tar": tars.tar_bytes({f"n{i}_1.JPEG": b"1" * i, f"n{i}_2.JPEG": b"2"})
+        for i in range(3)
+    }
+    tars.write_tar(path, inner, tar_format)
+    for i, member in enumerate(list_tar(str(path))):
+        found = contents(path, member.offset, member.offset + member.num_bytes)
+        assert found == {f"n{i}_1.JPEG": b"1" * i, f"n{i}_2.JPEG": b"2"}
+
+
+@pytest.mark.parametrize("tar_format", FORMATS)
+def test_error_is_raised_when_a_tar_in_a_tar_has_no_end(
+    path: Path, tar_format: str
+) -> None:
+    """What follows it belongs to the other tar: a header, or the end of all."""
+    inner = tars.tar_bytes(FILES, tar_format)
+    length = len(inner.rstrip(b"\0"))
+    inner = inner[: length + -length % BLOCK]
+    tars.write_tar(path, {"n1.tar": inner, "n2.tar": inner})
+    for member in list_tar(str(path)):
+        end = member.offset + member.num_bytes
+        assert problem(path, member.offset, end).startswith("Cannot list the tar ")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda tar: tar[:1000], "it is cut short"),
+        (lambda tar: b"x" + tar[1:], "it is damaged, or not a tar, at byte 2,560"),
+    ],
+    ids=["cut_short", "damaged"],
+)
+def test_error_names_the_class_when_its_tar_in_a_tar_is_bad(
+    tmp_path: Path, damage: Callable[[bytes], bytes], reason: str
+) -> None:
+    good = header("n1_1.JPEG", 1) + padded(b"1") + END  # 2,048 bytes
+    path = whole_tar(tmp_path, [("n1.tar", good[:-BLOCK]), ("n2.tar", damage(good))])
+    first, second = imagenet_to_gcs.find_classes(str(tmp_path))
+    assert len(first.list()) == 1
+    with pytest.raises(InvalidInputError) as caught:
+        second.list()
+    place = f"Cannot list the tar {path} (n2.tar within it)"
+    assert str(caught.value) == f"{place}: {reason}. {DOWNLOAD}"
+
+
+def whole_tar(tmp_path: Path, classes: list[tuple[str, bytes]]) -> Path:
+    """Writes the tar of a training split; the names of classes may come twice."""
+    path = tmp_path / imagenet_to_gcs.TRAINING_TAR
+    path.write_bytes(b"".join(header(n, len(d)) + padded(d) for n, d in classes) + END)
+    return path
+
+
+CLASS = tars.tar_bytes({"n1_1.JPEG": b"1"})
+
+
+def test_class_is_left_out_when_a_mac_left_its_hidden_double(tmp_path: Path) -> None:
+    whole_tar(tmp_path, [("._n1.tar", b"Mac OS X"), ("n1.tar", CLASS)])
+    classes = imagenet_to_gcs.find_classes(str(tmp_path))
+    assert [class_.synset for class_ in classes] == ["n1"]
+
+
+def test_class_is_the_last_of_its_name_when_it_comes_twice(tmp_path: Path) -> None:
+    newer = tars.tar_bytes({"n1_2.JPEG": b"2"})
+    whole_tar(tmp_path, [("n1.tar", CLASS), ("n2.tar", CLASS), ("n1.tar", newer)])
+    classes = imagenet_to_gcs.find_classes(str(tmp_path))
+    found = {c.synset: [i.filename for i in c.list()] for c in classes}
+    assert len(classes) == 2
+    assert found == {"n1": ["n1_2.JPEG"], "n2": ["n1_1.JPEG"]}
+
+
+def test_error_says_what_it_must_hold_when_a_training_tar_has_no_tars(
+    tmp_path: Path,
+) -> None:
+    path = whole_tar(tmp_path, [("train/n1/n1_1.JPEG", b"1")])
+    with pytest.raises(InvalidInputError) as caught:
+        imagenet_to_gcs.find_classes(str(tmp_path))
+    assert str(caught.value) == f"No tars match *.tar in {path}."
+
+
+def test_error_names_the_class_when_its_tar_is_a_link_to_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "train").mkdir()
+    link = tmp_path / "train" / "n1.tar"
+    link.symlink_to("nothing")
+    with pytest.raises(InvalidInputError) as caught:
+        for class_ in imagenet_to_gcs.find_classes(str(tmp_path)):
+            class_.list()
+    reason = "No such file or directory"
+    assert str(caught.value) == f"Cannot list the tar {link}: {reason}. {DOWNLOAD}"

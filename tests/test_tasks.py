@@ -1,0 +1,466 @@
+"""Many machines make one data set: each takes the shards of its number."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import contract
+import pytest
+from command import (
+    REPOSITORY,
+    SCRIPT,
+    TIMESTAMP,
+    Finished,
+    environment,
+    run_command,
+)
+from emulator import Emulator
+
+import imagenet_to_gcs
+
+TASKS = 3
+SHARDS = 13  # 8 training and 5 validation shards
+README = REPOSITORY / "README.md"
+
+
+def flags(raw: Path, scratch: Path, *more: str) -> list[str]:
+    return [
+        f"--raw_data_dir={raw}",
+        f"--local_scratch_dir={scratch}",
+        "--project=project",
+        "--gcs_output_path=gs://bucket/imagenet",
+        "--training_shards=8",
+        "--validation_shards=5",
+        "--num_workers=1",
+        *more,
+    ]
+
+
+def start(
+    raw: Path, scratch: Path, emulator: Emulator, *more: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *flags(raw, scratch, *more)],
+        env=environment(emulator.environment),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(running: subprocess.Popen[str]) -> Finished:
+    _, stderr = running.communicate(timeout=240)
+    lines = [TIMESTAMP.sub("", line, count=1) for line in stderr.splitlines()]
+    return Finished(running.returncode, lines, "", stderr)
+
+
+def task(index: int, count: int = TASKS) -> list[str]:
+    return [f"--task_index={index}", f"--task_count={count}"]
+
+
+def run(raw: Path, scratch: Path, emulator: Emulator, *more: str) -> Finished:
+    return run_command(*flags(raw, scratch, *more), env=emulator.environment)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    mixed_raw: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """What a single run puts into the bucket."""
+    with Emulator() as emulator:
+        finished = run(mixed_raw, tmp_path_factory.mktemp("whole"), emulator)
+        assert finished.status == 0, finished.stderr
+        return emulator.objects()
+
+
+# ---------------------------------------------------------------- the same bytes
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["separate", "shared"])
+def test_tasks_make_the_bytes_of_a_single_run(
+    mixed_raw: Path,
+    whole: dict[str, bytes],
+    emulator: Emulator,
+    tmp_path: Path,
+    is_shared: bool,
+) -> None:
+    directories = [tmp_path / ("all" if is_shared else str(i)) for i in range(TASKS)]
+    running = [
+        start(mixed_raw, directory, emulator, *task(i))
+        for i, directory in enumerate(directories)
+    ]
+    finished = [finish(each) for each in running]
+    assert [each.status for each in finished] == [0] * TASKS, finished
+    assert emulator.objects() == whole
+    ends = sorted(line for each in finished for line in each.lines[-1:])
+    complete = [line for line in ends if line.startswith("The data set is complete: ")]
+    assert complete, ends
+    for i, directory in enumerate(directories):
+        shards = contract.local_shards(directory)
+        assert all(whole[f"imagenet/{name}"] == data for name, data in shards.items())
+        if not is_shared:
+            numbers = {int(name.split("-")[1]) % TASKS for name in shards}
+            assert numbers == {i}
+    if is_shared:
+        assert len(contract.local_shards(tmp_path / "all")) == SHARDS
+
+
+def test_manifest_is_written_by_the_last_when_a_task_was_killed(
+    mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
+) -> None:
+    emulator.latency = 0.3
+    lost = start(mixed_raw, tmp_path, emulator, *task(1))
+    while not any("-of-" in name for name in emulator.objects()):
+        assert lost.poll() is None
+        time.sleep(0.01)
+    lost.kill()
+    lost.communicate()
+    emulator.latency = 0
+    for i in (0, 2):
+        finished = run(mixed_raw, tmp_path, emulator, *task(i))
+        assert finished.status == 0
+        assert re.fullmatch(
+            r"This task is done; \d+ shards of other tasks are still missing\.",
+            finished.lines[-1],
+        )
+    assert "imagenet/manifest.json" not in emulator.objects()
+    assert not (tmp_path / "manifest.json").exists()
+
+    missing = len(whole) - len(emulator.objects()) - 1
+    asked = run(mixed_raw, tmp_path, emulator, *task(0), "--dry_run")
+    assert asked.status == 0
+    assert (
+        f"Task 0 of 3. Over all tasks, {missing} of {SHARDS} shards are still missing."
+    ) in asked.lines
+    assert "imagenet/manifest.json" not in emulator.objects()
+
+    finished = run(mixed_raw, tmp_path, emulator, *task(1))
+    assert finished.status == 0
+    assert finished.lines[-1].startswith(
+        f"The data set is complete: {SHARDS} shards of 29 images "
+    )
+    assert emulator.objects() == whole
+    manifest = (tmp_path / "manifest.json").read_bytes()
+    assert manifest == whole["imagenet/manifest.json"]
+    assert not list(tmp_path.glob("**/.*.tmp")), "half-written files are left"
+
+
+def test_work_is_the_rest_when_other_tasks_of_another_count_ran(
+    mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
+) -> None:
+    assert run(mixed_raw, tmp_path, emulator, *task(0, 2)).status == 0
+    finished = run(mixed_raw, tmp_path, emulator)
+    line = f"Resuming: 7 of {SHARDS} shards are up to date, 0 only to be uploaded."
+    assert finished.status == 0
+    assert line in finished.lines
+    assert emulator.objects() == whole
+
+
+def test_nothing_is_resumed_when_a_task_is_fresh(
+    mixed_raw: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    finished = run(mixed_raw, tmp_path, emulator, *task(2), "--dry_run")
+    assert finished.status == 0
+    assert not [line for line in finished.lines if "Resuming" in line]
+    assert finished.lines[1] == (
+        f"Task 2 of 3. Over all tasks, {SHARDS} of {SHARDS} shards are still missing."
+    )
+    assert finished.lines[2].startswith("Would write 3 shards of ")
+
+
+def test_task_ends_well_when_it_has_no_shards(
+    mixed_raw: Path, emulator: Emulator, tmp_path: Path
+) -> None:
+    finished = run(mixed_raw, tmp_path, emulator, *task(99, 100))
+    assert finished.status == 0, finished.stderr
+    assert finished.lines[-1] == (
+        f"This task is done; {SHARDS} shards of other tasks are still missing."
+    )
+
+
+def test_json_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
+    """Two tasks that end together both write manifest.json, the same bytes."""
+    path = tmp_path / "manifest.json"
+    value = {str(i): "x" * 100 for i in range(1000)}
+
+    def write(_: int) -> None:
+        imagenet_to_gcs._write_json(str(path), value)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(200)))  # raises what a thread raised
+    assert json.loads(path.read_text()) == value
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+# ---------------------------------------------------------------- locks and flags
+
+
+def locked_line(scratch: Path) -> str:
+    return (
+        f"Another run is writing to {scratch}: wait for its end, or choose another "
+        "--local_scratch_dir."
+    )
+
+
+@pytest.mark.parametrize(
+    ("holder", "more", "status"),
+    [
+        (".lock", [], 1),
+        (".lock-1-of-3", task(1), 1),
+        (".lock-1-of-3", task(2), 0),
+    ],
+    ids=["single", "same_task", "other_task"],
+)
+def test_second_run_is_refused_when_it_is_of_the_same_task(
+    mixed_raw: Path,
+    emulator: Emulator,
+    tmp_path: Path,
+    holder: str,
+    more: Sequence[str],
+    status: int,
+) -> None:
+    with open(tmp_path / holder, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        finished = run(mixed_raw, tmp_path, emulator, *more)
+    assert finished.status == status, finished.stderr
+    assert finished.errors == ([locked_line(tmp_path)] if status else [])
+
+
+INDEX = "--task_index must be from 0 to --task_count - 1; found"
+COUNT = "--task_count must be from 1 to 99,999; found"
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "lines"),
+    [
+        (3, 3, [f"{INDEX} 3 of 3."]),
+        (-1, 3, [f"{INDEX} -1 of 3."]),
+        (1, 1, [f"{INDEX} 1 of 1."]),
+        (0, 0, [f"{COUNT} 0."]),
+        (0, -2, [f"{COUNT} -2."]),
+        (0, 100_000, [f"{COUNT} 100,000."]),
+    ],
+    ids=["index=count", "negative", "counted_from_1", "count=0", "count<0", "many"],
+)
+def test_error_names_the_flag_when_a_task_is_out_of_range(
+    raw: Path, tmp_path: Path, index: int, count: int, lines: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        imagenet_to_gcs.run(
+            str(raw),
+            gcs_upload=False,
+            local_scratch_dir=str(tmp_path / "scratch"),
+            task_index=index,
+            task_count=count,
+        )
+    assert str(caught.value).splitlines() == lines
+    assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("flag", ["task_index", "task_count"])
+def test_error_names_the_flag_when_an_engine_s_variable_is_empty(flag: str) -> None:
+    """--task_index=$JOB_COMPLETION_INDEX, outside of an Indexed Job."""
+    finished = run_command(f"--{flag}=")
+    assert finished.status == 1
+    assert finished.lines[0].startswith("FATAL Flags parsing error:")
+    assert f"flag --{flag}=: " in finished.stderr
+
+
+# ---------------------------------------------------------------- README's engines
+
+
+def block(mark: str) -> str:
+    """Returns the fenced block of README that holds a mark."""
+    if not README.exists():
+        pytest.skip("needs README.md")
+    found = re.findall(
+        r"^```\w*\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL
+    )
+    (only,) = (text for text in found if mark in text)
+    return str(only)
+
+
+def engine_command(mark: str) -> str:
+    """Returns the flags of the script in an engine's file, unwrapped."""
+    unwrapped = re.sub(r"\\?\n\s+", " ", block(mark))
+    match = re.search(r'imagenet_to_gcs\.py (--.*?)("\]|$)', unwrapped, re.MULTILINE)
+    assert match
+    return match[1]
+
+
+ENGINES = {
+    "slurm": (
+        "SLURM_ARRAY_TASK_ID",
+        {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "8"},
+    ),
+    "kubernetes": ("JOB_COMPLETION_INDEX", {"JOB_COMPLETION_INDEX": "1"}),
+    "batch": (
+        "BATCH_TASK_INDEX",
+        {"BATCH_TASK_INDEX": "1", "BATCH_TASK_COUNT": "8"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("mark", "variables"), ENGINES.values(), ids=ENGINES)
+def test_engine_s_command_is_task_1_of_8(
+    raw: Path, tmp_path: Path, emulator: Emulator, mark: str, variables: dict[str, str]
+) -> None:
+    line = f'exec "$PYTHON" "$SCRIPT" {engine_command(mark)} --dry_run'
+    line = line.replace("=/tmp/", f"={tmp_path}/").replace("=/raw", f"={raw}")
+    line = line.replace("gs://my-bucket", "gs://bucket")
+    told = {
+        "PYTHON": sys.executable,
+        "SCRIPT": str(SCRIPT),
+        "PROJECT": "project",
+        "DATA_DIR": "gs://bucket/imagenet",
+        **variables,
+    }
+    finished = subprocess.run(
+        ["bash", "-euc", line],
+        cwd=raw,
+        env=environment({**emulator.environment, **told}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "Task 1 of 8. Over all tasks, 1,152 of 1,152 " in finished.stderr
+
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.sock
+SlurmUser=root
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=32 RealMemory=1000000
+PartitionName=main Nodes={host} Default=YES
+"""
+SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
+
+
+def free_ports() -> list[int]:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return [first.getsockname()[1], second.getsockname()[1]]
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Slurm of one machine that has 32 processors; yields its environment."""
+    if os.geteuid() or not all(shutil.which(command) for command in SLURM):
+        pytest.skip("needs root, and Slurm and munge: apt-get install slurm-wlm munge")
+    directory = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (directory / name).mkdir()
+    key = directory / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    host = socket.gethostname().partition(".")[0]
+    conf = directory / "slurm.conf"
+    conf.write_text(
+        SLURM_CONF.format(host=host, ports=free_ports(), directory=directory)
+    )
+    env = {"SLURM_CONF": str(conf)}
+    munged = ["munged", "--force", "--foreground", f"--key-file={key}"]
+    munged += [f"--{n}-file={directory}/munge.{n}" for n in ("pid", "seed", "log")]
+    munged += [f"--socket={directory}/munge.sock"]
+    daemons = []
+    try:
+        for command in (munged, ["slurmctld", "-D"], ["slurmd", "-D"]):
+            with open(directory / f"{command[0]}.out", "wb") as out:
+                daemons.append(
+                    subprocess.Popen(
+                        command, env=environment(env), stdout=out, stderr=out
+                    )
+                )
+            time.sleep(1)
+        yield env
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(20)
+
+
+def test_slurm_makes_the_bytes_of_a_single_run(
+    mixed_raw: Path,
+    whole: dict[str, bytes],
+    slurm: dict[str, str],
+    emulator: Emulator,
+    tmp_path: Path,
+) -> None:
+    """The raw directory holds what README says: the data, the script, a .venv."""
+    raw = tmp_path / "raw"
+    shutil.copytree(mixed_raw, raw)
+    shutil.copy(SCRIPT, raw)
+    python = raw / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    # Fewer tasks and shards than README's, for the time it takes.
+    script = block("SLURM_ARRAY_TASK_ID").replace("--array=0-7", "--array=0-1")
+    small = "--training_shards=8 --validation_shards=5 --num_workers=1"
+    script = script.replace("--nokeep_local_shards", f"--nokeep_local_shards {small}")
+    (tmp_path / "imagenet.slurm").write_text(script)
+    told = {
+        "PROJECT": "project",
+        "DATA_DIR": "gs://bucket/imagenet",
+        "IMAGENET_HOME": str(raw),
+    }
+    env = environment({**emulator.environment, **slurm, **told})
+    subprocess.run(["sbatch", "imagenet.slurm"], cwd=tmp_path, env=env, check=True)
+    deadline = time.monotonic() + 120
+    while subprocess.check_output(["squeue", "--noheader"], env=env):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    logs = "".join(path.read_text() for path in tmp_path.glob("slurm-*.out"))
+    assert "Task 1 of 2. Over all tasks, " in logs
+    assert f"The data set is complete: {SHARDS} shards of 29 images " in logs
+    assert emulator.objects() == whole
+
+
+def test_slurm_script_is_a_bash_script() -> None:
+    script = block("SLURM_ARRAY_TASK_ID")
+    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("mark", "path", "number"),
+    [
+        ("JOB_COMPLETION_INDEX", ("spec", "completions"), 8),
+        ("BATCH_TASK_INDEX", ("taskGroups", 0, "taskCount"), 8),
+    ],
+    ids=["kubernetes", "batch"],
+)
+def test_engine_s_file_says_how_many_tasks(
+    mark: str, path: Sequence[str | int], number: int
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    value = yaml.safe_load(block(mark))
+    for key in path:
+        value = value[key]
+    assert value == number
