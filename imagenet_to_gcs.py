@@ -325,10 +325,17 @@ class ImageSource:
 
     def _list_tar(self, label: int) -> Iterable[RawImage]:
         images = {}  # a name that comes again replaces the first, as in extracting
+        member_of: dict[str, str] = {}
         name = f"{self.synset}.tar" if self.start else ""
         for member in list_tar(self.path, self.start or 0, self.end, name):
             filename = os.path.basename(member.name)
             if _is_image_name(filename):
+                first = member_of.setdefault(filename, member.name)
+                if first != member.name:
+                    raise InvalidInputError(
+                        f"Images of a class must have different names; found {first} "
+                        f"and {member.name} in {self.path}."
+                    )
                 images[filename] = RawImage(
                     self.path,
                     filename,
@@ -514,6 +521,8 @@ def _list_training(
             if not listing.result():
                 empty.append(class_)
             images += listing.result()
+    if len(problems) > 3:
+        problems[3:] = [f"{len(problems) - 3:,} more classes cannot be listed."]
     if empty:
         names = _some([class_.synset for class_ in empty])
         problems.append(
@@ -522,8 +531,6 @@ def _list_training(
             + _no_images(empty[0].path, f"*{IMAGE_SUFFIX}")
         )
     if problems:
-        rest = len(problems) - 3
-        problems[3:] = [f"The same holds for {rest:,} more."] if rest > 0 else []
         raise InvalidInputError(*problems)
     return images
 
@@ -662,13 +669,13 @@ def list_tar(
             if members is None:
                 members = _read_headers_with_tarfile(file, start, end)
     except (OSError, ValueError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or error
-        is_compressed = "decompress" in str(error)
+        reason = getattr(error, "strerror", None) or str(error)
+        is_damaged = not isinstance(error, OSError) and "decompress" not in reason
         raise InvalidInputError(
             f"Cannot list the tar {path}"
             + (f" ({name} within it)" if name else "")
             + f": {reason}."
-            + ("" if is_compressed else " Download it again, and compare its checksum.")
+            + (" Download it again, and compare its checksum." if is_damaged else "")
         ) from error
     return [
         member
@@ -740,7 +747,9 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
     Raises:
       ValueError: It does not.
     """
-    rest = os.pread(file.fileno(), min(end - position, MOST_TAR_FILLING + 1), position)
+    rest = os.pread(
+        file.fileno(), max(0, min(end - position, MOST_TAR_FILLING + 1)), position
+    )
     if len(rest) < TAR_BLOCK_BYTES:
         raise ValueError("it is cut short")
     if any(rest[:TAR_BLOCK_BYTES]):
@@ -783,9 +792,11 @@ def _no_images(place: str, pattern: str) -> str:
     if os.path.isfile(place):
         return f"No images match {pattern} in {place}."
     names = [entry.name for entry in _scan(place)]
-    suffixes = collections.Counter(os.path.splitext(name)[1] for name in names)
+    suffixes = collections.Counter(
+        os.path.splitext(name)[1] for name in names if not name.startswith(".")
+    )
     advice = {
-        ".tar": "extract each into a directory of its name",
+        ".tar": f"move what is not extracted up beside {TRAINING_DIRECTORY}/",
         ".jpg": f"rename them to *{IMAGE_SUFFIX}",
         ".jpeg": f"rename them to *{IMAGE_SUFFIX}",
         ".JPG": f"rename them to *{IMAGE_SUFFIX}",
@@ -1000,10 +1011,11 @@ def encode_image(image: RawImage) -> EncodedImage:
 def _read_image(image: RawImage) -> bytes:
     in_tar = image.offset is not None
     try:
-        with open(image.source if in_tar else image.path, "rb", buffering=0) as file:
+        path = image.source if in_tar else image.path
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
             if in_tar:
                 file.seek(image.offset or 0)
-            data = file.read(image.num_bytes if in_tar else -1)
+            data = file.read(image.num_bytes if in_tar else -1) or b""
     except FileNotFoundError as error:
         is_link = os.path.islink(image.path)
         raise _ImageError("a link to nothing" if is_link else "it is gone") from error
@@ -1015,6 +1027,11 @@ def _read_image(image: RawImage) -> bytes:
             f"{len(data):,}"
         )
     return data
+
+
+def _open_without_waiting(path: str, mode: int) -> int:
+    """Opens a file, also a named pipe, for whose writer a plain open would wait."""
+    return os.open(path, mode | os.O_NONBLOCK)
 
 
 def read_skeleton(data: bytes) -> Skeleton:
@@ -1482,7 +1499,8 @@ def write_and_upload(
       max_unfinished: How many shards may be begun and not yet uploaded.
 
     Raises:
-      RunError: The first failure but for a bad image; what has not begun is cancelled.
+      RunError, OSError, BrokenProcessPool: The first failure but for a bad image; what
+        has not begun is cancelled.
     """
     finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
     writing: set[Future] = set()
@@ -1499,7 +1517,6 @@ def write_and_upload(
     with (
         _closing(concurrent.futures.ThreadPoolExecutor(UPLOAD_THREADS)) as uploaders,
         _closing(_worker_pool(num_workers)) as workers,
-        _failures_in_words(),
     ):
         for shard in to_upload:
             start(uploaders.submit(upload, shard), uploading)
@@ -1543,14 +1560,14 @@ def _closing(
 
 @contextlib.contextmanager
 def _failures_in_words() -> Iterator[None]:
-    """Says in one line why a worker could not write its shard.
+    """Says in one line why this process or a worker could not write.
 
     Raises:
-      RunError: In place of the worker's error.
+      RunError: In place of that error.
     """
     try:
         yield
-    except concurrent.futures.process.BrokenProcessPool as error:
+    except (concurrent.futures.process.BrokenProcessPool, EOFError) as error:
         time.sleep(0.2)  # a signal to all processes of the run may still be on its way
         raise RunError(
             "A worker process was killed, most likely by the kernel for want of "
@@ -1563,9 +1580,10 @@ def _failures_in_words() -> Iterator[None]:
             "requirements.txt in a new virtual environment."
         ) from error
     except OSError as error:
+        what = f"Cannot write {error.filename}: " if error.filename else ""
         raise RunError(
-            f"Cannot write {error.filename}: {error.strerror}. Finished shards are "
-            "kept: mend that and run the same command again."
+            f"{what}{error.strerror or error}. Finished shards are kept: mend that and "
+            "run the same command again."
         ) from error
 
 
@@ -1596,7 +1614,7 @@ def start_forkserver() -> None:
             null = stack.enter_context(open(os.devnull, "wb"))
             stack.enter_context(_stderr_to(null.fileno()))
         stack.callback(os.environ.pop, PRELOAD)
-        os.environ[PRELOAD] = __name__
+        os.environ[PRELOAD] = f"{os.getpid()} {__name__}"
         stack.callback(os.fchdir, working_dir)
         os.chdir(directory)
         multiprocessing.forkserver.ensure_running()
@@ -1608,9 +1626,12 @@ def _preload() -> None:
     A fork after TensorFlow has run anything would hang.
     """
     _die_with_parent()
-    if os.environ[PRELOAD] == "__main__":  # else each worker would load it once more
+    run_pid, module = os.environ[PRELOAD].split()
+    if os.getppid() != int(run_pid):  # it died before we asked to die with it
+        os._exit(1)
+    if module == "__main__":  # else each worker would load this file once more
         sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     with contextlib.suppress(ImportError):  # a worker will say what is wrong
         import tensorflow  # noqa: F401
 
@@ -1618,6 +1639,9 @@ def _preload() -> None:
 def _start_worker() -> None:
     """Readies a worker: it works on one processor, quietly, while the run lives."""
     _die_with_parent()
+    run_process = multiprocessing.parent_process()
+    if run_process and not run_process.is_alive():
+        os._exit(1)
     for signal_number in (signal.SIGINT, signal.SIGHUP):  # sent to all by a terminal
         signal.signal(signal_number, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -1633,10 +1657,9 @@ def _die_with_parent() -> None:
     """Has the kernel kill this process when its parent ends, however it ends.
 
     The workers are children of the forkserver, which is a child of the run.
-    NOTE: Linux only; elsewhere, workers of a killed run end with their shard.
+    NOTE: Linux only, as are the locks and the count of processors.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------------------------
@@ -1785,14 +1808,15 @@ class Destination:
           RunError: It is not there, or not as it should be.
         """
         from google.api_core import exceptions
-        from google.auth.exceptions import RefreshError
+        from google.auth.exceptions import DefaultCredentialsError, RefreshError
 
         refused = (
+            DefaultCredentialsError,
             exceptions.Forbidden,
             exceptions.NotFound,
             exceptions.Unauthorized,
             RefreshError,
-            TypeError,
+            TypeError,  # a client that does not know an argument
         )
         with self._explained(shard.name):
             for seconds in RETRY_SECONDS:
@@ -1832,15 +1856,19 @@ class Destination:
             )
         return shard
 
-    def delete(self, filename: str) -> None:
+    def delete(self, filename: str, must: bool) -> None:
         """Deletes a file of the directory, if it is there.
+
+        Args:
+          must: Whether it is known to be there. Else, not to be allowed to is no error.
 
         Raises:
           RunError: It could not be deleted.
         """
         from google.api_core import exceptions
 
-        with self._explained(filename), contextlib.suppress(exceptions.NotFound):
+        no_error = (exceptions.NotFound, *(() if must else (exceptions.Forbidden,)))
+        with self._explained(filename), contextlib.suppress(*no_error):
             self._bucket.blob(self.path.name_of(filename)).delete(
                 timeout=60, retry=_retry(60)
             )
@@ -2018,7 +2046,7 @@ class Options:
             yield "--local_scratch_dir must be another directory than --raw_data_dir."
 
     def _upload_problems(self) -> Iterator[str]:
-        if not self.gcs_project and not self.client:
+        if not self.gcs_project:
             yield "--project must be given for the upload (or pass --nogcs_upload)."
         if not self.gcs_output_path:
             yield (
@@ -2221,11 +2249,16 @@ def _scratch_problems(options: Options, work: Work) -> Iterator[str]:
         sizes = sorted((shard.num_bytes for shard in work.to_write), reverse=True)
         needed = sum(sizes[: options.max_unfinished])
         free = shutil.disk_usage(place).free
+        remedy = "Make room, or choose another disk."
+        if options.gcs_upload and options.keep_local_shards:
+            remedy = "Make room, choose another disk, or pass --nokeep_local_shards."
+        elif options.gcs_upload:  # those that the bucket has will be removed first
+            shards = pathlib.Path(options.scratch_dir).glob("*/*-of-*")
+            free += sum(s.stat().st_size for s in shards if s.name in work.done)
         if needed > free:
             yield (
                 f"--local_scratch_dir={options.scratch_dir} must have room for "
-                f"{_size(needed)} of shards; its disk has {_size(free)} free. Make "
-                "room, choose another disk, or pass --nokeep_local_shards."
+                f"{_size(needed)} of shards; its disk has {_size(free)} free. {remedy}"
             )
 
 
@@ -2301,14 +2334,21 @@ def _carry_out(job: Job) -> None:
         _remove_manifest(job)
     if not job.options.keep_local_shards:
         _remove_uploaded(job)
-    outcome = _write_and_upload(job)
+    progress = _new_progress(job)
+    outcome = _write_and_upload(job, progress)
     if outcome.bad_images:
+        logging.info(
+            "%s cannot be used; their shards are left out. Replace them and run the "
+            "same command again.",
+            _count(len(outcome.bad_images), "image"),
+        )
         raise BadImagesError(*sorted(outcome.bad_images, key=lambda bad: bad.path))
     stored = dict(job.work.done)
     stored.update((s.name, StoredObject.of(s.stamp)) for s in outcome.finished)
     objects = job.objects
     if job.destination:
         objects = check_uploaded(job.destination, stored)
+        _log_uploaded(job.destination, progress)
     if job.options.task_count > 1:
         stored |= find_work(job.shards, job.options.scratch_dir, objects).done
     missing = len(job.shards) - len(stored)
@@ -2322,16 +2362,20 @@ def _carry_out(job: Job) -> None:
         _log_complete(job, stored)
 
 
-def _write_and_upload(job: Job) -> Outcome:
-    options, work = job.options, job.work
+def _new_progress(job: Job) -> Progress:
+    work = job.work
     num_uploads = len(work.to_write) + len(work.to_upload)
-    progress = Progress(
+    return Progress(
         shards_to_write=len(work.to_write),
         images_to_write=sum(len(shard.images) for shard in work.to_write),
         shards_to_upload=num_uploads if job.destination else 0,
     )
+
+
+def _write_and_upload(job: Job, progress: Progress) -> Outcome:
+    options, work = job.options, job.work
     try:
-        return write_and_upload(
+        outcome = write_and_upload(
             work.to_write,
             work.to_upload,
             options.scratch_dir,
@@ -2340,8 +2384,16 @@ def _write_and_upload(job: Job) -> Outcome:
             options.max_unfinished,
             progress,
         )
-    finally:
-        _log_done(job, progress)
+    except BaseException:
+        done = progress.shards_uploaded if job.destination else progress.shards_written
+        logging.info(
+            "Stopping: %s of %s are done.",
+            f"{len(work.done) + done:,}",
+            _count(len(options.share(job.shards)), "shard"),
+        )
+        raise
+    _log_written(job, progress)
+    return outcome
 
 
 def _upload_function(job: Job) -> Callable[[FinishedShard], FinishedShard]:
@@ -2359,8 +2411,7 @@ def _upload_and_remove(destination: Destination, shard: FinishedShard) -> Finish
     return shard
 
 
-def _log_done(job: Job, progress: Progress) -> None:
-    """Says what was done, also where the run has failed or was stopped."""
+def _log_written(job: Job, progress: Progress) -> None:
     if progress.shards_to_write:
         logging.info(
             "Wrote %s (%s, %s) of %s to %s in %s, %s; encoded %s again as RGB JPEG.",
@@ -2373,13 +2424,16 @@ def _log_done(job: Job, progress: Progress) -> None:
             progress.speed(),
             _count(progress.images_repaired, "PNG or CMYK image"),
         )
-    if progress.shards_to_upload and job.destination:
+
+
+def _log_uploaded(destination: Destination, progress: Progress) -> None:
+    if progress.shards_to_upload:
         logging.info(
             "Uploaded %s (%s) of %s to %s in %s.",
             _count(progress.shards_uploaded, "shard"),
             _size(progress.bytes_uploaded),
             f"{progress.shards_to_upload:,}",
-            job.destination.path,
+            destination.path,
             _duration(progress.seconds()),
         )
 
@@ -2431,10 +2485,15 @@ def check_uploaded(
 
 def _remove_temporary_files(options: Options) -> None:
     """Removes what a killed run of this task left half written."""
-    for path in pathlib.Path(options.scratch_dir).rglob(f".*{TEMPORARY_SUFFIX}"):
-        shard = re.search(r"-(\d+)-of-\d+", path.name)
-        index = int(shard[1]) if shard else 0
-        if index % options.task_count == options.task:
+    scratch_dir = pathlib.Path(options.scratch_dir)
+    splits = f"{TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY}"
+    pattern = rf"\.+({splits})-(\d+)-of-\d+(\.json)?\..*{re.escape(TEMPORARY_SUFFIX)}"
+    for path in scratch_dir.glob(f"*/.*{TEMPORARY_SUFFIX}"):
+        match = re.fullmatch(pattern, path.name)
+        if match and int(match[2]) % options.task_count == options.task:
+            path.unlink(missing_ok=True)
+    if options.task_count == 1:
+        for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)
 
 
@@ -2453,8 +2512,8 @@ def _manifest_path(job: Job) -> str:
 def _remove_manifest(job: Job) -> None:
     """Removes the mark of a complete data set while it is not one."""
     pathlib.Path(_manifest_path(job)).unlink(missing_ok=True)
-    if job.destination and MANIFEST_FILE in (job.objects or {}):
-        job.destination.delete(MANIFEST_FILE)
+    if job.destination:
+        job.destination.delete(MANIFEST_FILE, MANIFEST_FILE in (job.objects or {}))
 
 
 def _write_manifest(job: Job, stored: Mapping[str, StoredObject]) -> None:
@@ -2622,13 +2681,14 @@ def run(
     )
     if not checked.dry_run:
         start_forkserver()
-    if checked.draws:
-        make_fake_imagenet(checked.raw_dir, checked.workers)
-    job = _prepare(checked)
-    _log_intent(job)
-    if not checked.dry_run:
-        with _locked(checked):
-            _carry_out(job)
+    with _failures_in_words():
+        if checked.draws:
+            make_fake_imagenet(checked.raw_dir, checked.workers)
+        job = _prepare(checked)
+        _log_intent(job)
+        if not checked.dry_run:
+            with _locked(checked):
+                _carry_out(job)
 
 
 def convert_to_tf_records(

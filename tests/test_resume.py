@@ -1,0 +1,597 @@
+"""Tests that a run goes on after anything, with the bytes of one never disturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import contract
+import pytest
+from command import run_code, run_command
+from emulator import Emulator, Stall
+from processes import (
+    GONE_SECONDS,
+    Run,
+    contents,
+    copy_tree,
+    fill,
+    finished_shards,
+    identities,
+    kinds,
+    pad,
+    plan_digests,
+    shard_paths,
+    started,
+    temporary_files,
+    uploads,
+    wait_for,
+)
+
+LARGE_SHARDS = ("--training_shards=100", "--validation_shards=20")
+SMALL_SHARDS = ("--training_shards=8", "--validation_shards=4")
+UPLOAD = ("--project=project", "--gcs_output_path=gs://bucket/imagenet")
+WORKERS = "--num_workers=2"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A raw directory, and what an undisturbed run makes of it."""
+
+    raw: Path
+    scratch: Path
+
+    def flags(self, scratch: Path) -> list[str]:
+        return [f"--raw_data_dir={self.raw}", f"--local_scratch_dir={scratch}", WORKERS]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """1,500 images in 120 shards of 1.2 MB; encoding them takes some seconds."""
+    directory = tmp_path_factory.mktemp("large")
+    raw = contract.make_raw(directory / "raw", 40, 30, 300, width=16, height=16)
+    pad(raw, 100_000)
+    data = Data(raw, directory / "scratch")
+    done = run_command(*data.flags(data.scratch), "--nogcs_upload", *LARGE_SHARDS)
+    assert done.status == 0, done.stderr
+    return data
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """40 images in 12 shards."""
+    directory = tmp_path_factory.mktemp("small")
+    raw = contract.make_raw(directory / "raw", 6, 5, 10)
+    data = Data(raw, directory / "scratch")
+    done = run_command(*data.flags(data.scratch), "--nogcs_upload", *SMALL_SHARDS)
+    assert done.status == 0, done.stderr
+    return data
+
+
+# ------------------------------------------------------------------ killed
+
+
+def kill_parent(run: Run) -> None:
+    os.kill(run.pid, signal.SIGKILL)
+
+
+def kill_worker(run: Run) -> None:
+    """Kills the worker that started first, or the forkserver if there is none yet."""
+    wait_for(lambda: run.workers() or run.forkserver(), run)
+    victims = run.workers() or [run.forkserver() or run.pid]
+    os.kill(victims[0], signal.SIGKILL)
+
+
+def kill_parent_and_workers(run: Run) -> None:
+    for pid in [run.pid, *run.workers()]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_all(run: Run) -> None:
+    os.killpg(run.pid, signal.SIGKILL)
+
+
+KILLS: list[Callable[[Run], None]] = [
+    kill_parent,
+    kill_worker,
+    kill_parent_and_workers,
+    kill_all,
+]
+
+
+def assert_nothing_partial(scratch: Path, undisturbed: dict[str, bytes]) -> None:
+    for name, data in contents(scratch).items():
+        assert data == undisturbed[name], f"{name} is not complete"
+
+
+def test_run_finishes_when_killed_20_times(large: Data, tmp_path: Path) -> None:
+    """Kills run after run at a random point, of whom the seed says, then lets one be.
+
+    One in four is killed in its first two seconds, in which TensorFlow is imported.
+    """
+    scratch = tmp_path / "scratch"
+    undisturbed = contents(large.scratch)
+    num_left = []
+    for seed in range(20):
+        rng = random.Random(seed)
+        before = identities(scratch)
+        finished_before = finished_shards(scratch)
+        flags = [*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS]
+        with started(*flags) as run:
+            if seed % 4 == 3:
+                time.sleep(rng.uniform(0, 2))
+            else:
+                enough = len(finished_before) + rng.randint(0, 4)
+                wait_for(lambda: len(finished_shards(scratch)) > enough, run)  # noqa: B023
+                time.sleep(rng.uniform(0, 0.05))
+            KILLS[rng.randrange(4)](run)
+            run.wait_until_gone()
+        assert_nothing_partial(scratch, undisturbed)
+        assert not (scratch / "manifest.json").exists()
+        after = identities(scratch)
+        assert {name: after[name] for name in finished_before} == {
+            name: before[name] for name in finished_before
+        }
+        num_left.append(len(temporary_files(scratch)))
+    assert any(num_left), "no run was killed in the middle of a shard"
+    assert len(finished_shards(scratch)) < len(undisturbed), "nothing is left to do"
+    before, finished = identities(scratch), finished_shards(scratch)
+    done = run_command(*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS)
+    assert done.status == 0, done.stderr
+    assert (
+        f"Resuming: {len(finished)} of 120 shards are up to date, 0 only to be "
+        "uploaded." in done.lines
+    )
+    assert contents(scratch) == undisturbed
+    after = identities(scratch)
+    assert [name for name in finished if after[name] != before[name]] == []
+    assert temporary_files(scratch) == []
+    assert (scratch / "manifest.json").read_bytes() == (
+        large.scratch / "manifest.json"
+    ).read_bytes()
+
+
+# ------------------------------------------------------------------ signals
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+STOPPING = re.compile(r"Stopping: (\d+) of 120 shards are done\.")
+WORKER_KILLED = (
+    "A worker process was killed, most likely by the kernel for want of memory. "
+    "Finished shards are kept: run the same command again with fewer --num_workers."
+)
+
+
+def signal_parent(run: Run, number: signal.Signals) -> None:
+    os.kill(run.pid, number)
+
+
+def signal_group(run: Run, number: signal.Signals) -> None:
+    os.killpg(run.pid, number)
+
+
+def signal_often(run: Run, number: signal.Signals) -> None:
+    """As an impatient user, or `timeout`, that signals its child and then its group."""
+    for _ in range(40):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, number)
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGTERM, signal_parent),
+        (signal.SIGTERM, signal_group),
+        (signal.SIGTERM, signal_often),
+        (signal.SIGINT, signal_parent),
+        (signal.SIGINT, signal_group),
+        (signal.SIGINT, signal_often),
+        (signal.SIGHUP, signal_group),
+    ],
+    ids=lambda value: getattr(value, "name", None) or value.__name__,
+)
+def test_run_stops_at_signal_when_encoding(
+    large: Data,
+    tmp_path: Path,
+    number: signal.Signals,
+    send: Callable[[Run, signal.Signals], None],
+) -> None:
+    scratch = tmp_path / "scratch"
+    with started(*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS) as run:
+        wait_for(lambda: len(finished_shards(scratch)) >= 3, run)
+        send(run, number)
+        run.process.wait(GONE_SECONDS)
+        done = run.finish()
+    assert done.status == STATUS[number]
+    assert len(done.lines) == 4, done.lines
+    match = STOPPING.fullmatch(done.lines[-2])
+    assert match, done.lines[-2]
+    assert 1 <= int(match[1]) <= len(finished_shards(scratch))
+    assert done.errors == [
+        f"Stopped by {number.name}; the same command goes on from here."
+    ]
+    assert_nothing_partial(scratch, contents(large.scratch))
+
+
+@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
+def test_run_stops_at_signal_when_uploads_stall(
+    large: Data, tmp_path: Path, emulator: Emulator, number: signal.Signals
+) -> None:
+    emulator.inject(Stall(600), kind="multipart", at=1, times=None)
+    flags = [*large.flags(tmp_path / "scratch"), *UPLOAD, *LARGE_SHARDS]
+    with started(*flags, env=emulator.environment) as run:
+        wait_for(lambda: "multipart" in kinds(emulator), run)
+        signal_group(run, number)
+        run.process.wait(GONE_SECONDS)
+        done = run.finish()
+    assert done.status == STATUS[number]
+    assert done.lines[-2] == "Stopping: 0 of 120 shards are done."
+    assert done.errors == [
+        f"Stopped by {number.name}; the same command goes on from here."
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_run_stops_at_signal_when_starting(
+    large: Data, tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    scratch = tmp_path / "scratch"
+    number = rng.choice(list(STATUS))
+    with started(*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS) as run:
+        wait_for(run.forkserver, run)
+        time.sleep(rng.uniform(0, 1.5))
+        signal_group(run, number)
+        run.process.wait(GONE_SECONDS)
+        done = run.finish()
+    assert done.status == STATUS[number]
+    assert done.errors == [
+        f"Stopped by {number.name}; the same command goes on from here."
+    ]
+    assert_nothing_partial(scratch, contents(large.scratch))
+
+
+def test_run_goes_on_when_nohup_keeps_the_hangup_off(
+    large: Data, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    flags = [*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS]
+    with started(*flags, under=["nohup"]) as run:
+        for enough in (1, 3, 5):
+            wait_for(lambda: len(finished_shards(scratch)) >= enough, run)  # noqa: B023
+            signal_group(run, signal.SIGHUP)
+        done = run.finish()
+    assert done.status == 0, done.stderr
+    assert done.errors == []
+    assert contents(scratch) == contents(large.scratch)
+
+
+@pytest.mark.parametrize("victim", ["worker", "forkserver"])
+def test_run_says_so_when_worker_is_killed(
+    large: Data, tmp_path: Path, victim: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    with started(*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS) as run:
+        wait_for(lambda: len(finished_shards(scratch)) >= 3, run)
+        pid = run.workers()[-1] if victim == "worker" else run.forkserver()
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        done = run.finish()
+    assert done.status == 1
+    assert STOPPING.fullmatch(done.lines[-2]), done.lines[-2]
+    assert done.errors == [WORKER_KILLED]
+    assert_nothing_partial(scratch, contents(large.scratch))
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
+def test_run_says_so_when_forkserver_is_killed_at_its_start(
+    large: Data, tmp_path: Path, seconds: float
+) -> None:
+    """Or it has started another one, and ends well."""
+    scratch = tmp_path / "scratch"
+    with started(*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS) as run:
+        wait_for(run.forkserver, run)
+        time.sleep(seconds)
+        os.kill(run.forkserver() or run.pid, signal.SIGKILL)
+        done = run.finish()
+    assert (done.status, done.errors) in [(1, [WORKER_KILLED]), (0, [])], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------ two runs
+
+
+def test_second_run_ends_when_another_is_writing(large: Data, tmp_path: Path) -> None:
+    """The first is halted meanwhile, as is a worker of it: that does no harm either."""
+    scratch = tmp_path / "scratch"
+    flags = [*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS]
+    with started(*flags) as run:
+        wait_for(lambda: len(finished_shards(scratch)) >= 3, run)
+        halted = run.pids()
+        for pid in halted:
+            os.kill(pid, signal.SIGSTOP)
+        before, temporaries = identities(scratch), temporary_files(scratch)
+        second = run_command(*flags)
+        assert (identities(scratch), temporary_files(scratch)) == (before, temporaries)
+        for pid in halted:
+            os.kill(pid, signal.SIGCONT)
+        first = run.finish()
+    assert second.status == 1
+    message = "wait for its end, or choose another --local_scratch_dir."
+    assert second.errors == [f"Another run is writing to {scratch}: {message}"]
+    assert first.status == 0, first.stderr
+    assert contents(scratch) == contents(large.scratch)
+
+
+# ------------------------------------------------------------------ changed raw images
+
+
+def add_class(raw: Path) -> None:
+    """Adds one in the middle, so that the labels behind it change."""
+    source = sorted((raw / "train").iterdir())[2]
+    shutil.copytree(source, source.with_name(f"{source.name}5"))
+
+
+def remove_class(raw: Path) -> None:
+    shutil.rmtree(sorted((raw / "train").iterdir())[2])
+
+
+def replace_file(raw: Path) -> None:
+    """Replaces one by another of the same name."""
+    path = sorted(raw.glob("train/*/*.JPEG"))[7]
+    os.replace(shutil.copy(sorted(raw.glob("validation/*"))[3], f"{path}.new"), path)
+
+
+def touch_file(raw: Path) -> None:
+    sorted(raw.glob("validation/*.JPEG"))[4].touch()
+
+
+def change_label(raw: Path) -> None:
+    path = raw / "synset_labels.txt"
+    labels = path.read_text().split()
+    other = next(label for label in labels if label != labels[0])
+    path.write_text("\n".join([other, *labels[1:]]))
+
+
+def change_nothing(_raw: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "shards", "num_changed"),
+    [
+        (add_class, (8, 4), (9, 12)),
+        (remove_class, (8, 4), (8, 12)),
+        (replace_file, (8, 4), (1, 1)),
+        (touch_file, (8, 4), (1, 1)),
+        (change_label, (8, 4), (1, 1)),
+        (change_nothing, (6, 4), (6, 6)),
+    ],
+    ids=["added", "removed", "replaced", "touched", "label", "shard_counts"],
+)
+def test_only_changed_shards_are_rewritten_when_raw_changes(
+    small: Data,
+    tmp_path: Path,
+    emulator: Emulator,
+    change: Callable[[Path], None],
+    shards: tuple[int, int],
+    num_changed: tuple[int, int],
+) -> None:
+    raw = copy_tree(small.raw, tmp_path / "raw")
+    scratch = copy_tree(small.scratch, tmp_path / "scratch")
+    directory = "imagenet" if shards == (8, 4) else "elsewhere"
+    if directory == "imagenet":
+        fill(emulator, scratch)
+    digests = plan_digests(raw, 8, 4)
+    before = identities(scratch)
+    change(raw)
+    plan = plan_digests(raw, *shards)
+    changed = {name for name, digest in plan.items() if digests.get(name) != digest}
+    assert num_changed[0] <= len(changed) <= num_changed[1]
+    done = run_command(
+        f"--raw_data_dir={raw}",
+        f"--local_scratch_dir={scratch}",
+        "--project=project",
+        f"--gcs_output_path=gs://bucket/{directory}",
+        f"--training_shards={shards[0]}",
+        f"--validation_shards={shards[1]}",
+        env=emulator.environment,
+    )
+    assert done.status == 0, done.stderr
+    after = identities(scratch)
+    assert {name for name in plan if after[name] != before.get(name)} == changed
+    expected = changed if directory == "imagenet" else set(plan)
+    assert uploads(emulator)[-1] == "manifest.json"
+    assert sorted(uploads(emulator)[:-1]) == sorted(expected)
+    written = {name: data for name, data in contents(scratch).items() if name in plan}
+    contract.assert_shards(written, raw, *shards)
+    stored = {name.partition("/")[2]: d for name, d in emulator.objects().items()}
+    manifest = stored.pop("manifest.json")
+    assert stored == written
+    assert manifest == (scratch / "manifest.json").read_bytes()
+
+
+def test_raw_changing_back_is_not_mixed_when_killed_before_the_stamp(
+    small: Data, tmp_path: Path
+) -> None:
+    """A class is added, a run killed between a shard and its stamp, the class removed.
+
+    The labels of the shards written meanwhile are others, their sizes the same.
+    """
+    raw = copy_tree(small.raw, tmp_path / "raw")
+    scratch = copy_tree(small.scratch, tmp_path / "scratch")
+    first = raw / "train" / "n00000001"
+    shutil.copytree(min((raw / "train").iterdir()), first)
+    code = """
+import os, signal, sys
+import imagenet_to_gcs as script
+raw, scratch = sys.argv[1:]
+replace = os.replace
+def replace_and_be_killed(source, target):
+    if target.endswith(".json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_and_be_killed
+shards = script.plan_shards(script.read_dataset(raw), 8, 4)
+script.write_shard(shards[8], scratch)
+"""
+    killed = run_code(code, str(raw), str(scratch))
+    assert killed.status == -signal.SIGKILL, killed.stderr
+    assert contents(scratch) != contents(small.scratch)
+    shutil.rmtree(first)
+    flags = ["--nogcs_upload", f"--raw_data_dir={raw}", *SMALL_SHARDS]
+    done = run_command(*flags, f"--local_scratch_dir={scratch}")
+    assert done.status == 0, done.stderr
+    assert contents(scratch) == contents(small.scratch)
+
+
+# ------------------------------------------------------------------ a fresh machine
+
+
+def test_nothing_is_encoded_nor_uploaded_when_scratch_is_gone(
+    small: Data, tmp_path: Path, emulator: Emulator
+) -> None:
+    fill(emulator, small.scratch)
+    scratch = tmp_path / "scratch"
+    flags = [*small.flags(scratch), *UPLOAD, *SMALL_SHARDS]
+    done = run_command(*flags, env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert uploads(emulator) == []
+    assert shard_paths(scratch) == {}
+    assert kinds(emulator) == ["session", "other", "list", "list"]
+    manifest = (small.scratch / "manifest.json").read_bytes()
+    assert (scratch / "manifest.json").read_bytes() == manifest
+
+
+def test_only_what_differs_is_written_when_somebody_changed_the_bucket(
+    small: Data, tmp_path: Path, emulator: Emulator
+) -> None:
+    """On a machine with a scratch directory and on one without."""
+    objects = contents(small.scratch)
+    deleted, corrupted, truncated = sorted(objects)[2:5]
+    for scratch in (copy_tree(small.scratch, tmp_path / "old"), tmp_path / "new"):
+        fill(emulator, small.scratch)
+        emulator.delete(f"imagenet/{deleted}")
+        emulator.corrupt(f"imagenet/{corrupted}")
+        emulator.corrupt(f"imagenet/{truncated}", truncate=True)
+        num_before = len(uploads(emulator))
+        before = identities(scratch)
+        flags = [*small.flags(scratch), *UPLOAD, *SMALL_SHARDS]
+        done = run_command(*flags, env=emulator.environment)
+        assert done.status == 0, done.stderr
+        assert identities(scratch).items() >= before.items()
+        uploaded = uploads(emulator)[num_before:]
+        assert sorted(uploaded[:-1]) == [deleted, corrupted, truncated]
+        assert uploaded[-1] == "manifest.json"
+        stored = {n.partition("/")[2]: d for n, d in emulator.objects().items()}
+        assert stored.pop("manifest.json")
+        assert stored == objects
+
+
+# ------------------------------------------------------------------ the manifest
+
+
+def test_manifest_is_absent_when_run_is_killed_in_the_middle(
+    small: Data, tmp_path: Path, emulator: Emulator
+) -> None:
+    raw = copy_tree(small.raw, tmp_path / "raw")
+    scratch = copy_tree(small.scratch, tmp_path / "scratch")
+    fill(emulator, scratch)
+    touch_file(raw)
+    emulator.inject(Stall(600), kind="multipart", at=1)
+    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}"]
+    flags += [*UPLOAD, *SMALL_SHARDS]
+    with started(*flags, env=emulator.environment) as run:
+        wait_for(lambda: "multipart" in kinds(emulator), run)
+        kill_parent(run)
+        run.wait_until_gone()
+    assert kinds(emulator) == ["session", "other", "list", "delete", "multipart"]
+    assert "imagenet/manifest.json" not in emulator.objects()
+    assert not (scratch / "manifest.json").exists()
+    done = run_command(*flags, env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert uploads(emulator)[-1] == "manifest.json"
+    manifest = json.loads(emulator.objects()["imagenet/manifest.json"])
+    assert manifest["examples"] == {"train": 30, "validation": 10}
+
+
+# ------------------------------------------------------------------ what else can be
+
+
+def truncate_stamp(scratch: Path) -> None:
+    path = scratch / "train" / ".train-00003-of-00008.json"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty_stamp(scratch: Path) -> None:
+    os.truncate(scratch / "train" / ".train-00003-of-00008.json", 0)
+
+
+def exchange_stamps(scratch: Path) -> None:
+    """Gives a shard the stamp of another, with its own size."""
+    path = scratch / "train" / ".train-00003-of-00008.json"
+    stamp = json.loads(path.read_text())
+    other = json.loads((path.parent / ".train-00004-of-00008.json").read_text())
+    path.write_text(json.dumps({**stamp, "digest": other["digest"]}))
+
+
+def foreign_stamp(scratch: Path) -> None:
+    (scratch / "train" / ".train-00003-of-00008.json").write_text("[1, 2]")
+
+
+def truncate_shard(scratch: Path) -> None:
+    path = scratch / "train" / "train-00003-of-00008"
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def delete_shard(scratch: Path) -> None:
+    (scratch / "train" / "train-00003-of-00008").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate_stamp,
+        empty_stamp,
+        exchange_stamps,
+        foreign_stamp,
+        truncate_shard,
+        delete_shard,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_shard_is_written_again_when_it_is_not_as_stamped(
+    small: Data, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    scratch = copy_tree(small.scratch, tmp_path / "scratch")
+    damage(scratch)
+    before = identities(scratch)
+    done = run_command(*small.flags(scratch), "--nogcs_upload", *SMALL_SHARDS)
+    assert done.status == 0, done.stderr
+    after = identities(scratch)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"train-00003-of-00008"}
+    assert contents(scratch) == contents(small.scratch)
+
+
+def test_other_hidden_files_are_kept_when_temporaries_are_removed(
+    small: Data, tmp_path: Path
+) -> None:
+    scratch = copy_tree(small.scratch, tmp_path / "scratch")
+    foreign = [scratch / "mine" / ".x.tmp", scratch / ".mine.tmp"]
+    (scratch / "mine").mkdir()
+    left = scratch / "train" / ".train-00003-of-00008.tmp"
+    for path in [*foreign, left]:
+        path.write_bytes(b"x")
+    done = run_command(*small.flags(scratch), "--nogcs_upload", *SMALL_SHARDS)
+    assert done.status == 0, done.stderr
+    assert not left.exists()
+    assert [path for path in foreign if not path.exists()] == []

@@ -1,0 +1,308 @@
+"""Tests that the upload survives faults, and never calls done what is not."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import contract
+import pytest
+from command import Finished, run_code, run_command
+from emulator import (
+    Emulator,
+    Fault,
+    Kind,
+    LostResponse,
+    Reset,
+    ShortRange,
+    Stall,
+    Status,
+    WrongContent,
+)
+from processes import contents, identities, pad, uploads
+
+SHARDS = ("--training_shards=3", "--validation_shards=2")
+SMALL = "train-00001-of-00003"
+LARGE = "train-00000-of-00003"  # 21 MB: a session and some chunks
+
+
+@dataclass(frozen=True)
+class Data:
+    raw: Path
+    scratch: Path
+
+    def flags(self, scratch: Path | None = None) -> list[str]:
+        return [
+            f"--raw_data_dir={self.raw}",
+            f"--local_scratch_dir={scratch or self.scratch}",
+            "--project=project",
+            "--gcs_output_path=gs://bucket/imagenet",
+            *SHARDS,
+        ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Shards that only have to be uploaded, so that a run takes a second."""
+    directory = tmp_path_factory.mktemp("upload")
+    raw = contract.make_raw(directory / "raw")
+    first = Path(contract.expected_shards(raw, 3, 2)[LARGE][0].path)
+    pad(raw, 21_000_000, str(first.relative_to(raw)))
+    data = Data(raw, directory / "scratch")
+    done = run_command(*data.flags(), "--nogcs_upload")
+    assert done.status == 0, done.stderr
+    return data
+
+
+def stored(emulator: Emulator) -> dict[str, bytes]:
+    """The shards in the bucket, without the manifest."""
+    objects = {name.partition("/")[2]: d for name, d in emulator.objects().items()}
+    objects.pop("manifest.json", None)
+    return objects
+
+
+def is_done(finished: Finished) -> bool:
+    """Whether a run has said that the data set is there."""
+    return finished.status == 0 or "The data set is complete" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "at", "times", "warning"),
+    [
+        (Status(503), "multipart", 1, 3, ""),
+        (Status(503), "session", 2, 2, ""),
+        (Status(503), "chunk", 2, 2, ""),
+        (Status(503), "list", 1, 2, ""),
+        (Status(429), "multipart", 1, 2, ""),
+        (Status(429), "chunk", 1, 2, ""),
+        (Status(408), "multipart", 1, 2, ""),
+        (Status(408), "chunk", 2, 2, ""),
+        (Reset(), "multipart", 1, 2, ""),
+        (Reset(), "chunk", 2, 1, ""),
+        (LostResponse(), "multipart", 1, 2, ""),
+        (LostResponse(), "chunk", 1, 1, ""),
+        (LostResponse(), "chunk", 2, 1, ""),
+        (Stall(2), "upload", 2, 3, ""),
+        (
+            Status(410),
+            "chunk",
+            2,
+            1,
+            f"Uploading {LARGE} again in 1 s: 410 Gone.",
+        ),
+        (
+            ShortRange(),
+            "chunk",
+            1,
+            1,
+            (f"Uploading {LARGE} again in 1 s: Bytes stream is in unexpected state."),
+        ),
+        (WrongContent(), "multipart", 1, 1, "Uploading {name} again in 1 s: "),
+        (WrongContent(), "chunk", 2, 1, f"Uploading {LARGE} again in 1 s: "),
+    ],
+    ids=lambda value: (
+        f"{value.status}"
+        if isinstance(value, Status)
+        else type(value).__name__
+        if isinstance(value, Fault)
+        else ""
+        if isinstance(value, str) and " " in value
+        else str(value)
+    ),
+)
+def test_upload_survives_fault(
+    data: Data,
+    emulator: Emulator,
+    fault: Fault,
+    kind: Kind,
+    at: int,
+    times: int,
+    warning: str,
+) -> None:
+    emulator.inject(fault, kind=kind, at=at, times=times)
+    before = identities(data.scratch)
+    done = run_command(*data.flags(), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert stored(emulator) == contents(data.scratch)
+    assert identities(data.scratch) == before
+    assert uploads(emulator)[-1] == "manifest.json"
+    warnings = [line for line in done.lines if line.startswith("WARNING: ")]
+    assert len(warnings) == bool(warning)
+    start, _, end = warning.partition("{name}")
+    assert all(line.startswith(f"WARNING: {start}") for line in warnings), warnings
+    assert all(end in line for line in warnings)
+    assert "Uploaded 5 shards (21.0 MB) of 5 to gs://bucket/imagenet in" in done.stderr
+
+
+def test_upload_survives_a_slow_link(data: Data, emulator: Emulator) -> None:
+    emulator.bytes_per_second = 1e7
+    done = run_command(*data.flags(), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert stored(emulator) == contents(data.scratch)
+    assert "WARNING" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "name", "expected"),
+    [
+        (
+            Status(401, "Invalid Credentials"),
+            "multipart",
+            SMALL,
+            (
+                "No credentials for gs://bucket/imagenet/{name}: Anonymous credentials "
+                "cannot be refreshed. Run `gcloud auth application-default login`, or "
+                "attach a service account to the VM."
+            ),
+        ),
+        (
+            Status(403, "No storage.objects.delete access."),
+            "multipart",
+            SMALL,
+            (
+                "Access to gs://bucket/imagenet/{name} is denied: 403 No "
+                "storage.objects.delete access. Grant roles/storage.objectUser on the "
+                "bucket to the account of this run; a VM also needs the access scope "
+                "cloud-platform."
+            ),
+        ),
+        (
+            Status(403, "No access."),
+            "chunk",
+            LARGE,
+            (
+                "Access to gs://bucket/imagenet/{name} is denied: 403 No access. Grant "
+                "roles/storage.objectUser on the bucket to the account of this run; a "
+                "VM also needs the access scope cloud-platform."
+            ),
+        ),
+        (
+            Status(404, "The specified bucket does not exist."),
+            "multipart",
+            SMALL,
+            (
+                "No bucket for gs://bucket/imagenet/{name}: 404 The specified bucket "
+                "does not exist. Create it: gcloud storage buckets create gs://bucket"
+            ),
+        ),
+    ],
+    ids=["401", "403", "403_chunk", "404"],
+)
+def test_run_stops_when_upload_is_refused_in_the_middle(
+    data: Data,
+    emulator: Emulator,
+    fault: Fault,
+    kind: Kind,
+    name: str,
+    expected: str,
+) -> None:
+    emulator.inject(fault, kind=kind, at=1, times=None, name=name)
+    done = run_command(*data.flags(), env=emulator.environment)
+    assert done.status == 1
+    assert done.errors == [expected.format(name=name)]
+    assert done.lines[-1] == f"ERROR: {done.errors[0]}"
+    assert not is_done(done)
+    assert name not in stored(emulator)
+    emulator.heal()
+    num_before = len(uploads(emulator))
+    missing = contents(data.scratch).keys() - stored(emulator)
+    done = run_command(*data.flags(), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert set(uploads(emulator)[num_before:]) == {*missing, "manifest.json"}
+    assert stored(emulator) == contents(data.scratch)
+
+
+@pytest.mark.parametrize("scratch_is_lost", [False, True], ids=["same", "fresh"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(SMALL, "multipart"), (LARGE, "chunk")], ids=["small", "large"]
+)
+def test_closing_check_finds_what_the_answer_hid(
+    data: Data,
+    tmp_path: Path,
+    emulator: Emulator,
+    name: str,
+    kind: Kind,
+    scratch_is_lost: bool,
+) -> None:
+    """A wrong object is repaired by a second run, on another machine too."""
+    emulator.inject(WrongContent(answer_looks_right=True), kind=kind, at=1, name=name)
+    done = run_command(*data.flags(), env=emulator.environment)
+    assert done.status == 1
+    assert done.errors == [
+        (
+            "All 5 objects in gs://bucket/imagenet must be as written; found 1 "
+            f"missing or different: {name}. Run the same command again: it uploads "
+            "them again."
+        )
+    ]
+    assert not is_done(done)
+    assert "imagenet/manifest.json" not in emulator.objects()
+    num_before = len(uploads(emulator))
+    scratch = tmp_path / "scratch" if scratch_is_lost else data.scratch
+    done = run_command(*data.flags(scratch), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert set(uploads(emulator)[num_before:]) == {name, "manifest.json"}
+    assert stored(emulator) == contents(data.scratch)
+
+
+IMPATIENT = """
+import sys
+import imagenet_to_gcs as script
+script.RETRY_SECONDS = (0.1, 0.1)
+sys.argv[0] = "imagenet_to_gcs"
+script.app.run(script.main)
+"""
+
+
+@pytest.mark.parametrize("looks_right", [False, True])
+def test_object_that_stays_wrong_is_never_called_done(
+    data: Data, emulator: Emulator, looks_right: bool
+) -> None:
+    """The pauses between the attempts are shortened; no flag does."""
+    fault = WrongContent(answer_looks_right=looks_right)
+    emulator.inject(fault, kind="multipart", at=1, times=None, name=SMALL)
+    for _ in range(2):
+        done = run_code(IMPATIENT, *data.flags(), env=emulator.environment)
+        assert done.status == 1
+        assert not is_done(done)
+        [error] = done.errors
+        assert SMALL in error
+        assert done.lines[-1] == f"ERROR: {error}"
+        assert "imagenet/manifest.json" not in emulator.objects()
+
+
+def test_damaged_shard_is_written_anew_when_its_size_is_the_same(
+    data: Data, tmp_path: Path, emulator: Emulator
+) -> None:
+    """The first run finds it once its upload has failed; the second one ends well."""
+    scratch = tmp_path / "scratch"
+    shutil.copytree(data.scratch, scratch)
+    path = scratch / "train" / SMALL
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    path.write_bytes(damaged)
+    done = run_code(IMPATIENT, *data.flags(scratch), env=emulator.environment)
+    assert done.status == 1
+    [error] = done.errors
+    assert error == (
+        f"{path} has changed since it was written. Run the same command again: it "
+        "writes it again."
+    )
+    assert not is_done(done)
+    assert "imagenet/manifest.json" not in emulator.objects()
+    done = run_command(*data.flags(scratch), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert stored(emulator) == contents(scratch) == contents(data.scratch)
+
+
+def test_nothing_is_uploaded_again_when_a_run_is_repeated(
+    data: Data, emulator: Emulator
+) -> None:
+    done = run_command(*data.flags(), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    uploaded = uploads(emulator)
+    assert len(uploaded) == 6  # of the chunks only the last one is answered by 200
+    done = run_command(*data.flags(), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert uploads(emulator) == uploaded
