@@ -122,6 +122,7 @@ WRITE_BUFFER_BYTES = 2**20
 READ_BLOCK_BYTES = 2**20
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
 
+FINISHING_THREADS = 4  # each waits for the disk to have a shard
 UPLOAD_THREADS = 8  # the client's connection pool holds 10
 UPLOAD_CHUNK_BYTES = 6 * 2**20  # twice in memory for each thread
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
@@ -1229,6 +1230,15 @@ class FinishedShard:
         return os.path.basename(self.path)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnfinishedShard:
+    """A shard that is written, but perhaps not yet on disk, under a hidden name."""
+
+    temporary_path: str
+    path: str
+    stamp: Stamp
+
+
 class BadImagesError(ValueError):
     """Shards that were not written, because some of their images are bad."""
 
@@ -1251,17 +1261,28 @@ def _stamp_path(path: str) -> str:
 
 
 def write_shard(shard: Shard, scratch_dir: str) -> FinishedShard:
-    """Writes a shard and its stamp; runs in a worker process.
+    """Writes a shard and its stamp.
 
     Raises:
       BadImagesError: All bad images of the shard; nothing was written.
       OSError: The scratch directory cannot hold it; nothing was written.
     """
+    return finish_shard(write_records(shard, scratch_dir))
+
+
+def write_records(shard: Shard, scratch_dir: str) -> UnfinishedShard:
+    """Writes a shard's records to a hidden file; runs in a worker process.
+
+    To wait for the disk as well would take longer than the encoding does.
+
+    Raises:
+      BadImagesError, OSError: As `write_shard`.
+    """
     path = shard_path(shard, scratch_dir)
     pathlib.Path(_stamp_path(path)).unlink(missing_ok=True)  # of another plan
     bad_images = []
     num_repaired = 0
-    with _complete_or_absent(path) as file:
+    with _temporary_file(path) as file:
         records = RecordWriter(file)
         for image in shard.images:
             try:
@@ -1280,8 +1301,18 @@ def write_shard(shard: Shard, scratch_dir: str) -> FinishedShard:
         _crc32c_text(records.crc32c),
         num_repaired,
     )
-    _write_json(_stamp_path(path), dataclasses.asdict(stamp))
-    return FinishedShard(path, stamp)
+    return UnfinishedShard(file.name, path, stamp)
+
+
+def finish_shard(shard: UnfinishedShard) -> FinishedShard:
+    """Waits until a shard is on disk, and gives it its name and its stamp.
+
+    Raises:
+      OSError: It cannot be; it is removed.
+    """
+    _publish(shard.temporary_path, shard.path)
+    _write_json(_stamp_path(shard.path), dataclasses.asdict(shard.stamp))
+    return FinishedShard(shard.path, shard.stamp)
 
 
 def is_complete(shard: Shard, scratch_dir: str) -> bool:
@@ -1362,37 +1393,60 @@ def _crc32c_text(crc32c: int) -> str:
 
 
 @contextlib.contextmanager
-def _complete_or_absent(path: str, on_disk: bool = True) -> Iterator[BinaryIO]:
-    """Opens a file that appears under its name only once it is whole.
-
-    Args:
-      on_disk: Whether it must also survive a loss of power. A JSON file need not: cut
-        off, it cannot be read, and is as good as absent.
-    """
+def _temporary_file(path: str) -> Iterator[BinaryIO]:
+    """Opens a hidden file beside a path, which is removed where writing it fails."""
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
     temporary_path = os.path.join(directory, f".{name}.{unique}{TEMPORARY_SUFFIX}")
     os.makedirs(directory, exist_ok=True)
-    file = open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115
-    try:
-        yield file
-        file.flush()
-        if on_disk:
-            os.fsync(file.fileno())
+    with _removed_on_failure(temporary_path, path):
+        file = open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(OSError):  # closing tries to write what is left
+                file.close()
+            raise
         file.close()
+
+
+def _publish(temporary_path: str, path: str) -> None:
+    """Gives a file its name, once it is on disk, where no loss of power undoes it."""
+    with _removed_on_failure(temporary_path, path):
+        file_descriptor = os.open(temporary_path, os.O_RDONLY)
+        try:
+            os.fsync(file_descriptor)
+        finally:
+            os.close(file_descriptor)
         os.replace(temporary_path, path)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(temporary_path: str, path: str) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
-        with contextlib.suppress(OSError):  # closing tries to write what is left
-            file.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary_path)
-        if isinstance(error, OSError) and not error.filename:
+        if isinstance(error, OSError) and error.filename in (None, temporary_path):
             error.filename = path  # a write does not say to which file
         raise
 
 
+@contextlib.contextmanager
+def _complete_or_absent(path: str) -> Iterator[BinaryIO]:
+    """Opens a small file that appears under its name only once it is whole.
+
+    It is not waited for: torn by a loss of power, it cannot be read, and is as good as
+    absent.
+    """
+    with _temporary_file(path) as file:
+        yield file
+    os.replace(file.name, path)
+
+
 def _write_json(path: str, value: Mapping[str, Any]) -> None:
-    with _complete_or_absent(path, on_disk=False) as file:
+    with _complete_or_absent(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
@@ -1400,7 +1454,7 @@ def _write_json(path: str, value: Mapping[str, Any]) -> None:
 # 6. All shards: the processes that write and the threads that upload
 
 
-Future: TypeAlias = "concurrent.futures.Future[FinishedShard]"
+Future: TypeAlias = "concurrent.futures.Future[Any]"
 
 
 @dataclasses.dataclass
@@ -1502,46 +1556,52 @@ def write_and_upload(
       RunError, OSError, BrokenProcessPool: The first failure but for a bad image; what
         has not begun is cancelled.
     """
-    finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
-    writing: set[Future] = set()
-    uploading: set[Future] = set()
+    done: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    next_step: dict[Future, Callable[[Any], None]] = {}
     waiting = collections.deque(to_write)
     outcome = Outcome([], [])
 
-    def start(future: Future, running: set[Future]) -> None:
-        running.add(future)
-        future.add_done_callback(finished.put)
+    def start(
+        pool: concurrent.futures.Executor,
+        function: Callable[..., Any],
+        *arguments: Any,
+        then: Callable[[Any], None],
+    ) -> None:
+        future = pool.submit(function, *arguments)
+        next_step[future] = then
+        future.add_done_callback(done.put)
+
+    def on_written(shard: UnfinishedShard) -> None:
+        start(finishers, finish_shard, shard, then=on_finished)
+
+    def on_finished(shard: FinishedShard) -> None:
+        progress.wrote(shard.stamp)
+        start(uploaders, upload, shard, then=on_uploaded)
+
+    def on_uploaded(shard: FinishedShard) -> None:
+        progress.uploaded(shard.stamp)
+        outcome.finished.append(shard)
 
     if to_write:
         start_forkserver()
     with (
         _closing(concurrent.futures.ThreadPoolExecutor(UPLOAD_THREADS)) as uploaders,
+        _closing(concurrent.futures.ThreadPoolExecutor(FINISHING_THREADS)) as finishers,
         _closing(_worker_pool(num_workers)) as workers,
     ):
         for shard in to_upload:
-            start(uploaders.submit(upload, shard), uploading)
-        while waiting or writing or uploading:
-            while waiting and len(writing) + len(uploading) < max_unfinished:
+            start(uploaders, upload, shard, then=on_uploaded)
+        while waiting or next_step:
+            while waiting and len(next_step) < max_unfinished:
                 planned = waiting.popleft()
-                start(workers.submit(write_shard, planned, scratch_dir), writing)
+                start(workers, write_records, planned, scratch_dir, then=on_written)
             progress.log_when_due()
-            try:
-                future = finished.get(timeout=1)
-            except queue.Empty:
-                continue
-            if future in uploading:
-                uploading.remove(future)
-                outcome.finished.append(future.result())
-                progress.uploaded(future.result().stamp)
-                continue
-            writing.remove(future)
-            try:
-                written = future.result()
-            except BadImagesError as error:
-                outcome.bad_images.extend(error.bad_images)
-                continue
-            progress.wrote(written.stamp)
-            start(uploaders.submit(upload, written), uploading)
+            with contextlib.suppress(queue.Empty):
+                future = done.get(timeout=1)
+                try:
+                    next_step.pop(future)(future.result())
+                except BadImagesError as error:
+                    outcome.bad_images.extend(error.bad_images)
     return outcome
 
 

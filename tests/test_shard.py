@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def test_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "train-00000-of-00001"
     with script._complete_or_absent(str(path)) as file:
         file.write(b"data")
-        assert files_in(tmp_path) == [".train-00000-of-00001.tmp"]
+        (hidden,) = files_in(tmp_path)
+        assert re.fullmatch(r"\.train-00000-of-00001\..+\.tmp", hidden)
     assert files_in(tmp_path) == ["train-00000-of-00001"]
     assert path.read_bytes() == b"data"
 
