@@ -332,7 +332,7 @@ class ImageSource:
             filename = os.path.basename(member.name)
             if _is_image_name(filename):
                 first = member_of.setdefault(filename, member.name)
-                if first != member.name:
+                if os.path.normpath(first) != os.path.normpath(member.name):
                     raise InvalidInputError(
                         f"Images of a class must have different names; found {first} "
                         f"and {member.name} in {self.path}."
@@ -1801,6 +1801,9 @@ class StoredObject:
 class Destination:
     """The directory of a bucket, and the client that reaches it.
 
+    Attributes:
+      is_listed: Whether the last listing was granted.
+
     The client's `get_bucket` is never called: it needs `storage.buckets.get`, which
     the roles for objects do not have.
     """
@@ -1816,6 +1819,7 @@ class Destination:
         from google.cloud import storage
 
         self.path = path
+        self.is_listed = True
         with self._explained(""):
             self._client = client or storage.Client(project=project)
             self._bucket = self._client.bucket(path.bucket)
@@ -1856,6 +1860,7 @@ class Destination:
                     for blob in blobs
                 }
             except exceptions.Forbidden:
+                self.is_listed = False
                 return None
 
     def upload(self, shard: FinishedShard) -> FinishedShard:
@@ -2011,7 +2016,7 @@ def _said(error: BaseException) -> str:
     response = getattr(cause, "response", None)
     try:
         text = response.json()["error"]["message"]  # type: ignore[union-attr]
-    except Exception:  # noqa: BLE001  # no response, or none of that shape
+    except Exception:  # no response, or none of that shape  # noqa: BLE001
         text = str(cause)
     code = getattr(cause, "code", "")
     text = f"{code:d} {text}" if isinstance(code, int) else text or repr(cause)
@@ -2572,8 +2577,9 @@ def _manifest_path(job: Job) -> str:
 def _remove_manifest(job: Job) -> None:
     """Removes the mark of a complete data set while it is not one."""
     pathlib.Path(_manifest_path(job)).unlink(missing_ok=True)
-    if job.destination:
-        job.destination.delete(MANIFEST_FILE, MANIFEST_FILE in (job.objects or {}))
+    is_there = MANIFEST_FILE in (job.objects or {})
+    if job.destination and (is_there or not job.destination.is_listed):
+        job.destination.delete(MANIFEST_FILE, must=is_there)
 
 
 def _write_manifest(job: Job, stored: Mapping[str, StoredObject]) -> None:

@@ -378,7 +378,7 @@ class Emulator:
             target=self._server.serve_forever, args=(0.02,), daemon=True
         )
 
-    def __enter__(self) -> Emulator:  # noqa: PYI034 (Self needs Python 3.11)
+    def __enter__(self) -> Emulator:  # noqa: PYI034
         self._thread.start()
         return self
 

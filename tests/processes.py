@@ -55,6 +55,7 @@ class Run:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=_heed_signals,  # noqa: PLW1509
             )
         self.pid = self.process.pid
 
@@ -103,6 +104,12 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _heed_signals() -> None:
+    """Takes back what a parent in the background or under `nohup` has switched off."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _command_line(pid: int) -> str:

@@ -298,8 +298,8 @@ def test_command_is_refused_when_the_disk_is_too_small(raw: Path) -> None:
     [error] = finished.errors
     assert re.fullmatch(
         rf"--local_scratch_dir={raw}/tf_records must have room for 10\.0 TB of "
-        r"shards; its disk has [\d.,]+ [KMGT]B free\. Make room, choose another disk, "
-        r"or pass --nokeep_local_shards\.",
+        r"shards; its disk has [\d.,]+ [KMGT]B free\. Make room, or choose another "
+        r"disk\.",
         error,
     )
     assert not (raw / "tf_records").exists()

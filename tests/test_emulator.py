@@ -46,7 +46,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
 @pytest.fixture
 def bucket(emulator: Emulator) -> storage.Bucket:
     client = storage.Client(project="project")
-    client._http  # noqa: B018 (created without a lock: touched before any thread is)
+    client._http  # noqa: B018
     return client.bucket("bucket")
 
 

@@ -234,7 +234,7 @@ PROGRAM = """if True:
     imagenet_to_gcs.run(
         raw_data_dir=raw,
         gcs_upload=True,
-        gcs_project=None,
+        gcs_project="p",
         gcs_output_path="gs://bucket/run",
         local_scratch_dir=scratch,
         client=client,

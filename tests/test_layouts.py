@@ -363,7 +363,7 @@ def test_all_damaged_tars_are_named_at_once(raw: Path, tmp_path: Path) -> None:
     reason = f"it is damaged, or not a tar, at byte 0. {DOWNLOAD}"
     assert problems(packed) == [
         *(f"Cannot list the tar {path}: {reason}" for path in paths[:4]),
-        "The same holds for 1 more.",
+        "1 more classes cannot be listed.",
     ]
 
 

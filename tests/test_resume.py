@@ -27,7 +27,6 @@ from processes import (
     finished_shards,
     identities,
     kinds,
-    pad,
     plan_digests,
     shard_paths,
     started,
@@ -55,10 +54,11 @@ class Data:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """1,500 images in 120 shards of 1.2 MB; encoding them takes some seconds."""
+    """1,500 CMYK images in 120 shards; to encode them again takes some seconds."""
     directory = tmp_path_factory.mktemp("large")
-    raw = contract.make_raw(directory / "raw", 40, 30, 300, width=16, height=16)
-    pad(raw, 100_000)
+    raw = contract.make_raw(
+        directory / "raw", 40, 30, 300, kinds=("cmyk",), width=320, height=240
+    )
     data = Data(raw, directory / "scratch")
     done = run_command(*data.flags(data.scratch), "--nogcs_upload", *LARGE_SHARDS)
     assert done.status == 0, done.stderr
@@ -588,7 +588,7 @@ def test_other_hidden_files_are_kept_when_temporaries_are_removed(
     scratch = copy_tree(small.scratch, tmp_path / "scratch")
     foreign = [scratch / "mine" / ".x.tmp", scratch / ".mine.tmp"]
     (scratch / "mine").mkdir()
-    left = scratch / "train" / ".train-00003-of-00008.tmp"
+    left = scratch / "train" / ".train-00003-of-00008.vm-1-2.tmp"
     for path in [*foreign, left]:
         path.write_bytes(b"x")
     done = run_command(*small.flags(scratch), "--nogcs_upload", *SMALL_SHARDS)
