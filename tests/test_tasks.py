@@ -23,7 +23,7 @@ from command import (
     environment,
     run_command,
 )
-from emulator import Emulator
+from emulator import Emulator, Status
 
 import imagenet_to_gcs
 
@@ -116,14 +116,14 @@ def test_tasks_make_the_bytes_of_a_single_run(
 def test_manifest_is_written_by_the_last_when_a_task_was_killed(
     mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
 ) -> None:
-    emulator.latency = 0.3
+    emulator.inject(Status(503), kind="multipart", times=None, name="train-00001-of-")
     lost = start(mixed_raw, tmp_path, emulator, *task(1))
     while not any("-of-" in name for name in emulator.objects()):
         assert lost.poll() is None
         time.sleep(0.01)
     lost.kill()
     lost.communicate()
-    emulator.latency = 0
+    emulator.heal()
     for i in (0, 2):
         finished = run(mixed_raw, tmp_path, emulator, *task(i))
         assert finished.status == 0

@@ -206,9 +206,10 @@ def test_run_stops_when_upload_is_refused_in_the_middle(
     assert name not in stored(emulator)
     emulator.heal()
     num_before = len(uploads(emulator))
-    missing = contents(data.scratch).keys() - stored(emulator)
+    before = stored(emulator).keys()
     done = run_command(*data.flags(), env=emulator.environment)
     assert done.status == 0, done.stderr
+    missing = contents(data.scratch).keys() - before
     assert set(uploads(emulator)[num_before:]) == {*missing, "manifest.json"}
     assert stored(emulator) == contents(data.scratch)
 
