@@ -211,9 +211,8 @@ def test_run_stops_at_signal_when_encoding(
         run.process.wait(GONE_SECONDS)
         done = run.finish()
     assert done.status == STATUS[number]
-    assert len(done.lines) == 4, done.lines
-    match = STOPPING.fullmatch(done.lines[-2])
-    assert match, done.lines[-2]
+    match = next(filter(None, map(STOPPING.fullmatch, done.lines)), None)
+    assert match, done.lines
     assert 1 <= int(match[1]) <= len(finished_shards(scratch))
     assert done.errors == [
         f"Stopped by {number.name}; the same command goes on from here."
@@ -233,7 +232,7 @@ def test_run_stops_at_signal_when_uploads_stall(
         run.process.wait(GONE_SECONDS)
         done = run.finish()
     assert done.status == STATUS[number]
-    assert done.lines[-2] == "Stopping: 0 of 120 shards are done."
+    assert "Stopping: 0 of 120 shards are done." in done.lines
     assert done.errors == [
         f"Stopped by {number.name}; the same command goes on from here."
     ]
