@@ -117,9 +117,7 @@ VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TAR_BLOCK_BYTES = 512
 MOST_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
 COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
-LISTING_THREADS = (
-    2  # for cold disks; with 8, listing from memory takes 1.7 times as long
-)
+LISTING_THREADS = 2  # for cold disks; with 8, a listing from memory is 1.7 x as slow
 WRITE_BUFFER_BYTES = 2**20
 READ_BLOCK_BYTES = 2**20
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
@@ -135,20 +133,6 @@ PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 FLAGS = flags.FLAGS
-FLAGS_OF_OPTIONS = (  # and --project, which is the field gcs_project
-    "raw_data_dir",
-    "gcs_upload",
-    "gcs_output_path",
-    "local_scratch_dir",
-    "num_workers",
-    "training_shards",
-    "validation_shards",
-    "keep_local_shards",
-    "task_index",
-    "task_count",
-    "fake_imagenet",
-    "dry_run",
-)
 
 flags.DEFINE_string("project", None, "Google Cloud project of the upload.")
 flags.DEFINE_string(
@@ -1253,6 +1237,7 @@ class BadImagesError(ValueError):
 
 
 def shard_path(shard: Shard, scratch_dir: str) -> str:
+    """Where a shard goes: `<scratch_dir>/train/train-00007-of-01024`."""
     return os.path.join(scratch_dir, shard.split, shard.name)
 
 
@@ -2518,6 +2503,17 @@ def _log_complete(job: Job, stored: Mapping[str, StoredObject]) -> None:
     )
 
 
+def _differing(
+    objects: Mapping[str, StoredObject], expected: Mapping[str, StoredObject]
+) -> list[str]:
+    """Names what is not in the bucket, or is there with other bytes."""
+    return [
+        name
+        for name, shard in expected.items()
+        if name not in objects or not objects[name].holds(shard)
+    ]
+
+
 def check_uploaded(
     destination: Destination, expected: Mapping[str, StoredObject]
 ) -> Mapping[str, StoredObject]:
@@ -2536,11 +2532,7 @@ def check_uploaded(
             destination.path,
         )
         return {}
-    wrong = [
-        name
-        for name, shard in expected.items()
-        if name not in objects or not objects[name].holds(shard)
-    ]
+    wrong = _differing(objects, expected)
     if wrong:
         raise RunError(
             f"All {_count(len(expected), 'object')} in {destination.path} must be as "
@@ -2791,15 +2783,12 @@ def upload_to_gcs(
     """
     destination = Destination(GcsPath.parse(gcs_output_path), gcs_project, client)
     shards = [measure(path) for path in [*training_records, *validation_records]]
-    objects = destination.list_objects() or {}
-    to_upload = [
-        shard
-        for shard in shards
-        if shard.name not in objects or not objects[shard.name].holds(shard.stamp)
-    ]
+    expected = {shard.name: StoredObject.of(shard.stamp) for shard in shards}
+    missing = set(_differing(destination.list_objects() or {}, expected))
+    to_upload = [shard for shard in shards if shard.name in missing]
     progress = Progress(shards_to_upload=len(to_upload))
     write_and_upload([], to_upload, "", 1, destination.upload, 1, progress)
-    check_uploaded(destination, {s.name: StoredObject.of(s.stamp) for s in shards})
+    check_uploaded(destination, expected)
 
 
 class Stopped(BaseException):
@@ -2841,7 +2830,8 @@ def main(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", module="google", category=FutureWarning)
     _stop_at_signals()
     try:
-        options: dict[str, Any] = {name: FLAGS[name].value for name in FLAGS_OF_OPTIONS}
+        names = [field.name for field in dataclasses.fields(Options)]
+        options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
     except (InvalidInputError, BadImagesError) as error:
         for line in str(error).splitlines():
