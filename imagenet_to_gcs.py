@@ -104,6 +104,7 @@ RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, about
 
 FAKE_TRAINING_IMAGES = 2048
 FAKE_VALIDATION_IMAGES = 256
+FAKE_MARK = ".fake_imagenet"  # in the directory of a fake one
 
 # The size of ImageNet-1k (ILSVRC 2012), https://image-net.org/challenges/LSVRC/2012
 IMAGENET_SYNSETS = 1000
@@ -124,7 +125,7 @@ TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matche
 
 FINISHING_THREADS = 4  # each waits for the disk to have a shard
 UPLOAD_THREADS = 8  # the client's connection pool holds 10
-UPLOAD_CHUNK_BYTES = 6 * 2**20  # twice in memory for each thread
+UPLOAD_CHUNK_BYTES = 5 * 2**20  # twice in memory for each thread
 LARGEST_KEPT_BUFFER = 2**25  # bytes; glibc allows no more
 MOST_KEPT_MEMORY = 2**26
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
@@ -1661,6 +1662,8 @@ def start_forkserver() -> None:
     multiprocessing.set_forkserver_preload([module])
     working_dir = os.open(".", os.O_RDONLY)
     with contextlib.ExitStack() as stack:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         stack.callback(os.close, working_dir)
         if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
             null = stack.enter_context(open(os.devnull, "wb"))
@@ -2627,8 +2630,6 @@ def _write_manifest(job: Job, stored: Mapping[str, StoredObject]) -> None:
 
 # ---------------------------------------------------------------------------------
 # 9. The fake ImageNet: a demonstration for who has no ImageNet (yet)
-
-FAKE_MARK = ".fake_imagenet"
 
 
 def make_fake_imagenet(raw_data_dir: str, num_workers: int) -> None:

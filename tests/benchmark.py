@@ -54,7 +54,7 @@ import jpegs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "imagenet_to_gcs.py"
 TRAINING_SHARDS = 1024
-FIRST_SHARD = "train/train-00000-of-01024"
+VALIDATION_SHARDS = 128
 
 NUM_IMAGES = 36_000
 NUM_DISTINCT = 300  # drawn; the others are copies
@@ -302,14 +302,16 @@ def run_script(
     scratch_dir: Path,
     *flags: str,
     num_bytes: int = 0,
+    training_shards: int = TRAINING_SHARDS,
     environment: dict[str, str] | None = None,
     sample_memory: bool = False,
 ) -> Run:
     """Writes the shards, of about so many bytes, with none of an earlier run there."""
     make_way(scratch_dir, num_bytes)
+    shards = f"--training_shards={training_shards}"
     return measure(
-        script_command(raw_dir, scratch_dir, *flags),
-        scratch_dir / FIRST_SHARD,
+        script_command(raw_dir, scratch_dir, shards, *flags),
+        scratch_dir / f"train/train-00000-of-{training_shards:05d}",
         environment=environment,
         sample_memory=sample_memory,
     )
@@ -409,7 +411,7 @@ def sequential_loop(raw_dir: str, output_dir: str, limit: int) -> dict[str, floa
     num_images = 0
     for split, paths, num_shards in (
         ("train", training, TRAINING_SHARDS),
-        ("validation", validation, 128),
+        ("validation", validation, VALIDATION_SHARDS),
     ):
         size = math.ceil(len(paths) / num_shards)
         for i in range(math.ceil(share * len(paths) / size)):
@@ -837,9 +839,13 @@ class Benchmark:
         """Measures both together and each alone, the link as fast as the encoding.
 
         One worker encodes: of two processors the other is left to the upload and to
-        the server, which a real Cloud Storage would not need.
+        the server, which a real Cloud Storage would not need. The shards are as large
+        as those of ImageNet.
         """
-        flags = ["--num_workers=1"]
+        share = data.num_images / IMAGENET_IMAGES
+        training_shards = math.ceil(TRAINING_SHARDS * share)
+        validation_shards = math.ceil(VALIDATION_SHARDS * share)
+        flags = ["--num_workers=1", f"--validation_shards={validation_shards}"]
         cloud = [*flags, "--project=p", "--gcs_output_path=gs://bucket/imagenet"]
         scratch_dir = self.scratch_dir
 
@@ -849,6 +855,7 @@ class Benchmark:
                 scratch_dir,
                 *flags,
                 num_bytes=data.num_bytes,
+                training_shards=training_shards,
                 environment=environment,
             )
 
@@ -857,7 +864,8 @@ class Benchmark:
 
         def upload_only() -> Run:
             with sink_process(link) as environment:
-                command = script_command(data.raw_dir, scratch_dir, *cloud)
+                shards = f"--training_shards={training_shards}"
+                command = script_command(data.raw_dir, scratch_dir, shards, *cloud)
                 return measure(command, environment=environment)
 
         def both() -> Run:
@@ -875,7 +883,8 @@ class Benchmark:
         alone = {name: runs[name].seconds for name in ("encode", "upload")}
         together = runs["encode and upload"].seconds
         return Target(
-            f"encode and upload together, 1 worker, link of {link / 1e6:,.0f} MB/s",
+            f"encode and upload {training_shards + validation_shards} shards together, 1 "
+            f"worker, link of {link / 1e6:,.0f} MB/s",
             f"at most 1.15 x the longer of {alone['encode']:.1f} s and "
             f"{alone['upload']:.1f} s alone",
             f"{together:.1f} s, {together / max(alone.values()):.2f} x",

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,11 @@ class Run:
     def workers(self) -> list[int]:
         forkserver = self.forkserver()
         return [p for p in self.pids() if forkserver and _parent_of(p) == forkserver]
+
+    def semaphores(self) -> list[Path]:
+        """The named semaphores of its queues; they would outlive a process."""
+        maps = Path(f"/proc/{self.pid}/maps").read_text(encoding="utf-8")
+        return [Path(path) for path in re.findall(r"/dev/shm/sem\.\S+", maps)]
 
     def finish(self, timeout: float = 120) -> Finished:
         """Waits for its end, and for that of all its processes."""

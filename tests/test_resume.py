@@ -207,13 +207,16 @@ def test_run_stops_at_signal_when_encoding(
     scratch = tmp_path / "scratch"
     with started(*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS) as run:
         wait_for(lambda: len(finished_shards(scratch)) >= 3, run)
+        semaphores = run.semaphores()
         send(run, number)
         run.process.wait(GONE_SECONDS)
         done = run.finish()
     assert done.status == STATUS[number]
-    match = next(filter(None, map(STOPPING.fullmatch, done.lines)), None)
+    match = STOPPING.fullmatch(done.lines[-2])
     assert match, done.lines
     assert 1 <= int(match[1]) <= len(finished_shards(scratch))
+    assert semaphores
+    assert not [path for path in semaphores if path.exists()]
     assert done.errors == [
         f"Stopped by {number.name}; the same command goes on from here."
     ]
