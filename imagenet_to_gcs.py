@@ -954,17 +954,6 @@ class Skeleton:
     num_components: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class BadImage:
-    """An image that no reader could decode, and why."""
-
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"Cannot decode {self.path}: {self.reason}."
-
-
 class _ImageError(ValueError):
     """The reason why an image cannot be used, in words."""
 
@@ -1231,15 +1220,8 @@ class UnfinishedShard:
     stamp: Stamp
 
 
-class BadImagesError(ValueError):
-    """Shards that were not written, because some of their images are bad."""
-
-    def __init__(self, *bad_images: BadImage):
-        super().__init__(*bad_images)
-        self.bad_images = bad_images
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.bad_images))
+class BadImagesError(InvalidInputError):
+    """Shards that were not written, because images of theirs cannot be decoded."""
 
 
 def shard_path(shard: Shard, scratch_dir: str) -> str:
@@ -1273,7 +1255,7 @@ def write_records(shard: Shard, scratch_dir: str) -> UnfinishedShard:
     """
     path = shard_path(shard, scratch_dir)
     pathlib.Path(_stamp_path(path)).unlink(missing_ok=True)  # of another plan
-    bad_images = []
+    problems = []
     num_repaired = 0
     with _temporary_file(path) as file:
         records = RecordWriter(file)
@@ -1281,12 +1263,12 @@ def write_records(shard: Shard, scratch_dir: str) -> UnfinishedShard:
             try:
                 encoded = encode_image(image)
             except _ImageError as error:
-                bad_images.append(BadImage(image.path, str(error)))
-            if not bad_images:
+                problems.append(f"Cannot decode {image.path}: {error}.")
+            if not problems:
                 records.write(make_example(image, encoded))
                 num_repaired += encoded.repaired
-        if bad_images:
-            raise BadImagesError(*bad_images)
+        if problems:
+            raise BadImagesError(*problems)
     stamp = Stamp(
         shard.digest(),
         len(shard.images),
@@ -1452,7 +1434,12 @@ Future: TypeAlias = "concurrent.futures.Future[Any]"
 
 @dataclasses.dataclass
 class Progress:
-    """Counts what a run has to do and has done."""
+    """What a run has to do and has done.
+
+    Attributes:
+      finished: Shards that were written and uploaded, or had to be uploaded only.
+      bad_images: A line for each image whose shard is left out.
+    """
 
     shards_to_write: int = 0
     images_to_write: int = 0
@@ -1461,8 +1448,8 @@ class Progress:
     images_written: int = 0
     bytes_written: int = 0
     images_repaired: int = 0
-    shards_uploaded: int = 0
-    bytes_uploaded: int = 0
+    finished: list[FinishedShard] = dataclasses.field(default_factory=list)
+    bad_images: list[str] = dataclasses.field(default_factory=list)
     start: float = dataclasses.field(default_factory=time.monotonic)
     next_line: float = dataclasses.field(
         default_factory=lambda: time.monotonic() + PROGRESS_SECONDS
@@ -1473,10 +1460,6 @@ class Progress:
         self.images_written += stamp.num_examples
         self.bytes_written += stamp.num_bytes
         self.images_repaired += stamp.num_repaired
-
-    def uploaded(self, stamp: Stamp) -> None:
-        self.shards_uploaded += 1
-        self.bytes_uploaded += stamp.num_bytes
 
     def log_when_due(self) -> None:
         if time.monotonic() >= self.next_line:
@@ -1501,9 +1484,9 @@ class Progress:
                 self.speed(),
             ]
         if self.shards_to_upload:
-            done.append(self.shards_uploaded / self.shards_to_upload)
+            done.append(len(self.finished) / self.shards_to_upload)
             parts.append(
-                f"uploaded {self.shards_uploaded:,} of {self.shards_to_upload:,}"
+                f"uploaded {len(self.finished):,} of {self.shards_to_upload:,}"
             )
         slowest = min(done, default=1)
         if slowest > 0:
@@ -1515,19 +1498,6 @@ class Progress:
         return f"{images:,.0f} images/s, {_size(self.bytes_written / self.seconds())}/s"
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What `write_and_upload` has done.
-
-    Attributes:
-      finished: Shards that were written and uploaded.
-      bad_images: Images that cannot be decoded; their shards are left out.
-    """
-
-    finished: list[FinishedShard]
-    bad_images: list[BadImage]
-
-
 def write_and_upload(
     to_write: Sequence[Shard],
     to_upload: Sequence[FinishedShard],
@@ -1536,7 +1506,7 @@ def write_and_upload(
     upload: Callable[[FinishedShard], FinishedShard],
     max_unfinished: int,
     progress: Progress,
-) -> Outcome:
+) -> None:
     """Writes shards in processes, and uploads each in a thread once it is finished.
 
     Args:
@@ -1544,6 +1514,7 @@ def write_and_upload(
       to_upload: Shards that are, but are not in the bucket.
       upload: Uploads one shard and returns it.
       max_unfinished: How many shards may be begun and not yet uploaded.
+      progress: Counts, and keeps what was done.
 
     Raises:
       RunError, OSError, BrokenProcessPool: The first failure but for a bad image; what
@@ -1552,7 +1523,6 @@ def write_and_upload(
     done: queue.SimpleQueue[Future] = queue.SimpleQueue()
     next_step: dict[Future, Callable[[Any], None]] = {}
     waiting = collections.deque(to_write)
-    outcome = Outcome([], [])
 
     def start(
         pool: concurrent.futures.Executor,
@@ -1572,8 +1542,7 @@ def write_and_upload(
         start(uploaders, upload, shard, then=on_uploaded)
 
     def on_uploaded(shard: FinishedShard) -> None:
-        progress.uploaded(shard.stamp)
-        outcome.finished.append(shard)
+        progress.finished.append(shard)
 
     if to_write:
         start_forkserver()
@@ -1594,8 +1563,7 @@ def write_and_upload(
                 try:
                     next_step.pop(future)(future.result())
                 except BadImagesError as error:
-                    outcome.bad_images.extend(error.bad_images)
-    return outcome
+                    progress.bad_images.extend(error.problems)
 
 
 @contextlib.contextmanager
@@ -2407,16 +2375,16 @@ def _carry_out(job: Job) -> None:
     if not job.options.keep_local_shards:
         _remove_uploaded(job)
     progress = _new_progress(job)
-    outcome = _write_and_upload(job, progress)
-    if outcome.bad_images:
+    _write_and_upload(job, progress)
+    if progress.bad_images:
         logging.info(
             "%s cannot be used; their shards are left out. Replace them and run the "
             "same command again.",
-            _count(len(outcome.bad_images), "image"),
+            _count(len(progress.bad_images), "image"),
         )
-        raise BadImagesError(*sorted(outcome.bad_images, key=lambda bad: bad.path))
+        raise BadImagesError(*sorted(progress.bad_images))
     stored = dict(job.work.done)
-    stored.update((s.name, StoredObject.of(s.stamp)) for s in outcome.finished)
+    stored.update((s.name, StoredObject.of(s.stamp)) for s in progress.finished)
     objects = job.objects
     if job.destination:
         objects = check_uploaded(job.destination, stored)
@@ -2444,10 +2412,10 @@ def _new_progress(job: Job) -> Progress:
     )
 
 
-def _write_and_upload(job: Job, progress: Progress) -> Outcome:
+def _write_and_upload(job: Job, progress: Progress) -> None:
     options, work = job.options, job.work
     try:
-        outcome = write_and_upload(
+        write_and_upload(
             work.to_write,
             work.to_upload,
             options.scratch_dir,
@@ -2457,7 +2425,7 @@ def _write_and_upload(job: Job, progress: Progress) -> Outcome:
             progress,
         )
     except BaseException:
-        done = progress.shards_uploaded if job.destination else progress.shards_written
+        done = len(progress.finished) if job.destination else progress.shards_written
         logging.info(
             "Stopping: %s of %s are done.",
             f"{len(work.done) + done:,}",
@@ -2465,7 +2433,6 @@ def _write_and_upload(job: Job, progress: Progress) -> Outcome:
         )
         raise
     _log_written(job, progress)
-    return outcome
 
 
 def _upload_function(job: Job) -> Callable[[FinishedShard], FinishedShard]:
@@ -2502,8 +2469,8 @@ def _log_uploaded(destination: Destination, progress: Progress) -> None:
     if progress.shards_to_upload:
         logging.info(
             "Uploaded %s (%s) of %s to %s in %s.",
-            _count(progress.shards_uploaded, "shard"),
-            _size(progress.bytes_uploaded),
+            _count(len(progress.finished), "shard"),
+            _size(sum(shard.stamp.num_bytes for shard in progress.finished)),
             f"{progress.shards_to_upload:,}",
             destination.path,
             _duration(progress.seconds()),
@@ -2745,7 +2712,7 @@ def run(
 
     Raises:
       InvalidInputError: A ValueError: what must be mended before a run can begin.
-      BadImagesError: A ValueError: all but the shards of these images are done.
+      BadImagesError: An InvalidInputError: all but the shards of these images are done.
       RunError: What stopped the run; finished shards are kept.
     """
     checked = Options(
@@ -2851,8 +2818,8 @@ def main(arguments: Sequence[str]) -> None:
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
-    except (InvalidInputError, BadImagesError) as error:
-        for line in str(error).splitlines():
+    except InvalidInputError as error:
+        for line in error.problems:
             logging.error("%s", line)
         _exit(1)
     except RunError as error:

@@ -268,6 +268,8 @@ def test_bad_images_are_all_named_and_the_other_shards_written(
 
 # ------------------------------------------------------------------- what is said
 
+FINISHED = script.FinishedShard("train-00000-of-01024", script.Stamp("", 0, 0, "", 0))
+
 
 @pytest.mark.parametrize(
     ("counts", "line"),
@@ -280,7 +282,7 @@ def test_bad_images_are_all_named_and_the_other_shards_written(
                 "shards_written": 518,
                 "images_written": 640_120,
                 "bytes_written": 73_200_000_000,
-                "shards_uploaded": 501,
+                "finished": [FINISHED] * 501,
             },
             (
                 "518 of 1,152 shards, 640,120 of 1,331,167 images (48%), 2,134 "
@@ -300,7 +302,7 @@ def test_bad_images_are_all_named_and_the_other_shards_written(
             id="only writing",
         ),
         pytest.param(
-            {"shards_to_upload": 1_152, "shards_uploaded": 576},
+            {"shards_to_upload": 1_152, "finished": [FINISHED] * 576},
             "uploaded 576 of 1,152, 5 min left.",
             id="only uploading",
         ),

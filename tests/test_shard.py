@@ -230,7 +230,7 @@ def test_shard_is_incomplete_when_an_image_turns_bad(raw: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "error",
     [
-        script.BadImagesError(script.BadImage("/a.JPEG", "the file is empty")),
+        script.BadImagesError("Cannot decode /a.JPEG: the file is empty."),
         script.InvalidInputError("one", "two"),
         script.RunError("Another run is writing."),
     ],
