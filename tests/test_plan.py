@@ -128,7 +128,7 @@ SHARD = script.Shard("train", 3, 8, tuple(make_images(5)))
 def with_image(**changes: Any) -> script.Shard:
     """Changes the third image of the shard."""
     images = list(SHARD.images)
-    images[2] = dataclasses.replace(images[2], **changes)
+    images[2] = images[2]._replace(**changes)
     return dataclasses.replace(SHARD, images=tuple(images))
 
 
@@ -173,9 +173,7 @@ def test_digest_changes_with_the_record_format(
         pytest.param(
             lambda: dataclasses.replace(
                 SHARD,
-                images=tuple(
-                    dataclasses.replace(i, source="/moved") for i in SHARD.images
-                ),
+                images=tuple(i._replace(source="/moved") for i in SHARD.images),
             ),
             id="raw directory moved",
         ),
