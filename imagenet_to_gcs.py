@@ -133,6 +133,7 @@ PROGRESS_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
+PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 M_TRIM_THRESHOLD = -1  # malloc.h
 M_MMAP_THRESHOLD = -3
@@ -807,6 +808,13 @@ def _no_images(place: str, pattern: str) -> str:
 def shortfalls(dataset: Dataset) -> list[str]:
     """Words what a data set lacks that a trial may lack, but not the real ImageNet."""
     lines = []
+    splits = (dataset.training, dataset.validation)
+    empty = [image for split in splits for image in split if not image.num_bytes]
+    if empty:
+        lines.append(
+            f"{_count(len(empty), 'image')} of no bytes (an empty file, or a link to "
+            f"nothing), the first {empty[0].path}: their shards will be left out."
+        )
     trained = {image.synset for image in dataset.training}
     untrained = [synset for synset in dataset.synsets if synset not in trained]
     if untrained:
@@ -2121,8 +2129,12 @@ class Options:
 
 
 def _num_processors() -> int:
-    """Counts the processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Counts the processors that this process may use, a container's limit included."""
+    number = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no such file; or 'max': no limit
+        quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
+        number = min(number, math.ceil(quota / period))
+    return number
 
 
 @dataclasses.dataclass(frozen=True)

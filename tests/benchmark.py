@@ -1,15 +1,18 @@
 """Measures how fast and light the script is, against its targets; prints Markdown.
 
-    python3 tests/benchmark.py                       # 36,000 images, about 10 minutes
+    python3 tests/benchmark.py                       # 36,000 images, about 8 minutes
     python3 tests/benchmark.py --quick               # 2,000 images, one run
     python3 tests/benchmark.py --plan --grow         # also with 1,331,167 files
     python3 tests/benchmark.py --raw_data_dir=DIR    # real images instead of drawn ones
 
 It needs Linux, and in the temporary directory room for the images twice and a half:
 10 GB for 36,000 of 110 KB, which should fit in memory as well, for the page cache is
-warmed first. What is compared runs in turns, so that a machine that grows slower or
-faster meanwhile does so for all; every number is the median of several runs. All are
-whole processes; the time to the first finished shard is said apart, as start-up.
+warmed first, and so is the memory that the output will take. A temporary directory in
+memory leaves the speed of the disk out; with large pages, as file systems on disks have
+them, it is `mount -t tmpfs -o huge=within_size none DIR`. What is compared runs in
+turns, so that a machine that grows slower or faster meanwhile does so for all; every
+number is the median of several runs. All are whole processes; the time to the first
+finished shard is said apart, as start-up.
 
 The yardsticks:
 

@@ -1,5 +1,6 @@
 """Section 10: the command line, and what it refuses before any work."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -365,6 +366,35 @@ def test_run_raises_when_it_cannot_work(
         script.run(**{**good, **arguments})
     assert str(caught.value) == error
     assert files_in(raw) == before
+
+
+@pytest.mark.parametrize(
+    ("limit", "number"),
+    [
+        ("max 100000\n", len(os.sched_getaffinity(0))),
+        ("50000 100000\n", 1),  # half a processor
+        ("6400000 100000\n", min(64, len(os.sched_getaffinity(0)))),
+        (None, len(os.sched_getaffinity(0))),  # no cgroup v2
+    ],
+)
+def test_workers_are_as_many_as_the_container_has_processors(
+    raw: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str | None,
+    number: int,
+) -> None:
+    if limit:
+        (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(script, "PROCESSOR_LIMIT", str(tmp_path / "cpu.max"))
+    options = script.Options(
+        raw_data_dir=str(raw),
+        gcs_upload=False,
+        gcs_project=None,
+        gcs_output_path=None,
+        local_scratch_dir=None,
+    )
+    assert options.workers == number
 
 
 # ------------------------------------------------------------------------ packaging

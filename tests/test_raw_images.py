@@ -579,6 +579,20 @@ def test_shortfall_is_named_when_a_synset_has_no_training_images(raw: Path) -> N
     ]
 
 
+def test_shortfall_is_named_when_images_are_empty(raw: Path) -> None:
+    training = sorted(raw.glob("train/*/*.JPEG"))
+    training[1].write_bytes(b"")
+    image = min(raw.glob("validation/*.JPEG"))
+    image.unlink()
+    image.symlink_to("nowhere")
+    assert script.shortfalls(script.read_dataset(str(raw))) == [
+        (
+            "2 images of no bytes (an empty file, or a link to nothing), the first "
+            f"{training[1]}: their shards will be left out."
+        )
+    ]
+
+
 def test_no_shortfall_is_named_when_the_data_set_is_another(raw: Path) -> None:
     assert script.shortfalls(script.read_dataset(str(raw))) == []
 
