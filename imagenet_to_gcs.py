@@ -59,6 +59,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging as python_logging
 import math
@@ -127,7 +128,7 @@ FINISHING_THREADS = 4  # each waits for the disk to have a shard
 UPLOAD_THREADS = 8  # the client's connection pool holds 10
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # twice in memory for each thread
 LARGEST_KEPT_BUFFER = 2**25  # bytes; glibc allows no more
-MOST_KEPT_MEMORY = 2**26
+MOST_KEPT_MEMORY = 2**26  # bytes at the end of each of malloc's arenas
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 PROGRESS_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -186,7 +187,7 @@ flags.DEFINE_bool(
 
 
 class InvalidInputError(ValueError):
-    """Something that must be mended before the run can begin.
+    """Something in the input that must be mended; nothing was done.
 
     Attributes:
       problems: One line each: what must hold, where, what was found, what to do.
@@ -255,8 +256,8 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 class RawImage(NamedTuple):
     """One image of the raw data set, not yet read.
 
-    There are 1.3 million, and each goes to a worker: a tuple is made in a third, and
-    pickled in half of the time of a dataclass.
+    There are 1.3 million, and each goes to a worker: a tuple takes a third of a
+    dataclass's time to make, and half of it to pickle.
 
     Attributes:
       source: The directory or the tar that holds it.
@@ -364,9 +365,12 @@ class Dataset:
     layout: str
 
     @property
+    def images(self) -> Iterable[RawImage]:
+        return itertools.chain(self.training, self.validation)
+
+    @property
     def num_bytes(self) -> int:
-        splits = (self.training, self.validation)
-        return sum(image.num_bytes for split in splits for image in split)
+        return sum(image.num_bytes for image in self.images)
 
 
 EMPTY_DATASET = Dataset((), [], [], "")
@@ -806,14 +810,13 @@ def _no_images(place: str, pattern: str) -> str:
 
 
 def shortfalls(dataset: Dataset) -> list[str]:
-    """Words what a data set lacks that a trial may lack, but not the real ImageNet."""
+    """Words what need not keep a run from beginning, but is not so in ImageNet."""
     lines = []
-    splits = (dataset.training, dataset.validation)
-    empty = [image for split in splits for image in split if not image.num_bytes]
+    empty = [image for image in dataset.images if not image.num_bytes]
     if empty:
         lines.append(
-            f"{_count(len(empty), 'image')} of no bytes (an empty file, or a link to "
-            f"nothing), the first {empty[0].path}: their shards will be left out."
+            f"{_count(len(empty), 'image')} of no bytes (empty files, links to nothing), "
+            f"the first {empty[0].path}: no shard that would hold one is written."
         )
     trained = {image.synset for image in dataset.training}
     untrained = [synset for synset in dataset.synsets if synset not in trained]
@@ -1230,7 +1233,7 @@ class UnfinishedShard:
 
 
 class BadImagesError(InvalidInputError):
-    """Shards that were not written, because images of theirs cannot be decoded."""
+    """Images that cannot be decoded; all was done but for the shards that hold them."""
 
 
 def shard_path(shard: Shard, scratch_dir: str) -> str:
@@ -1446,7 +1449,8 @@ class Progress:
     """What a run has to do and has done.
 
     Attributes:
-      finished: Shards that were written and uploaded, or had to be uploaded only.
+      finished: Shards of which nothing is left to do: written, and uploaded where
+        there is a bucket.
       bad_images: A line for each image whose shard is left out.
     """
 
@@ -1548,10 +1552,7 @@ def write_and_upload(
 
     def on_finished(shard: FinishedShard) -> None:
         progress.wrote(shard.stamp)
-        start(uploaders, upload, shard, then=on_uploaded)
-
-    def on_uploaded(shard: FinishedShard) -> None:
-        progress.finished.append(shard)
+        start(uploaders, upload, shard, then=progress.finished.append)
 
     if to_write:
         start_forkserver()
@@ -1561,7 +1562,7 @@ def write_and_upload(
         _closing(_worker_pool(num_workers)) as workers,
     ):
         for shard in to_upload:
-            start(uploaders, upload, shard, then=on_uploaded)
+            start(uploaders, upload, shard, then=progress.finished.append)
         while waiting or next_step:
             while waiting and len(next_step) < max_unfinished:
                 planned = waiting.popleft()
@@ -1639,6 +1640,8 @@ def start_forkserver() -> None:
     multiprocessing.set_forkserver_preload([module])
     working_dir = os.open(".", os.O_RDONLY)
     with contextlib.ExitStack() as stack:
+        # Inherited by Python's resource tracker, which a terminal's hangup would end;
+        # the semaphores would then outlive the run.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         stack.callback(os.close, working_dir)
@@ -1664,7 +1667,8 @@ def _preload() -> None:
     if module == "__main__":  # else each worker would load this file once more
         sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    with _no_garbage_collection(), contextlib.suppress(ImportError):  # a worker says it
+    # A worker will say what is wrong with the import.
+    with _no_garbage_collection(), contextlib.suppress(ImportError):
         import tensorflow  # noqa: F401
 
 
@@ -1674,8 +1678,9 @@ def _start_worker() -> None:
     run_process = multiprocessing.parent_process()
     if run_process and not run_process.is_alive():
         os._exit(1)
-    for signal_number in (signal.SIGINT, signal.SIGHUP):  # sent to all by a terminal
-        signal.signal(signal_number, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to all; SIGHUP is blocked
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # libjpeg's warnings, one for each skeleton
     with contextlib.suppress(ImportError):  # the first image will raise it again
@@ -1964,8 +1969,8 @@ class Destination:
 def _keep_freed_memory() -> None:
     """Has malloc keep the buffers of an upload for the next one (mallopt(3)).
 
-    Given back to the kernel, which clears them each time, they cost two thirds of the
-    processor time of an upload.
+    It does so in the whole process. Given back to the kernel, which clears them each
+    time, they would take half of the processor time of an upload.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BUFFER)
@@ -2129,7 +2134,7 @@ class Options:
 
 
 def _num_processors() -> int:
-    """Counts the processors that this process may use, a container's limit included."""
+    """Counts the processors that this process, or its container, may use."""
     number = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # no such file; or 'max': no limit
         quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
@@ -2438,10 +2443,9 @@ def _write_and_upload(job: Job, progress: Progress) -> None:
             progress,
         )
     except BaseException:
-        done = len(progress.finished) if job.destination else progress.shards_written
         logging.info(
             "Stopping: %s of %s are done.",
-            f"{len(work.done) + done:,}",
+            f"{len(work.done) + len(progress.finished):,}",
             _count(len(options.share(job.shards)), "shard"),
         )
         raise
@@ -2724,8 +2728,8 @@ def run(
       **options: Other fields of `Options`.
 
     Raises:
-      InvalidInputError: A ValueError: what must be mended before a run can begin.
-      BadImagesError: An InvalidInputError: all but the shards of these images are done.
+      BadImagesError: An InvalidInputError; all but the shards of these images are done.
+      InvalidInputError: A ValueError: what must be mended; nothing was done.
       RunError: What stopped the run; finished shards are kept.
     """
     checked = Options(

@@ -143,6 +143,9 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
     assert done.status == 1
     assert sorted(done.errors) == sorted(expected)
     assert done.lines[-len(expected) :] == [f"ERROR: {error}" for error in done.errors]
+    warning = next(i for i, line in enumerate(done.lines) if "of no bytes" in line)
+    assert done.lines[warning].startswith("WARNING: 2 images of no bytes ")
+    assert done.lines[warning + 1].startswith("Writing 50 shards ")
     shards = contents(scratch)
     assert shards.keys() == plan.keys() - bad_shards
     assert sorted(uploads(emulator)) == sorted(shards)

@@ -587,8 +587,8 @@ def test_shortfall_is_named_when_images_are_empty(raw: Path) -> None:
     image.symlink_to("nowhere")
     assert script.shortfalls(script.read_dataset(str(raw))) == [
         (
-            "2 images of no bytes (an empty file, or a link to nothing), the first "
-            f"{training[1]}: their shards will be left out."
+            "2 images of no bytes (empty files, links to nothing), the first "
+            f"{training[1]}: no shard that would hold one is written."
         )
     ]
 
