@@ -1660,12 +1660,13 @@ def _preload() -> None:
 
     A fork after TensorFlow has run anything would hang.
     """
-    _die_with_parent()
     run_pid, module = os.environ[PRELOAD].split()
+    if module == "__main__":
+        _die_with_parent()  # not where this file is imported: `run` may be in a thread
+        # Else each worker would load this file once more.
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
     if os.getppid() != int(run_pid):  # it died before we asked to die with it
         os._exit(1)
-    if module == "__main__":  # else each worker would load this file once more
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     # A worker will say what is wrong with the import.
     with _no_garbage_collection(), contextlib.suppress(ImportError):
@@ -1678,9 +1679,8 @@ def _start_worker() -> None:
     run_process = multiprocessing.parent_process()
     if run_process and not run_process.is_alive():
         os._exit(1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to all; SIGHUP is blocked
+    # Ctrl-C goes to all processes; SIGHUP does too, and is blocked.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # libjpeg's warnings, one for each skeleton
     with contextlib.suppress(ImportError):  # the first image will raise it again
@@ -1691,9 +1691,10 @@ def _start_worker() -> None:
 
 
 def _die_with_parent() -> None:
-    """Has the kernel kill this process when its parent ends, however it ends.
+    """Has the kernel kill this process when the thread that started it ends.
 
-    The workers are children of the forkserver, which is a child of the run.
+    The workers are children of the forkserver, which is a child of the run. Without
+    this, the forkserver sees the run's end only once it has imported TensorFlow.
     NOTE: Linux only, as are the locks and the count of processors.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -2136,10 +2137,11 @@ class Options:
 def _num_processors() -> int:
     """Counts the processors that this process, or its container, may use."""
     number = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):  # no such file; or 'max': no limit
+    # No such file, 'max' for no limit, or nonsense.
+    with contextlib.suppress(OSError, ValueError, ArithmeticError):
         quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
         number = min(number, math.ceil(quota / period))
-    return number
+    return max(1, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2719,6 +2721,8 @@ def run(
 ) -> None:
     """Writes the shards that are missing, and uploads those that the bucket misses.
 
+    To be called under `if __name__ == "__main__":`, as all that starts processes.
+
     Args:
       raw_data_dir: `train/`, `validation/` and `synset_labels.txt`.
       gcs_upload: Whether to upload, which takes a project and an output path.
@@ -2815,11 +2819,19 @@ def _stop_at_signals() -> None:
 
 
 class _LogFormatter(python_logging.Formatter):
-    """Formats a log line as '2026-11-22 07:10:33 WARNING: ...', INFO without its name."""
+    """Formats a log line as '2026-11-22 07:10:33 WARNING: ...', INFO without its name.
+
+    It stays one line, whatever is in a file's name.
+    """
 
     def format(self, record: python_logging.LogRecord) -> str:
         level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
-        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}{record.getMessage()}"
+        message = re.sub(
+            r"[\0-\x1f\x7f-\x9f\u2028\u2029]",
+            lambda control: repr(control[0])[1:-1],
+            record.getMessage(),
+        )
+        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}{message}"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -186,6 +186,29 @@ def test_convert_to_tf_records_returns_the_paths(
     contract.assert_shards(contract.local_shards(scratch), raw)
 
 
+THREADS = """if True:
+    import sys, threading
+    import imagenet_to_gcs
+    if __name__ == "__main__":
+        for scratch in sys.argv[2:]:
+            arguments = sys.argv[1], scratch
+            run = imagenet_to_gcs.convert_to_tf_records
+            thread = threading.Thread(target=run, args=arguments)
+            thread.start()
+            thread.join()
+"""
+
+
+def test_convert_to_tf_records_runs_in_one_thread_after_another(
+    raw: Path, tmp_path: Path
+) -> None:
+    scratches = [str(tmp_path / name) for name in ("one", "two", "three")]
+    finished = run_code(THREADS, str(raw), *scratches)
+    assert "Error" not in finished.stderr
+    for scratch in scratches:
+        contract.assert_shards(contract.local_shards(Path(scratch)), raw)
+
+
 def test_progress_is_logged_while_it_runs(
     converted: tuple[Finished, Path, Path],
 ) -> None:

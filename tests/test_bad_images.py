@@ -170,6 +170,20 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
     contract.assert_shards(contents(scratch), raw, 40, 10)
 
 
+def test_bad_image_takes_one_line_whatever_its_name(raw: Path, tmp_path: Path) -> None:
+    path = min(raw.glob("train/*/*.JPEG"))
+    path = path.rename(path.with_name("\x1b[31mtwo\nlines\u2028 and \x85.JPEG"))
+    path.write_bytes(b"")
+    done = run_command(
+        f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}", "--nogcs_upload"
+    )
+    assert done.status == 1
+    assert done.lines[-1] == (
+        f"ERROR: Cannot decode {path.parent}/\\x1b[31mtwo\\nlines\\u2028 and "
+        "\\x85.JPEG: the file is empty."
+    )
+
+
 def test_memory_is_flat_when_small_files_declare_enormous_images(
     raw: Path, tmp_path: Path
 ) -> None:

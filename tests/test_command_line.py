@@ -375,6 +375,8 @@ def test_run_raises_when_it_cannot_work(
         ("50000 100000\n", 1),  # half a processor
         ("6400000 100000\n", min(64, len(os.sched_getaffinity(0)))),
         (None, len(os.sched_getaffinity(0))),  # no cgroup v2
+        ("0 100000\n", 1),
+        ("100000 0\n", len(os.sched_getaffinity(0))),
     ],
 )
 def test_workers_are_as_many_as_the_container_has_processors(
