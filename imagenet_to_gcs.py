@@ -1626,6 +1626,11 @@ def _worker_pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
     )
 
 
+# Its one thread lives as long as the process, whatever thread `run` is called in: the
+# forkserver dies with the thread that started it.
+_forkserver_thread = concurrent.futures.ThreadPoolExecutor(1)
+
+
 def start_forkserver() -> None:
     """Starts the process that imports TensorFlow once and forks the workers.
 
@@ -1652,7 +1657,7 @@ def start_forkserver() -> None:
         os.environ[PRELOAD] = f"{os.getpid()} {__name__}"
         stack.callback(os.fchdir, working_dir)
         os.chdir(directory)
-        multiprocessing.forkserver.ensure_running()
+        _forkserver_thread.submit(multiprocessing.forkserver.ensure_running).result()
 
 
 def _preload() -> None:
@@ -1660,13 +1665,12 @@ def _preload() -> None:
 
     A fork after TensorFlow has run anything would hang.
     """
+    _die_with_parent()
     run_pid, module = os.environ[PRELOAD].split()
-    if module == "__main__":
-        _die_with_parent()  # not where this file is imported: `run` may be in a thread
-        # Else each worker would load this file once more.
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
     if os.getppid() != int(run_pid):  # it died before we asked to die with it
         os._exit(1)
+    if module == "__main__":  # else each worker would load this file once more
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     # A worker will say what is wrong with the import.
     with _no_garbage_collection(), contextlib.suppress(ImportError):
@@ -1693,8 +1697,7 @@ def _start_worker() -> None:
 def _die_with_parent() -> None:
     """Has the kernel kill this process when the thread that started it ends.
 
-    The workers are children of the forkserver, which is a child of the run. Without
-    this, the forkserver sees the run's end only once it has imported TensorFlow.
+    The workers are children of the forkserver, which is a child of the run.
     NOTE: Linux only, as are the locks and the count of processors.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +14,8 @@ from typing import Any
 import contract
 import jpegs
 import pytest
-from command import IMPORTS, Finished, run_code, run_command
+from command import IMPORTS, REPOSITORY, Finished, run_code, run_command
+from processes import Run, finished_shards, wait_for
 
 import imagenet_to_gcs as script
 
@@ -207,6 +211,20 @@ def test_convert_to_tf_records_runs_in_one_thread_after_another(
     assert "Error" not in finished.stderr
     for scratch in scratches:
         contract.assert_shards(contract.local_shards(Path(scratch)), raw)
+
+
+def test_no_process_is_left_when_a_program_is_killed(raw: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    command = [sys.executable, "-c", CONVERT, str(raw), str(scratch)]
+    run = Run(command, {"PYTHONPATH": str(REPOSITORY)}, tmp_path / "log")
+    try:
+        wait_for(lambda: finished_shards(scratch), run)
+        assert run.workers()
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait_until_gone()
+    finally:
+        run.kill()
+    assert len(finished_shards(scratch)) < 1_152
 
 
 def test_progress_is_logged_while_it_runs(
