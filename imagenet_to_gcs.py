@@ -1914,7 +1914,9 @@ class Destination:
         """
         from google.api_core import exceptions
 
-        no_error = (exceptions.NotFound, *(() if must else (exceptions.Forbidden,)))
+        no_error: list[type[Exception]] = [exceptions.NotFound]
+        if not must:
+            no_error.append(exceptions.Forbidden)
         with self._explained(filename), contextlib.suppress(*no_error):
             self._bucket.blob(self.path.name_of(filename)).delete(
                 timeout=60, retry=_retry(60)
@@ -2288,8 +2290,13 @@ def _foreign(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
     return sorted(n for n in filenames if pattern.match(n) and n not in planned)
 
 
+def _shard_files(scratch_dir: str) -> Iterable[pathlib.Path]:
+    """Finds what is named like a finished shard, of whatever plan."""
+    return pathlib.Path(scratch_dir).glob("*/*-of-*")
+
+
 def _warn_of_foreign_files(scratch_dir: str, shards: Iterable[Shard]) -> None:
-    found = [path.name for path in pathlib.Path(scratch_dir).glob("*/*-of-*")]
+    found = [path.name for path in _shard_files(scratch_dir)]
     if foreign := _foreign(found, shards):
         logging.warning(
             "%s also holds %s of another plan: %s. Remove what you do not need.",
@@ -2316,7 +2323,7 @@ def _scratch_problems(options: Options, work: Work) -> Iterator[str]:
         if options.gcs_upload and options.keep_local_shards:
             remedy = "Make room, choose another disk, or pass --nokeep_local_shards."
         elif options.gcs_upload:  # those that the bucket has will be removed first
-            shards = pathlib.Path(options.scratch_dir).glob("*/*-of-*")
+            shards = _shard_files(options.scratch_dir)
             free += sum(s.stat().st_size for s in shards if s.name in work.done)
         if needed > free:
             yield (

@@ -18,6 +18,9 @@ SCRIPT = REPOSITORY / "imagenet_to_gcs.py"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 IMPORT_TIME = "import time:"
 
+UPLOAD = ("--project=project", "--gcs_output_path=gs://bucket/imagenet")
+"""Flags that have the command upload to the emulator's bucket."""
+
 # What a user's environment may hold that changes what the command does.
 FOREIGN = re.compile(r"GOOGLE_|CLOUDSDK_|STORAGE_|TF_|CUDA_|PYTHON|IMAGENET_")
 
@@ -37,6 +40,11 @@ class Finished:
     lines: list[str]
     stdout: str
     stderr: str
+
+    @classmethod
+    def of(cls, status: int, stdout: str, stderr: str) -> "Finished":
+        lines = [TIMESTAMP.sub("", line, count=1) for line in stderr.splitlines()]
+        return cls(status, lines, stdout, stderr)
 
     @property
     def errors(self) -> list[str]:
@@ -99,5 +107,4 @@ def run_python(
         text=True,
         check=False,
     )
-    lines = [TIMESTAMP.sub("", e, count=1) for e in done.stderr.splitlines()]
-    return Finished(done.returncode, lines, done.stdout, done.stderr)
+    return Finished.of(done.returncode, done.stdout, done.stderr)

@@ -16,7 +16,7 @@ import math
 import os
 import random
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -379,6 +379,15 @@ def make_raw(
         (raw / path).write_bytes(image)
     (raw / "synset_labels.txt").write_text("".join(f"{label}\n" for label in labels))
     return raw
+
+
+def label_file(text: str) -> Callable[[Path], None]:
+    """Returns what gives a raw directory another label file."""
+
+    def write(raw: Path) -> None:
+        (raw / "synset_labels.txt").write_text(text)
+
+    return write
 
 
 def _image(kind: str, seed: int, width: int, height: int) -> bytes:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from command import SCRIPT, TIMESTAMP, Finished, environment
+from command import SCRIPT, Finished, environment
 from emulator import Emulator
 
 import imagenet_to_gcs
@@ -87,9 +87,7 @@ class Run:
         """Waits for its end, and for that of all its processes."""
         status = self.process.wait(timeout)
         self.wait_until_gone()
-        text = self.output()
-        lines = [TIMESTAMP.sub("", line, count=1) for line in text.splitlines()]
-        return Finished(status, lines, "", text)
+        return Finished.of(status, "", self.output())
 
     def output(self) -> str:
         """All that it has printed so far."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import contract
 import jpegs
-from command import run_command
+from command import UPLOAD, run_command
 from emulator import Emulator
 from processes import (
     contents,
@@ -23,7 +23,6 @@ from processes import (
 )
 
 SHARDS = ("--training_shards=40", "--validation_shards=10")
-UPLOAD = ("--project=project", "--gcs_output_path=gs://bucket/imagenet")
 
 
 def truncated(path: Path) -> str:

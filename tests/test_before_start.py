@@ -9,7 +9,7 @@ from pathlib import Path
 
 import contract
 import pytest
-from command import run_command
+from command import UPLOAD, run_command
 from emulator import Emulator, Status
 from processes import (
     contents,
@@ -26,7 +26,6 @@ import imagenet_to_gcs
 
 MAKE_ROOM = "Make room, or choose another disk."
 SHARDS = ("--training_shards=4", "--validation_shards=2")
-UPLOAD = ("--project=project", "--gcs_output_path=gs://bucket/imagenet")
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
@@ -109,13 +108,6 @@ def train_is_a_file(raw: Path) -> None:
 
 def no_labels(raw: Path) -> None:
     (raw / "synset_labels.txt").unlink()
-
-
-def labels(text: str) -> Callable[[Path], None]:
-    def write(raw: Path) -> None:
-        (raw / "synset_labels.txt").write_text(text)
-
-    return write
 
 
 @pytest.mark.parametrize(
@@ -207,21 +199,21 @@ def labels(text: str) -> Callable[[Path], None]:
             ),
         ),
         (
-            labels("n01440764\n" * 3),
+            contract.label_file("n01440764\n" * 3),
             (
                 "{raw}/synset_labels.txt has 3 labels and {raw}/validation 4 images; "
                 "they must be equal in number."
             ),
         ),
         (
-            labels("n01440764\n\nn01440764\nn01440764\n"),
+            contract.label_file("n01440764\n\nn01440764\nn01440764\n"),
             (
                 "Line 2 of {raw}/synset_labels.txt must be a single synset such as "
                 "n01440764; found ''."
             ),
         ),
         (
-            labels("n01440764\nn01440764\ntinca tinca\na b\n"),
+            contract.label_file("n01440764\nn01440764\ntinca tinca\na b\n"),
             (
                 "Line 3 of {raw}/synset_labels.txt must be a single synset such as "
                 "n01440764; found 'tinca tinca' (2 such lines)."

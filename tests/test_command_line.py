@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contract
 import pytest
-from command import IMPORTS, REPOSITORY, SCRIPT, Finished, run_command
+from command import IMPORTS, REPOSITORY, SCRIPT, UPLOAD, Finished, run_command
 
 import imagenet_to_gcs as script
 
@@ -109,7 +110,6 @@ NO_PATH = (
     "--nogcs_upload)."
 )
 RAW = "--raw_data_dir=RAW"
-UPLOAD = ("--project=p", "--gcs_output_path=gs://bucket/imagenet")
 
 
 @pytest.mark.parametrize(
@@ -199,22 +199,12 @@ def test_command_is_refused(
 
 
 def empty_train(raw: Path) -> None:
-    for path in (raw / "train").glob("*/*"):
-        path.unlink()
-    for path in (raw / "train").iterdir():
-        path.rmdir()
+    remove_train(raw)
+    (raw / "train").mkdir()
 
 
 def remove_train(raw: Path) -> None:
-    empty_train(raw)
-    (raw / "train").rmdir()
-
-
-def write_labels(content: str) -> Callable[[Path], None]:
-    def write(raw: Path) -> None:
-        (raw / "synset_labels.txt").write_text(content)
-
-    return write
+    shutil.rmtree(raw / "train")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +233,7 @@ def write_labels(content: str) -> Callable[[Path], None]:
             id="no train",
         ),
         pytest.param(
-            write_labels("n01440764\nn01440764\nn01440764\n"),
+            contract.label_file("n01440764\nn01440764\nn01440764\n"),
             (
                 "RAW/synset_labels.txt has 3 labels and RAW/validation 4 images; they "
                 "must be equal in number."
@@ -251,7 +241,7 @@ def write_labels(content: str) -> Callable[[Path], None]:
             id="fewer labels than images",
         ),
         pytest.param(
-            write_labels(""),
+            contract.label_file(""),
             (
                 "RAW/synset_labels.txt has 0 labels and RAW/validation 4 images; they "
                 "must be equal in number."
@@ -259,7 +249,7 @@ def write_labels(content: str) -> Callable[[Path], None]:
             id="no labels",
         ),
         pytest.param(
-            write_labels("n01440764\n\nn01440764\nn01440764\n"),
+            contract.label_file("n01440764\n\nn01440764\nn01440764\n"),
             (
                 "Line 2 of RAW/synset_labels.txt must be a single synset such as "
                 "n01440764; found ''."

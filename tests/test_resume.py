@@ -16,7 +16,7 @@ from pathlib import Path
 
 import contract
 import pytest
-from command import run_code, run_command
+from command import UPLOAD, run_code, run_command
 from emulator import Emulator, Stall
 from processes import (
     GONE_SECONDS,
@@ -37,7 +37,6 @@ from processes import (
 
 LARGE_SHARDS = ("--training_shards=100", "--validation_shards=20")
 SMALL_SHARDS = ("--training_shards=8", "--validation_shards=4")
-UPLOAD = ("--project=project", "--gcs_output_path=gs://bucket/imagenet")
 WORKERS = "--num_workers=2"
 
 

@@ -1,16 +1,14 @@
 """With --nokeep_local_shards a small disk is enough, however slow the upload is."""
 
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import contract
 import pytest
-from command import SCRIPT, Finished, environment, run_command
+from command import UPLOAD, Finished, run_command
 from emulator import Emulator, WrongContent
+from processes import started, wait_for
 
 UPLOAD_THREADS = 8
 SHARDS = 64  # 60 training and 4 validation shards, of one image each
@@ -24,37 +22,21 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(raw: Path, scratch: Path, *more: str) -> list[str]:
+    """Flags of a run with --nokeep_local_shards, unless `more` says otherwise."""
     return [
         f"--raw_data_dir={raw}",
         f"--local_scratch_dir={scratch}",
-        "--project=project",
-        "--gcs_output_path=gs://bucket/imagenet",
+        *UPLOAD,
         "--training_shards=60",
         "--validation_shards=4",
         "--num_workers=1",
+        "--nokeep_local_shards",
         *more,
     ]
 
 
 def run(raw: Path, scratch: Path, emulator: Emulator, *more: str) -> Finished:
-    """Runs the command with --nokeep_local_shards, unless `more` says otherwise."""
-    return run_command(
-        *flags(raw, scratch, "--nokeep_local_shards", *more), env=emulator.environment
-    )
-
-
-def start(
-    raw: Path, scratch: Path, emulator: Emulator, *more: str
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [
-            sys.executable,
-            SCRIPT,
-            *flags(raw, scratch, "--nokeep_local_shards", *more),
-        ],
-        env=environment(emulator.environment),
-        stderr=subprocess.PIPE,
-    )
+    return run_command(*flags(raw, scratch, *more), env=emulator.environment)
 
 
 def on_disk(scratch: Path) -> list[str]:
@@ -82,16 +64,16 @@ def uploaded(emulator: Emulator) -> dict[str, bytes]:
 @pytest.fixture
 def watched(
     raw: Path, tmp_path: Path, emulator: Emulator
-) -> Iterator[tuple[list[int], Finished]]:
+) -> tuple[list[int], Finished]:
     """A run with a slow upload, and how many shards lay on the disk at each look."""
     emulator.latency = 0.25
-    running = start(raw, tmp_path / "scratch", emulator)
+    scratch = tmp_path / "scratch"
     counts = []
-    while running.poll() is None:
-        counts.append(len(on_disk(tmp_path / "scratch")))
-        time.sleep(0.005)
-    _, stderr = running.communicate()
-    yield counts, Finished(running.returncode, [], "", stderr.decode())
+    with started(*flags(raw, scratch), env=emulator.environment) as running:
+        while running.process.poll() is None:
+            counts.append(len(on_disk(scratch)))
+            time.sleep(0.005)
+        return counts, running.finish()
 
 
 def test_disk_holds_few_shards_when_the_upload_is_slow(
@@ -169,12 +151,10 @@ def test_run_goes_on_when_it_was_killed(
     raw: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
     emulator.latency = 0.2
-    running = start(raw, tmp_path, emulator)
-    while len(uploaded(emulator)) < 12:
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.kill()
-    running.communicate()
+    with started(*flags(raw, tmp_path), env=emulator.environment) as running:
+        wait_for(lambda: len(uploaded(emulator)) >= 12, running)
+        running.process.kill()
+        running.wait_until_gone()
     there = uploaded(emulator)
     assert 0 < len(there) < SHARDS
     emulator.latency = 0

@@ -1,5 +1,6 @@
 """Many machines make one data set: each takes the shards of its number."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,15 +16,9 @@ from pathlib import Path
 
 import contract
 import pytest
-from command import (
-    REPOSITORY,
-    SCRIPT,
-    TIMESTAMP,
-    Finished,
-    environment,
-    run_command,
-)
+from command import REPOSITORY, SCRIPT, UPLOAD, Finished, environment, run_command
 from emulator import Emulator, Status
+from processes import started, wait_for
 
 import imagenet_to_gcs
 
@@ -36,30 +31,12 @@ def flags(raw: Path, scratch: Path, *more: str) -> list[str]:
     return [
         f"--raw_data_dir={raw}",
         f"--local_scratch_dir={scratch}",
-        "--project=project",
-        "--gcs_output_path=gs://bucket/imagenet",
+        *UPLOAD,
         "--training_shards=8",
         "--validation_shards=5",
         "--num_workers=1",
         *more,
     ]
-
-
-def start(
-    raw: Path, scratch: Path, emulator: Emulator, *more: str
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *flags(raw, scratch, *more)],
-        env=environment(emulator.environment),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(running: subprocess.Popen[str]) -> Finished:
-    _, stderr = running.communicate(timeout=240)
-    lines = [TIMESTAMP.sub("", line, count=1) for line in stderr.splitlines()]
-    return Finished(running.returncode, lines, "", stderr)
 
 
 def task(index: int, count: int = TASKS) -> list[str]:
@@ -93,11 +70,16 @@ def test_tasks_make_the_bytes_of_a_single_run(
     is_shared: bool,
 ) -> None:
     directories = [tmp_path / ("all" if is_shared else str(i)) for i in range(TASKS)]
-    running = [
-        start(mixed_raw, directory, emulator, *task(i))
-        for i, directory in enumerate(directories)
-    ]
-    finished = [finish(each) for each in running]
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                started(
+                    *flags(mixed_raw, directory, *task(i)), env=emulator.environment
+                )
+            )
+            for i, directory in enumerate(directories)
+        ]
+        finished = [each.finish() for each in running]
     assert [each.status for each in finished] == [0] * TASKS, finished
     assert emulator.objects() == whole
     ends = sorted(line for each in finished for line in each.lines[-1:])
@@ -117,12 +99,11 @@ def test_manifest_is_written_by_the_last_when_a_task_was_killed(
     mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
 ) -> None:
     emulator.inject(Status(503), kind="multipart", times=None, name="train-00001-of-")
-    lost = start(mixed_raw, tmp_path, emulator, *task(1))
-    while not any("-of-" in name for name in emulator.objects()):
-        assert lost.poll() is None
-        time.sleep(0.01)
-    lost.kill()
-    lost.communicate()
+    lost = flags(mixed_raw, tmp_path, *task(1))
+    with started(*lost, env=emulator.environment) as running:
+        wait_for(lambda: any("-of-" in name for name in emulator.objects()), running)
+        running.process.kill()
+        running.wait_until_gone()
     emulator.heal()
     for i in (0, 2):
         finished = run(mixed_raw, tmp_path, emulator, *task(i))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import contract
 import pytest
-from command import Finished, run_code, run_command
+from command import UPLOAD, Finished, run_code, run_command
 from emulator import (
     Emulator,
     Fault,
@@ -36,8 +36,7 @@ class Data:
         return [
             f"--raw_data_dir={self.raw}",
             f"--local_scratch_dir={scratch or self.scratch}",
-            "--project=project",
-            "--gcs_output_path=gs://bucket/imagenet",
+            *UPLOAD,
             *SHARDS,
         ]
 
