@@ -1516,7 +1516,7 @@ def write_and_upload(
     to_upload: Sequence[FinishedShard],
     scratch_dir: str,
     num_workers: int,
-    upload: Callable[[FinishedShard], FinishedShard],
+    upload: Callable[[FinishedShard], FinishedShard] | None,
     max_unfinished: int,
     progress: Progress,
 ) -> None:
@@ -1525,7 +1525,7 @@ def write_and_upload(
     Args:
       to_write: Shards that are not complete.
       to_upload: Shards that are, but are not in the bucket.
-      upload: Uploads one shard and returns it.
+      upload: Uploads one shard and returns it; None where there is no bucket.
       max_unfinished: How many shards may be begun and not yet uploaded.
       progress: Counts, and keeps what was done.
 
@@ -1552,7 +1552,13 @@ def write_and_upload(
 
     def on_finished(shard: FinishedShard) -> None:
         progress.wrote(shard.stamp)
-        start(uploaders, upload, shard, then=progress.finished.append)
+        send(shard)
+
+    def send(shard: FinishedShard) -> None:
+        if upload:
+            start(uploaders, upload, shard, then=progress.finished.append)
+        else:
+            progress.finished.append(shard)
 
     if to_write:
         start_forkserver()
@@ -1562,7 +1568,7 @@ def write_and_upload(
         _closing(_worker_pool(num_workers)) as workers,
     ):
         for shard in to_upload:
-            start(uploaders, upload, shard, then=progress.finished.append)
+            send(shard)
         while waiting or next_step:
             while waiting and len(next_step) < max_unfinished:
                 planned = waiting.popleft()
@@ -2464,9 +2470,9 @@ def _write_and_upload(job: Job, progress: Progress) -> None:
     _log_written(job, progress)
 
 
-def _upload_function(job: Job) -> Callable[[FinishedShard], FinishedShard]:
+def _upload_function(job: Job) -> Callable[[FinishedShard], FinishedShard] | None:
     if not job.destination:
-        return lambda shard: shard
+        return None
     if job.options.keep_local_shards:
         return job.destination.upload
     return functools.partial(_upload_and_remove, job.destination)
