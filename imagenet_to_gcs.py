@@ -100,44 +100,6 @@ VALIDATION_SHARDS = 128
 TRAINING_DIRECTORY = "train"
 VALIDATION_DIRECTORY = "validation"
 
-RECORD_FORMAT = 1  # to be raised when the same images would give other bytes
-RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, about
-
-FAKE_TRAINING_IMAGES = 2048
-FAKE_VALIDATION_IMAGES = 256
-FAKE_MARK = ".fake_imagenet"  # in the directory of a fake one
-
-# The size of ImageNet-1k (ILSVRC 2012), https://image-net.org/challenges/LSVRC/2012
-IMAGENET_SYNSETS = 1000
-IMAGENET_TRAINING_IMAGES = 1_281_167
-IMAGENET_VALIDATION_IMAGES = 50_000
-IMAGENET_SMALLEST_CLASS = 732  # training images; the largest has 1,300
-
-IMAGE_SUFFIX = ".JPEG"
-TRAINING_TAR = "ILSVRC2012_img_train.tar"
-VALIDATION_TAR = "ILSVRC2012_img_val.tar"
-TAR_BLOCK_BYTES = 512
-MOST_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
-COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
-LISTING_THREADS = 2  # for cold disks; with 8, a listing from memory is 1.7 x as slow
-WRITE_BUFFER_BYTES = 2**20
-READ_BLOCK_BYTES = 2**20
-TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
-
-FINISHING_THREADS = 4  # each waits for the disk to have a shard
-UPLOAD_THREADS = 8  # the client's connection pool holds 10
-UPLOAD_CHUNK_BYTES = 5 * 2**20  # twice in memory for each thread
-LARGEST_KEPT_BUFFER = 2**25  # bytes; glibc allows no more
-MOST_KEPT_MEMORY = 2**26  # bytes at the end of each of malloc's arenas
-RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
-PROGRESS_SECONDS = 10.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
-PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-M_TRIM_THRESHOLD = -1  # malloc.h
-M_MMAP_THRESHOLD = -3
 
 FLAGS = flags.FLAGS
 
@@ -216,41 +178,20 @@ def _collecting(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _count(number: int, noun: str) -> str:
-    """Says a number with its noun: '1 image', '1,024 images', '2 classes'."""
-    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {plural}"
-
-
-def _size(num_bytes: float) -> str:
-    """Says a number of bytes in decimal units: '110.0 KB', '146.9 GB'."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            break
-        num_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{num_bytes:,.{0 if unit == 'bytes' else 1}f} {unit}"
-
-
-def _duration(seconds: float) -> str:
-    """Says a time: '45 s', '12 min', '3 h 5 min'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """Names the first few of many: 'a, b, c and 97 more'."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
 # ---------------------------------------------------------------------------------
 # 1. Raw images: what is in --raw_data_dir
+
+
+IMAGE_SUFFIX = ".JPEG"
+TRAINING_TAR = "ILSVRC2012_img_train.tar"
+VALIDATION_TAR = "ILSVRC2012_img_val.tar"
+LISTING_THREADS = 2  # for cold disks; with 8, a listing from memory is 1.7 x as slow
+
+# The size of ImageNet-1k (ILSVRC 2012), https://image-net.org/challenges/LSVRC/2012
+IMAGENET_SYNSETS = 1000
+IMAGENET_TRAINING_IMAGES = 1_281_167
+IMAGENET_VALIDATION_IMAGES = 50_000
+IMAGENET_SMALLEST_CLASS = 732  # training images; the largest has 1,300
 
 
 class RawImage(NamedTuple):
@@ -630,236 +571,12 @@ def read_labels(labels_path: str) -> list[str]:
     return labels
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file in a tar.
-
-    Attributes:
-      offset: Of its first byte, from the start of the file that holds the tar.
-      mtime: Seconds since 1970.
-    """
-
-    name: str
-    offset: int
-    num_bytes: int
-    mtime: int
-
-
-def list_tar(
-    path: str, start: int = 0, end: int | None = None, name: str = ""
-) -> list[TarMember]:
-    """Lists the files in a tar, or in a tar within a file, by their headers.
-
-    Links, and names that would lead out of a directory, are left out. Plain headers
-    (https://www.gnu.org/software/tar/manual/html_node/Standard.html) are read here,
-    six times as fast as by `tarfile`; a tar with any others is left to that.
-
-    Args:
-      start, end: Where the tar begins and ends in the file, bytes.
-      name: Of a tar within the file.
-
-    Raises:
-      InvalidInputError: Not a tar, a compressed one, or one that is cut short.
-    """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            end = os.fstat(file.fileno()).st_size if end is None else end
-            members = _read_headers(file, start, end)
-            if members is None:
-                members = _read_headers_with_tarfile(file, start, end)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        is_damaged = not isinstance(error, OSError) and "decompress" not in reason
-        raise InvalidInputError(
-            f"Cannot list the tar {path}"
-            + (f" ({name} within it)" if name else "")
-            + f": {reason}."
-            + (" Download it again, and compare its checksum." if is_damaged else "")
-        ) from error
-    return [
-        member
-        for member in members
-        if not member.name.startswith("/") and ".." not in member.name.split("/")
-    ]
-
-
-def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | None:
-    """Reads the headers of a tar of plain files; None where it has others."""
-    members: list[TarMember] = []
-    position = start
-    while True:
-        header = os.pread(file.fileno(), TAR_BLOCK_BYTES, position)
-        if position + TAR_BLOCK_BYTES > end or len(header) < TAR_BLOCK_BYTES:
-            raise ValueError("it is cut short")
-        if header == bytes(TAR_BLOCK_BYTES):
-            _check_end(file, position, end)
-            return members
-        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        if _octal(header[148:156]) != checksum:
-            raise ValueError(_not_a_tar(header, position))
-        is_plain = header[156] in b"0\0" and header[345] == 0
-        if not is_plain or header[124] >= 0x80 or header[136] >= 0x80:
-            return None
-        num_bytes, mtime = _octal(header[124:136]), _octal(header[136:148])
-        if num_bytes is None or mtime is None:
-            raise ValueError(_not_a_tar(header, position))
-        name = os.fsdecode(header[:100].split(b"\0")[0])
-        position += TAR_BLOCK_BYTES
-        if not name.endswith("/"):  # a directory of Unix V7's tar
-            members.append(TarMember(name, position, num_bytes, mtime))
-        position += math.ceil(num_bytes / TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-
-
-def _octal(field: bytes) -> int | None:
-    digits = field.strip(b" \0")
-    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
-
-
-def _not_a_tar(header: bytes, position: int) -> str:
-    for name, magic in COMPRESSED_STARTS.items():
-        if header.startswith(magic):
-            return f"it is compressed; decompress it with {name} -d first"
-    return f"it is damaged, or not a tar, at byte {position:,}"
-
-
-def _read_headers_with_tarfile(file: BinaryIO, start: int, end: int) -> list[TarMember]:
-    file.seek(start)
-    members = []
-    with tarfile.TarFile(fileobj=file) as tar:
-        for member in tar:
-            if member.isreg() and not member.issparse():
-                members.append(
-                    TarMember(
-                        member.name, member.offset_data, member.size, int(member.mtime)
-                    )
-                )
-        _check_end(file, tar.offset, end)
-    return members
-
-
-def _check_end(file: BinaryIO, position: int, end: int) -> None:
-    """Checks that a tar ends in empty blocks, and the file soon after it.
-
-    tarfile takes a damaged or missing header for the end; a piece missing from a
-    download is a hole of zeros, which looks like an end.
-
-    Raises:
-      ValueError: It does not.
-    """
-    rest = os.pread(
-        file.fileno(), max(0, min(end - position, MOST_TAR_FILLING + 1)), position
-    )
-    if len(rest) < TAR_BLOCK_BYTES:
-        raise ValueError("it is cut short")
-    if any(rest[:TAR_BLOCK_BYTES]):
-        raise ValueError(_not_a_tar(rest, position))
-    if any(rest) or len(rest) > MOST_TAR_FILLING:
-        raise ValueError(f"it is damaged: empty at byte {position:,}, before its end")
-
-
-def _scan(directory: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(directory) as entries:
-            return list(entries)
-    except FileNotFoundError:
-        raise InvalidInputError(_no_directory(directory)) from None
-    except OSError as error:
-        problem = f"Cannot list {directory}: {error.strerror}."
-        raise InvalidInputError(problem) from error
-
-
-def _no_directory(directory: str) -> str:
-    """Words the absence of `train/` or `validation/` with what is there instead."""
-    raw_data_dir, split = os.path.split(directory)
-    kaggle_dirs = [
-        os.path.join(raw_data_dir, path)
-        for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-    ]
-    kaggle_dir = next(filter(os.path.isdir, kaggle_dirs), None)
-    if kaggle_dir:
-        found = f"{kaggle_dir} (Kaggle's layout): README says which links it takes"
-    elif split == VALIDATION_DIRECTORY and os.path.isdir(f"{raw_data_dir}/val"):
-        found = f"{raw_data_dir}/val: rename it to {VALIDATION_DIRECTORY}"
-    else:
-        found = _some(sorted(os.listdir(raw_data_dir))) or "nothing"
-    tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
-    return f"No directory {directory}, and no {tar} beside it. Found {found}."
-
-
-def _no_images(place: str, pattern: str) -> str:
-    """Words a directory or tar without images with what is in it instead."""
-    if os.path.isfile(place):
-        return f"No images match {pattern} in {place}."
-    names = [entry.name for entry in _scan(place)]
-    suffixes = collections.Counter(
-        os.path.splitext(name)[1] for name in names if not name.startswith(".")
-    )
-    advice = {
-        ".tar": f"move what is not extracted up beside {TRAINING_DIRECTORY}/",
-        ".jpg": f"rename them to *{IMAGE_SUFFIX}",
-        ".jpeg": f"rename them to *{IMAGE_SUFFIX}",
-        ".JPG": f"rename them to *{IMAGE_SUFFIX}",
-        IMAGE_SUFFIX: "move each into a directory named after its synset",
-    }
-    for suffix, remedy in advice.items():
-        if suffixes[suffix]:
-            files = _count(suffixes[suffix], f"{suffix} file")
-            return f"No images match {place}/{pattern}. Found {files} there: {remedy}."
-    found = _some(sorted(names)) or "nothing"
-    return f"No images match {place}/{pattern}. Found {found} there."
-
-
-def shortfalls(dataset: Dataset) -> list[str]:
-    """Words what need not keep a run from beginning, but is not so in ImageNet."""
-    lines = []
-    empty = [image for image in dataset.images if not image.num_bytes]
-    if empty:
-        lines.append(
-            f"{_count(len(empty), 'image')} of no bytes (empty files, links to nothing), "
-            f"the first {empty[0].path}: no shard that would hold one is written."
-        )
-    trained = {image.synset for image in dataset.training}
-    untrained = [synset for synset in dataset.synsets if synset not in trained]
-    if untrained:
-        lines.append(
-            f"{len(untrained):,} of {_count(len(dataset.synsets), 'synset')} have "
-            f"validation images but no training images: {_some(untrained)}."
-        )
-    if len(dataset.synsets) == IMAGENET_SYNSETS:
-        lines += _short_split(
-            dataset.training,
-            "training",
-            IMAGENET_TRAINING_IMAGES,
-            IMAGENET_SMALLEST_CLASS,
-        )
-        lines += _short_split(
-            dataset.validation, "validation", IMAGENET_VALIDATION_IMAGES, 50
-        )
-    return lines
-
-
-def _short_split(
-    images: Sequence[RawImage], split: str, num_expected: int, smallest_class: int
-) -> list[str]:
-    if len(images) == num_expected:
-        return []
-    sizes = collections.Counter(image.synset for image in images)
-    short = [
-        f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest_class
-    ]
-    named = (
-        f" Classes of fewer than {smallest_class}: {_some(short, 10)}." if short else ""
-    )
-    return [
-        (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {len(images):,} "
-            f"({len(images) - num_expected:+,}).{named}"
-        )
-    ]
-
-
 # ---------------------------------------------------------------------------------
 # 2. Plan: which image goes into which shard
+
+
+RECORD_FORMAT = 1  # to be raised when the same images would give other bytes
+RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, about
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1193,6 +910,11 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
 # 5. One shard: written complete or not at all, with a stamp that says of what
 
 
+WRITE_BUFFER_BYTES = 2**20
+READ_BLOCK_BYTES = 2**20
+TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stamp:
     """What is known of a finished shard; kept beside it as a hidden JSON file.
@@ -1441,6 +1163,9 @@ def _write_json(path: str, value: Mapping[str, Any]) -> None:
 # 6. All shards: the processes that write and the threads that upload
 
 
+FINISHING_THREADS = 4  # each waits for the disk to have a shard
+PROGRESS_SECONDS = 10.0
+
 Future: TypeAlias = "concurrent.futures.Future[Any]"
 
 
@@ -1595,122 +1320,17 @@ def _closing(
     pool.shutdown()
 
 
-@contextlib.contextmanager
-def _failures_in_words() -> Iterator[None]:
-    """Says in one line why this process or a worker could not write.
-
-    Raises:
-      RunError: In place of that error.
-    """
-    try:
-        yield
-    except (concurrent.futures.process.BrokenProcessPool, EOFError) as error:
-        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
-        raise RunError(
-            "A worker process was killed, most likely by the kernel for want of "
-            "memory. Finished shards are kept: run the same command again with fewer "
-            "--num_workers."
-        ) from error
-    except ImportError as error:
-        raise RunError(
-            f"TensorFlow cannot be imported: {error}. Run pip install -r "
-            "requirements.txt in a new virtual environment."
-        ) from error
-    except OSError as error:
-        what = f"Cannot write {error.filename}: " if error.filename else ""
-        raise RunError(
-            f"{what}{error.strerror or error}. Finished shards are kept: mend that and "
-            "run the same command again."
-        ) from error
-
-
-def _worker_pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(
-        num_workers,
-        multiprocessing.get_context("forkserver"),
-        initializer=_start_worker,
-    )
-
-
-# Its one thread lives as long as the process, whatever thread `run` is called in: the
-# forkserver dies with the thread that started it.
-_forkserver_thread = concurrent.futures.ThreadPoolExecutor(1)
-
-
-def start_forkserver() -> None:
-    """Starts the process that imports TensorFlow once and forks the workers.
-
-    It returns at once: the import, some seconds of it, goes on while the raw
-    directory is listed. The server imports this file by its name, for `_preload`, and
-    so must start where this file is. What TensorFlow and CUDA print on their import
-    goes to /dev/null unless the user's TF_CPP_MIN_LOG_LEVEL asks for it.
-    """
-    directory, filename = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(filename)[0] if __name__ == "__main__" else __name__
-    sys.modules[module] = sys.modules[__name__]  # what a worker sends back is of it
-    multiprocessing.set_forkserver_preload([module])
-    working_dir = os.open(".", os.O_RDONLY)
-    with contextlib.ExitStack() as stack:
-        # Inherited by Python's resource tracker, which a terminal's hangup would end;
-        # the semaphores would then outlive the run.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-        stack.callback(os.close, working_dir)
-        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-            null = stack.enter_context(open(os.devnull, "wb"))
-            stack.enter_context(_stderr_to(null.fileno()))
-        stack.callback(os.environ.pop, PRELOAD)
-        os.environ[PRELOAD] = f"{os.getpid()} {__name__}"
-        stack.callback(os.fchdir, working_dir)
-        os.chdir(directory)
-        _forkserver_thread.submit(multiprocessing.forkserver.ensure_running).result()
-
-
-def _preload() -> None:
-    """Readies the forkserver: TensorFlow imported, but nothing of it run yet.
-
-    A fork after TensorFlow has run anything would hang.
-    """
-    _die_with_parent()
-    run_pid, module = os.environ[PRELOAD].split()
-    if os.getppid() != int(run_pid):  # it died before we asked to die with it
-        os._exit(1)
-    if module == "__main__":  # else each worker would load this file once more
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    # A worker will say what is wrong with the import.
-    with _no_garbage_collection(), contextlib.suppress(ImportError):
-        import tensorflow  # noqa: F401
-
-
-def _start_worker() -> None:
-    """Readies a worker: it works on one processor, quietly, while the run lives."""
-    _die_with_parent()
-    run_process = multiprocessing.parent_process()
-    if run_process and not run_process.is_alive():
-        os._exit(1)
-    # Ctrl-C goes to all processes; SIGHUP does too, and is blocked.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # libjpeg's warnings, one for each skeleton
-    with contextlib.suppress(ImportError):  # the first image will raise it again
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-
-
-def _die_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends.
-
-    The workers are children of the forkserver, which is a child of the run.
-    NOTE: Linux only, as are the locks and the count of processors.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 # ---------------------------------------------------------------------------------
 # 7. Cloud Storage: what is in the bucket, and getting more there
+
+
+UPLOAD_THREADS = 8  # the client's connection pool holds 10
+UPLOAD_CHUNK_BYTES = 5 * 2**20  # twice in memory for each thread
+LARGEST_KEPT_BUFFER = 2**25  # bytes; glibc allows no more
+MOST_KEPT_MEMORY = 2**26  # bytes at the end of each of malloc's arenas
+RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
+M_TRIM_THRESHOLD = -1  # malloc.h
+M_MMAP_THRESHOLD = -3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2027,132 +1647,6 @@ def _said(error: BaseException) -> str:
 
 # ---------------------------------------------------------------------------------
 # 8. One run: what is left to do, whether it can be done, doing it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user asks for: the flags of the same names, and the client to use.
-
-    Raises:
-      InvalidInputError: All that is wrong with them.
-    """
-
-    raw_data_dir: str | None
-    gcs_upload: bool
-    gcs_project: str | None
-    gcs_output_path: str | None
-    local_scratch_dir: str | None
-    client: storage.Client | None = None
-    num_workers: int | None = None
-    training_shards: int = TRAINING_SHARDS
-    validation_shards: int = VALIDATION_SHARDS
-    keep_local_shards: bool = True
-    task_index: int | None = None
-    task_count: int = 1
-    fake_imagenet: bool = False
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        problems = [*self._directory_problems(), *self._number_problems()]
-        if self.gcs_upload:
-            problems += self._upload_problems()
-        elif not self.keep_local_shards:
-            problems.append("--nokeep_local_shards must go with an upload.")
-        if not importlib.util.find_spec("tensorflow"):
-            problems.append("TensorFlow is missing: pip install -r requirements.txt.")
-        if problems:
-            raise InvalidInputError(*problems)
-
-    @property
-    def raw_dir(self) -> str:
-        return os.path.abspath(self.raw_data_dir or "")
-
-    @property
-    def scratch_dir(self) -> str:
-        return os.path.abspath(
-            self.local_scratch_dir or os.path.join(self.raw_dir, "tf_records")
-        )
-
-    @property
-    def draws(self) -> bool:
-        """Whether to draw the fake ImageNet first, if it is not there."""
-        return self.fake_imagenet and not self.dry_run
-
-    @property
-    def workers(self) -> int:
-        return self.num_workers or _num_processors()
-
-    @property
-    def max_unfinished(self) -> int:
-        """How many shards may be begun and not yet uploaded."""
-        if self.keep_local_shards:
-            return self.training_shards + self.validation_shards
-        return self.workers + 2 * UPLOAD_THREADS
-
-    @property
-    def task(self) -> int:
-        return self.task_index or 0
-
-    def share(self, shards: Iterable[Shard]) -> list[Shard]:
-        """This task's part of a plan, of both splits."""
-        return [s for s in shards if s.index % self.task_count == self.task]
-
-    def _directory_problems(self) -> Iterator[str]:
-        if not self.raw_data_dir:
-            yield "--raw_data_dir must name the directory of the raw ImageNet."
-        elif self.draws and not os.path.lexists(self.raw_data_dir):
-            pass  # it will be made
-        elif not os.path.isdir(self.raw_data_dir):
-            yield (
-                f"--raw_data_dir={self.raw_data_dir} must be a directory with "
-                f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}; "
-                "there is none of that name."
-            )
-        elif os.path.realpath(self.scratch_dir) == os.path.realpath(self.raw_dir):
-            yield "--local_scratch_dir must be another directory than --raw_data_dir."
-
-    def _upload_problems(self) -> Iterator[str]:
-        if not self.gcs_project:
-            yield "--project must be given for the upload (or pass --nogcs_upload)."
-        if not self.gcs_output_path:
-            yield (
-                "--gcs_output_path=gs://bucket/directory must be given for the upload "
-                "(or pass --nogcs_upload)."
-            )
-            return
-        try:
-            GcsPath.parse(self.gcs_output_path)
-        except InvalidInputError as error:
-            yield from error.problems
-
-    def _number_problems(self) -> Iterator[str]:
-        flags_of_counts = (
-            "num_workers",
-            "training_shards",
-            "validation_shards",
-            "task_count",
-        )
-        for flag in flags_of_counts:
-            value = getattr(self, flag)
-            if value is not None and not 0 < value < 100_000:
-                yield f"--{flag} must be from 1 to 99,999; found {value:,}."
-        if self.task_index is None and self.task_count > 1:
-            yield "--task_index must be given with --task_count."
-        elif not 0 <= self.task < max(self.task_count, 1):
-            yield (
-                "--task_index must be from 0 to --task_count - 1; found "
-                f"{self.task:,} of {self.task_count:,}."
-            )
-
-
-def _num_processors() -> int:
-    """Counts the processors that this process, or its container, may use."""
-    number = len(os.sched_getaffinity(0))
-    # No such file, 'max' for no limit, or nonsense.
-    with contextlib.suppress(OSError, ValueError, ArithmeticError):
-        quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
-        number = min(number, math.ceil(quota / period))
-    return max(1, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2631,99 +2125,137 @@ def _write_manifest(job: Job, stored: Mapping[str, StoredObject]) -> None:
 
 
 # ---------------------------------------------------------------------------------
-# 9. The fake ImageNet: a demonstration for who has no ImageNet (yet)
+# 9. Command line
 
 
-def make_fake_imagenet(raw_data_dir: str, num_workers: int) -> None:
-    """Draws 2,048 training and 256 validation images of 1,000 synsets.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 
-    They have ImageNet's layout, and its usual size of 500 x 375; no shard of the 1,024
-    and 128 stays empty. The synsets, from n90000000 on, are not of WordNet. One that
-    stands complete is left as it is; one cut off is drawn again.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks for: the flags of the same names, and the client to use.
 
     Raises:
-      InvalidInputError: The directory holds something else.
+      InvalidInputError: All that is wrong with them.
     """
-    root = pathlib.Path(raw_data_dir)
-    mark = root / FAKE_MARK
-    if root.is_dir() and any(root.iterdir()) and not mark.exists():
-        raise InvalidInputError(
-            f"--fake_imagenet must find --raw_data_dir={raw_data_dir} empty or "
-            f"absent; it holds {_some(sorted(os.listdir(root)))}."
+
+    raw_data_dir: str | None
+    gcs_upload: bool
+    gcs_project: str | None
+    gcs_output_path: str | None
+    local_scratch_dir: str | None
+    client: storage.Client | None = None
+    num_workers: int | None = None
+    training_shards: int = TRAINING_SHARDS
+    validation_shards: int = VALIDATION_SHARDS
+    keep_local_shards: bool = True
+    task_index: int | None = None
+    task_count: int = 1
+    fake_imagenet: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [*self._directory_problems(), *self._number_problems()]
+        if self.gcs_upload:
+            problems += self._upload_problems()
+        elif not self.keep_local_shards:
+            problems.append("--nokeep_local_shards must go with an upload.")
+        if not importlib.util.find_spec("tensorflow"):
+            problems.append("TensorFlow is missing: pip install -r requirements.txt.")
+        if problems:
+            raise InvalidInputError(*problems)
+
+    @property
+    def raw_dir(self) -> str:
+        return os.path.abspath(self.raw_data_dir or "")
+
+    @property
+    def scratch_dir(self) -> str:
+        return os.path.abspath(
+            self.local_scratch_dir or os.path.join(self.raw_dir, "tf_records")
         )
-    if (root / LABELS_FILE).exists():
-        return
-    logging.info(
-        "Drawing %s into %s.",
-        _count(FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES, "fake image"),
-        raw_data_dir,
-    )
-    root.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
-    training = [
-        f"{TRAINING_DIRECTORY}/{synsets[i % len(synsets)]}/"
-        f"{synsets[i % len(synsets)]}_{i // len(synsets)}.JPEG"
-        for i in range(FAKE_TRAINING_IMAGES)
-    ]
-    validation = [
-        f"{VALIDATION_DIRECTORY}/ILSVRC2012_val_{i + 1:08d}.JPEG"
-        for i in range(FAKE_VALIDATION_IMAGES)
-    ]
-    start_forkserver()
-    with _closing(_worker_pool(num_workers)) as workers:
-        paths = [root / path for path in training + validation]
-        drawn = workers.map(draw_fake_image, paths, range(len(paths)), chunksize=16)
-        collections.deque(drawn, maxlen=0)  # raises what a worker raised
-    labels = [synsets[i] for i in range(FAKE_VALIDATION_IMAGES)]
-    with _complete_or_absent(str(root / LABELS_FILE)) as file:  # last: all is there
-        file.write(("\n".join(labels) + "\n").encode())
+
+    @property
+    def draws(self) -> bool:
+        """Whether to draw the fake ImageNet first, if it is not there."""
+        return self.fake_imagenet and not self.dry_run
+
+    @property
+    def workers(self) -> int:
+        return self.num_workers or _num_processors()
+
+    @property
+    def max_unfinished(self) -> int:
+        """How many shards may be begun and not yet uploaded."""
+        if self.keep_local_shards:
+            return self.training_shards + self.validation_shards
+        return self.workers + 2 * UPLOAD_THREADS
+
+    @property
+    def task(self) -> int:
+        return self.task_index or 0
+
+    def share(self, shards: Iterable[Shard]) -> list[Shard]:
+        """This task's part of a plan, of both splits."""
+        return [s for s in shards if s.index % self.task_count == self.task]
+
+    def _directory_problems(self) -> Iterator[str]:
+        if not self.raw_data_dir:
+            yield "--raw_data_dir must name the directory of the raw ImageNet."
+        elif self.draws and not os.path.lexists(self.raw_data_dir):
+            pass  # it will be made
+        elif not os.path.isdir(self.raw_data_dir):
+            yield (
+                f"--raw_data_dir={self.raw_data_dir} must be a directory with "
+                f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}; "
+                "there is none of that name."
+            )
+        elif os.path.realpath(self.scratch_dir) == os.path.realpath(self.raw_dir):
+            yield "--local_scratch_dir must be another directory than --raw_data_dir."
+
+    def _upload_problems(self) -> Iterator[str]:
+        if not self.gcs_project:
+            yield "--project must be given for the upload (or pass --nogcs_upload)."
+        if not self.gcs_output_path:
+            yield (
+                "--gcs_output_path=gs://bucket/directory must be given for the upload "
+                "(or pass --nogcs_upload)."
+            )
+            return
+        try:
+            GcsPath.parse(self.gcs_output_path)
+        except InvalidInputError as error:
+            yield from error.problems
+
+    def _number_problems(self) -> Iterator[str]:
+        flags_of_counts = (
+            "num_workers",
+            "training_shards",
+            "validation_shards",
+            "task_count",
+        )
+        for flag in flags_of_counts:
+            value = getattr(self, flag)
+            if value is not None and not 0 < value < 100_000:
+                yield f"--{flag} must be from 1 to 99,999; found {value:,}."
+        if self.task_index is None and self.task_count > 1:
+            yield "--task_index must be given with --task_count."
+        elif not 0 <= self.task < max(self.task_count, 1):
+            yield (
+                "--task_index must be from 0 to --task_count - 1; found "
+                f"{self.task:,} of {self.task_count:,}."
+            )
 
 
-def draw_fake_image(path: pathlib.Path, seed: int) -> None:
-    """Draws coloured shapes on a shaded ground, 500 x 375, a JPEG of 30 to 100 KB."""
-    import numpy as np
-    import tensorflow as tf
-
-    rng = random.Random(seed)
-    y, x = np.mgrid[0:375, 0:500].astype(np.float32)
-    shade = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 500
-    pixels = _colour(rng) + shade[..., None] * _colour(rng)
-    for _ in range(rng.randint(8, 16)):
-        _draw_shape(rng, x, y, pixels)
-    grain = np.random.default_rng(seed).integers(-8, 9, (375, 500, 1))
-    jpeg = tf.io.encode_jpeg(np.clip(pixels + grain, 0, 255).astype(np.uint8))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(jpeg.numpy())
-
-
-def _colour(rng: random.Random) -> numpy.ndarray:
-    import numpy as np
-
-    return np.array([rng.uniform(20, 235) for _ in range(3)], np.float32)
-
-
-def _draw_shape(
-    rng: random.Random, x: numpy.ndarray, y: numpy.ndarray, pixels: numpy.ndarray
-) -> None:
-    """Draws a striped ellipse or box, turned by any angle, with soft edges."""
-    import numpy as np
-
-    centre_x, centre_y = rng.uniform(0, 500), rng.uniform(0, 375)
-    left, top = max(0, int(centre_x) - 100), max(0, int(centre_y) - 100)
-    window = np.s_[top : int(centre_y) + 100, left : int(centre_x) + 100]
-    angle = rng.uniform(0, math.pi)
-    dx, dy = x[window] - centre_x, y[window] - centre_y
-    u = (dx * math.cos(angle) + dy * math.sin(angle)) / rng.uniform(15, 70)
-    v = (dy * math.cos(angle) - dx * math.sin(angle)) / rng.uniform(15, 70)
-    distance = rng.choice([np.hypot(u, v), np.maximum(abs(u), abs(v))])
-    coverage = np.clip((1 - distance) * 20, 0, 1)[..., None]
-    stripes = 1 + 0.2 * np.sin(u * rng.uniform(3, 30))[..., None]
-    pixels[window] += coverage * (_colour(rng) * stripes - pixels[window])
-
-
-# ---------------------------------------------------------------------------------
-# 10. Command line
+def _num_processors() -> int:
+    """Counts the processors that this process, or its container, may use."""
+    number = len(os.sched_getaffinity(0))
+    # No such file, 'max' for no limit, or nonsense.
+    with contextlib.suppress(OSError, ValueError, ArithmeticError):
+        quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
+        number = min(number, math.ceil(quota / period))
+    return max(1, number)
 
 
 def run(
@@ -2813,6 +2345,35 @@ def upload_to_gcs(
     check_uploaded(destination, expected)
 
 
+@contextlib.contextmanager
+def _failures_in_words() -> Iterator[None]:
+    """Says in one line why this process or a worker could not write.
+
+    Raises:
+      RunError: In place of that error.
+    """
+    try:
+        yield
+    except (concurrent.futures.process.BrokenProcessPool, EOFError) as error:
+        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
+        raise RunError(
+            "A worker process was killed, most likely by the kernel for want of "
+            "memory. Finished shards are kept: run the same command again with fewer "
+            "--num_workers."
+        ) from error
+    except ImportError as error:
+        raise RunError(
+            f"TensorFlow cannot be imported: {error}. Run pip install -r "
+            "requirements.txt in a new virtual environment."
+        ) from error
+    except OSError as error:
+        what = f"Cannot write {error.filename}: " if error.filename else ""
+        raise RunError(
+            f"{what}{error.strerror or error}. Finished shards are kept: mend that and "
+            "run the same command again."
+        ) from error
+
+
 class Stopped(BaseException):
     """A signal that ends the run: Ctrl-C, or the preemption of the machine."""
 
@@ -2885,6 +2446,470 @@ def _exit(status: int) -> NoReturn:
     logging.flush()
     sys.stdout.flush()
     os._exit(status)
+
+
+# ---------------------------------------------------------------------------------
+# A. Tars: the images of archives that were never extracted
+
+
+TAR_BLOCK_BYTES = 512
+MOST_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
+COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file in a tar.
+
+    Attributes:
+      offset: Of its first byte, from the start of the file that holds the tar.
+      mtime: Seconds since 1970.
+    """
+
+    name: str
+    offset: int
+    num_bytes: int
+    mtime: int
+
+
+def list_tar(
+    path: str, start: int = 0, end: int | None = None, name: str = ""
+) -> list[TarMember]:
+    """Lists the files in a tar, or in a tar within a file, by their headers.
+
+    Links, and names that would lead out of a directory, are left out. Plain headers
+    (https://www.gnu.org/software/tar/manual/html_node/Standard.html) are read here,
+    six times as fast as by `tarfile`; a tar with any others is left to that.
+
+    Args:
+      start, end: Where the tar begins and ends in the file, bytes.
+      name: Of a tar within the file.
+
+    Raises:
+      InvalidInputError: Not a tar, a compressed one, or one that is cut short.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size if end is None else end
+            members = _read_headers(file, start, end)
+            if members is None:
+                members = _read_headers_with_tarfile(file, start, end)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        is_damaged = not isinstance(error, OSError) and "decompress" not in reason
+        raise InvalidInputError(
+            f"Cannot list the tar {path}"
+            + (f" ({name} within it)" if name else "")
+            + f": {reason}."
+            + (" Download it again, and compare its checksum." if is_damaged else "")
+        ) from error
+    return [
+        member
+        for member in members
+        if not member.name.startswith("/") and ".." not in member.name.split("/")
+    ]
+
+
+def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | None:
+    """Reads the headers of a tar of plain files; None where it has others."""
+    members: list[TarMember] = []
+    position = start
+    while True:
+        header = os.pread(file.fileno(), TAR_BLOCK_BYTES, position)
+        if position + TAR_BLOCK_BYTES > end or len(header) < TAR_BLOCK_BYTES:
+            raise ValueError("it is cut short")
+        if header == bytes(TAR_BLOCK_BYTES):
+            _check_end(file, position, end)
+            return members
+        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        if _octal(header[148:156]) != checksum:
+            raise ValueError(_not_a_tar(header, position))
+        is_plain = header[156] in b"0\0" and header[345] == 0
+        if not is_plain or header[124] >= 0x80 or header[136] >= 0x80:
+            return None
+        num_bytes, mtime = _octal(header[124:136]), _octal(header[136:148])
+        if num_bytes is None or mtime is None:
+            raise ValueError(_not_a_tar(header, position))
+        name = os.fsdecode(header[:100].split(b"\0")[0])
+        position += TAR_BLOCK_BYTES
+        if not name.endswith("/"):  # a directory of Unix V7's tar
+            members.append(TarMember(name, position, num_bytes, mtime))
+        position += math.ceil(num_bytes / TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.strip(b" \0")
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+
+
+def _not_a_tar(header: bytes, position: int) -> str:
+    for name, magic in COMPRESSED_STARTS.items():
+        if header.startswith(magic):
+            return f"it is compressed; decompress it with {name} -d first"
+    return f"it is damaged, or not a tar, at byte {position:,}"
+
+
+def _read_headers_with_tarfile(file: BinaryIO, start: int, end: int) -> list[TarMember]:
+    file.seek(start)
+    members = []
+    with tarfile.TarFile(fileobj=file) as tar:
+        for member in tar:
+            if member.isreg() and not member.issparse():
+                members.append(
+                    TarMember(
+                        member.name, member.offset_data, member.size, int(member.mtime)
+                    )
+                )
+        _check_end(file, tar.offset, end)
+    return members
+
+
+def _check_end(file: BinaryIO, position: int, end: int) -> None:
+    """Checks that a tar ends in empty blocks, and the file soon after it.
+
+    tarfile takes a damaged or missing header for the end; a piece missing from a
+    download is a hole of zeros, which looks like an end.
+
+    Raises:
+      ValueError: It does not.
+    """
+    rest = os.pread(
+        file.fileno(), max(0, min(end - position, MOST_TAR_FILLING + 1)), position
+    )
+    if len(rest) < TAR_BLOCK_BYTES:
+        raise ValueError("it is cut short")
+    if any(rest[:TAR_BLOCK_BYTES]):
+        raise ValueError(_not_a_tar(rest, position))
+    if any(rest) or len(rest) > MOST_TAR_FILLING:
+        raise ValueError(f"it is damaged: empty at byte {position:,}, before its end")
+
+
+# ---------------------------------------------------------------------------------
+# B. Wrong raw directories, in words
+
+
+def _scan(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        raise InvalidInputError(_no_directory(directory)) from None
+    except OSError as error:
+        problem = f"Cannot list {directory}: {error.strerror}."
+        raise InvalidInputError(problem) from error
+
+
+def _no_directory(directory: str) -> str:
+    """Words the absence of `train/` or `validation/` with what is there instead."""
+    raw_data_dir, split = os.path.split(directory)
+    kaggle_dirs = [
+        os.path.join(raw_data_dir, path)
+        for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+    ]
+    kaggle_dir = next(filter(os.path.isdir, kaggle_dirs), None)
+    if kaggle_dir:
+        found = f"{kaggle_dir} (Kaggle's layout): README says which links it takes"
+    elif split == VALIDATION_DIRECTORY and os.path.isdir(f"{raw_data_dir}/val"):
+        found = f"{raw_data_dir}/val: rename it to {VALIDATION_DIRECTORY}"
+    else:
+        found = _some(sorted(os.listdir(raw_data_dir))) or "nothing"
+    tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
+    return f"No directory {directory}, and no {tar} beside it. Found {found}."
+
+
+def _no_images(place: str, pattern: str) -> str:
+    """Words a directory or tar without images with what is in it instead."""
+    if os.path.isfile(place):
+        return f"No images match {pattern} in {place}."
+    names = [entry.name for entry in _scan(place)]
+    suffixes = collections.Counter(
+        os.path.splitext(name)[1] for name in names if not name.startswith(".")
+    )
+    advice = {
+        ".tar": f"move what is not extracted up beside {TRAINING_DIRECTORY}/",
+        ".jpg": f"rename them to *{IMAGE_SUFFIX}",
+        ".jpeg": f"rename them to *{IMAGE_SUFFIX}",
+        ".JPG": f"rename them to *{IMAGE_SUFFIX}",
+        IMAGE_SUFFIX: "move each into a directory named after its synset",
+    }
+    for suffix, remedy in advice.items():
+        if suffixes[suffix]:
+            files = _count(suffixes[suffix], f"{suffix} file")
+            return f"No images match {place}/{pattern}. Found {files} there: {remedy}."
+    found = _some(sorted(names)) or "nothing"
+    return f"No images match {place}/{pattern}. Found {found} there."
+
+
+def shortfalls(dataset: Dataset) -> list[str]:
+    """Words what need not keep a run from beginning, but is not so in ImageNet."""
+    lines = []
+    empty = [image for image in dataset.images if not image.num_bytes]
+    if empty:
+        lines.append(
+            f"{_count(len(empty), 'image')} of no bytes (empty files, links to nothing), "
+            f"the first {empty[0].path}: no shard that would hold one is written."
+        )
+    trained = {image.synset for image in dataset.training}
+    untrained = [synset for synset in dataset.synsets if synset not in trained]
+    if untrained:
+        lines.append(
+            f"{len(untrained):,} of {_count(len(dataset.synsets), 'synset')} have "
+            f"validation images but no training images: {_some(untrained)}."
+        )
+    if len(dataset.synsets) == IMAGENET_SYNSETS:
+        lines += _short_split(
+            dataset.training,
+            "training",
+            IMAGENET_TRAINING_IMAGES,
+            IMAGENET_SMALLEST_CLASS,
+        )
+        lines += _short_split(
+            dataset.validation, "validation", IMAGENET_VALIDATION_IMAGES, 50
+        )
+    return lines
+
+
+def _short_split(
+    images: Sequence[RawImage], split: str, num_expected: int, smallest_class: int
+) -> list[str]:
+    if len(images) == num_expected:
+        return []
+    sizes = collections.Counter(image.synset for image in images)
+    short = [
+        f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest_class
+    ]
+    named = (
+        f" Classes of fewer than {smallest_class}: {_some(short, 10)}." if short else ""
+    )
+    return [
+        (
+            f"ImageNet-1k has {num_expected:,} {split} images, found {len(images):,} "
+            f"({len(images) - num_expected:+,}).{named}"
+        )
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    """Says a number with its noun: '1 image', '1,024 images', '2 classes'."""
+    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {plural}"
+
+
+def _size(num_bytes: float) -> str:
+    """Says a number of bytes in decimal units: '110.0 KB', '146.9 GB'."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            break
+        num_bytes /= 1000
+    else:
+        unit = "TB"
+    return f"{num_bytes:,.{0 if unit == 'bytes' else 1}f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    """Says a time: '45 s', '12 min', '3 h 5 min'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """Names the first few of many: 'a, b, c and 97 more'."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+# ---------------------------------------------------------------------------------
+# C. Worker processes
+
+
+PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _worker_pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        num_workers,
+        multiprocessing.get_context("forkserver"),
+        initializer=_start_worker,
+    )
+
+
+# Its one thread lives as long as the process, whatever thread `run` is called in: the
+# forkserver dies with the thread that started it.
+_forkserver_thread = concurrent.futures.ThreadPoolExecutor(1)
+
+
+def start_forkserver() -> None:
+    """Starts the process that imports TensorFlow once and forks the workers.
+
+    It returns at once: the import, some seconds of it, goes on while the raw
+    directory is listed. The server imports this file by its name, for `_preload`, and
+    so must start where this file is. What TensorFlow and CUDA print on their import
+    goes to /dev/null unless the user's TF_CPP_MIN_LOG_LEVEL asks for it.
+    """
+    directory, filename = os.path.split(os.path.abspath(__file__))
+    module = os.path.splitext(filename)[0] if __name__ == "__main__" else __name__
+    sys.modules[module] = sys.modules[__name__]  # what a worker sends back is of it
+    multiprocessing.set_forkserver_preload([module])
+    working_dir = os.open(".", os.O_RDONLY)
+    with contextlib.ExitStack() as stack:
+        # Inherited by Python's resource tracker, which a terminal's hangup would end;
+        # the semaphores would then outlive the run.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+        stack.callback(os.close, working_dir)
+        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+            null = stack.enter_context(open(os.devnull, "wb"))
+            stack.enter_context(_stderr_to(null.fileno()))
+        stack.callback(os.environ.pop, PRELOAD)
+        os.environ[PRELOAD] = f"{os.getpid()} {__name__}"
+        stack.callback(os.fchdir, working_dir)
+        os.chdir(directory)
+        _forkserver_thread.submit(multiprocessing.forkserver.ensure_running).result()
+
+
+def _preload() -> None:
+    """Readies the forkserver: TensorFlow imported, but nothing of it run yet.
+
+    A fork after TensorFlow has run anything would hang.
+    """
+    _die_with_parent()
+    run_pid, module = os.environ[PRELOAD].split()
+    if os.getppid() != int(run_pid):  # it died before we asked to die with it
+        os._exit(1)
+    if module == "__main__":  # else each worker would load this file once more
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # A worker will say what is wrong with the import.
+    with _no_garbage_collection(), contextlib.suppress(ImportError):
+        import tensorflow  # noqa: F401
+
+
+def _start_worker() -> None:
+    """Readies a worker: it works on one processor, quietly, while the run lives."""
+    _die_with_parent()
+    run_process = multiprocessing.parent_process()
+    if run_process and not run_process.is_alive():
+        os._exit(1)
+    # Ctrl-C goes to all processes; SIGHUP does too, and is blocked.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # libjpeg's warnings, one for each skeleton
+    with contextlib.suppress(ImportError):  # the first image will raise it again
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def _die_with_parent() -> None:
+    """Has the kernel kill this process when the thread that started it ends.
+
+    The workers are children of the forkserver, which is a child of the run.
+    NOTE: Linux only, as are the locks and the count of processors.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------------
+# D. A fake ImageNet: a demonstration for those who have no ImageNet yet
+
+
+FAKE_TRAINING_IMAGES = 2048
+FAKE_VALIDATION_IMAGES = 256
+FAKE_MARK = ".fake_imagenet"  # in the directory of a fake one
+
+
+def make_fake_imagenet(raw_data_dir: str, num_workers: int) -> None:
+    """Draws 2,048 training and 256 validation images of 1,000 synsets.
+
+    They have ImageNet's layout, and its usual size of 500 x 375; no shard of the 1,024
+    and 128 stays empty. The synsets, from n90000000 on, are not of WordNet. One that
+    stands complete is left as it is; one cut off is drawn again.
+
+    Raises:
+      InvalidInputError: The directory holds something else.
+    """
+    root = pathlib.Path(raw_data_dir)
+    mark = root / FAKE_MARK
+    if root.is_dir() and any(root.iterdir()) and not mark.exists():
+        raise InvalidInputError(
+            f"--fake_imagenet must find --raw_data_dir={raw_data_dir} empty or "
+            f"absent; it holds {_some(sorted(os.listdir(root)))}."
+        )
+    if (root / LABELS_FILE).exists():
+        return
+    logging.info(
+        "Drawing %s into %s.",
+        _count(FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES, "fake image"),
+        raw_data_dir,
+    )
+    root.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
+    training = [
+        f"{TRAINING_DIRECTORY}/{synsets[i % len(synsets)]}/"
+        f"{synsets[i % len(synsets)]}_{i // len(synsets)}.JPEG"
+        for i in range(FAKE_TRAINING_IMAGES)
+    ]
+    validation = [
+        f"{VALIDATION_DIRECTORY}/ILSVRC2012_val_{i + 1:08d}.JPEG"
+        for i in range(FAKE_VALIDATION_IMAGES)
+    ]
+    start_forkserver()
+    with _closing(_worker_pool(num_workers)) as workers:
+        paths = [root / path for path in training + validation]
+        drawn = workers.map(draw_fake_image, paths, range(len(paths)), chunksize=16)
+        collections.deque(drawn, maxlen=0)  # raises what a worker raised
+    labels = [synsets[i] for i in range(FAKE_VALIDATION_IMAGES)]
+    with _complete_or_absent(str(root / LABELS_FILE)) as file:  # last: all is there
+        file.write(("\n".join(labels) + "\n").encode())
+
+
+def draw_fake_image(path: pathlib.Path, seed: int) -> None:
+    """Draws coloured shapes on a shaded ground, 500 x 375, a JPEG of 30 to 100 KB."""
+    import numpy as np
+    import tensorflow as tf
+
+    rng = random.Random(seed)
+    y, x = np.mgrid[0:375, 0:500].astype(np.float32)
+    shade = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 500
+    pixels = _colour(rng) + shade[..., None] * _colour(rng)
+    for _ in range(rng.randint(8, 16)):
+        _draw_shape(rng, x, y, pixels)
+    grain = np.random.default_rng(seed).integers(-8, 9, (375, 500, 1))
+    jpeg = tf.io.encode_jpeg(np.clip(pixels + grain, 0, 255).astype(np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jpeg.numpy())
+
+
+def _colour(rng: random.Random) -> numpy.ndarray:
+    import numpy as np
+
+    return np.array([rng.uniform(20, 235) for _ in range(3)], np.float32)
+
+
+def _draw_shape(
+    rng: random.Random, x: numpy.ndarray, y: numpy.ndarray, pixels: numpy.ndarray
+) -> None:
+    """Draws a striped ellipse or box, turned by any angle, with soft edges."""
+    import numpy as np
+
+    centre_x, centre_y = rng.uniform(0, 500), rng.uniform(0, 375)
+    left, top = max(0, int(centre_x) - 100), max(0, int(centre_y) - 100)
+    window = np.s_[top : int(centre_y) + 100, left : int(centre_x) + 100]
+    angle = rng.uniform(0, math.pi)
+    dx, dy = x[window] - centre_x, y[window] - centre_y
+    u = (dx * math.cos(angle) + dy * math.sin(angle)) / rng.uniform(15, 70)
+    v = (dy * math.cos(angle) - dx * math.sin(angle)) / rng.uniform(15, 70)
+    distance = rng.choice([np.hypot(u, v), np.maximum(abs(u), abs(v))])
+    coverage = np.clip((1 - distance) * 20, 0, 1)[..., None]
+    stripes = 1 + 0.2 * np.sin(u * rng.uniform(3, 30))[..., None]
+    pixels[window] += coverage * (_colour(rng) * stripes - pixels[window])
 
 
 if __name__ == "__main__":
