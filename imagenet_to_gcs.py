@@ -54,6 +54,7 @@ import concurrent.futures.process
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
 import gc
@@ -72,6 +73,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import struct
 import sys
 import tarfile
@@ -167,6 +169,19 @@ class RunError(RuntimeError):
     """A run that had to stop; the message is one line with the cause and a remedy."""
 
 
+def open_regular(path: str) -> BinaryIO:
+    """Opens a file for unbuffered reading; never waits for the writer of a pipe.
+
+    Raises:
+      OSError: It cannot be opened, or is a directory, a pipe or a device.
+    """
+    file_descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file_descriptor).st_mode):
+        os.close(file_descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return open(file_descriptor, "rb", buffering=0)
+
+
 @contextlib.contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
     """Adds to a list, in place of raising it, what keeps the run from beginning."""
@@ -206,7 +221,7 @@ class RawImage(NamedTuple):
       synset: WordNet id of its class, `n01440764`.
       label: 1-based rank of the synset among all synsets; 0 until it is known.
       num_bytes: Size of the image.
-      mtime_ns: Time of its last modification, nanoseconds since 1970.
+      version: Of its file, or of the tar that holds it; see `file_version`.
       offset: Of its first byte in the tar; None for a file in a directory.
     """
 
@@ -215,7 +230,7 @@ class RawImage(NamedTuple):
     synset: str
     label: int
     num_bytes: int
-    mtime_ns: int
+    version: int | tuple[int, int, int]
     offset: int | None = None
 
     @property
@@ -254,15 +269,14 @@ class ImageSource:
             if _is_image_name(entry.name):
                 try:
                     status = entry.stat()
-                    size, mtime_ns = status.st_size, status.st_mtime_ns
+                    size, version = status.st_size, file_version(status)
                 except OSError:  # a dangling link: read, it says so
-                    size = mtime_ns = 0
-                yield RawImage(
-                    self.path, entry.name, self.synset, label, size, mtime_ns
-                )
+                    size = version = 0
+                yield RawImage(self.path, entry.name, self.synset, label, size, version)
 
     def _list_tar(self, label: int) -> Iterable[RawImage]:
         images = {}  # a name that comes again replaces the first, as in extracting
+        version = tar_version(os.stat(self.path))
         member_of: dict[str, str] = {}
         name = f"{self.synset}.tar" if self.start else ""
         for member in list_tar(self.path, self.start or 0, self.end, name):
@@ -280,10 +294,20 @@ class ImageSource:
                     self.synset,
                     label,
                     member.num_bytes,
-                    member.mtime * 10**9,
+                    version,
                     member.offset,
                 )
         return images.values()
+
+
+def file_version(status: os.stat_result) -> int:
+    """What tells an image from a later one of its name and size: nanoseconds."""
+    return status.st_mtime_ns
+
+
+def tar_version(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells a tar from a later one of its name: inode, bytes, nanoseconds."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_image_name(filename: str) -> bool:
@@ -616,7 +640,7 @@ class Shard:
         """
         sha256 = hashlib.sha256(f"{RECORD_FORMAT} {self.name}\n".encode())
         for i in self.images:
-            line = f"{i.filename} {i.synset} {i.label} {i.num_bytes} {i.mtime_ns}\n"
+            line = f"{i.filename} {i.synset} {i.label} {i.num_bytes} {i.version}\n"
             sha256.update(line.encode(errors="surrogateescape"))
         return sha256.hexdigest()
 

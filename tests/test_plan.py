@@ -54,7 +54,7 @@ def test_no_image_is_lost(num_images: int) -> None:
     shards = plan(num_images, num_images, 1_024, 128)
     for split, num_shards in (("train", 1_024), ("validation", 128)):
         images = [i for shard in shards if shard.split == split for i in shard.images]
-        assert sorted(images, key=lambda i: i.mtime_ns) == make_images(num_images)
+        assert sorted(images, key=lambda i: i.version) == make_images(num_images)
         size = math.ceil(num_images / num_shards)
         assert max(len(s.images) for s in shards if s.split == split) == size
 
@@ -139,7 +139,7 @@ def with_image(**changes: Any) -> script.Shard:
         pytest.param(with_image(synset="n9"), id="synset"),
         pytest.param(with_image(label=9), id="label"),
         pytest.param(with_image(num_bytes=9), id="size"),
-        pytest.param(with_image(mtime_ns=9), id="time"),
+        pytest.param(with_image(version=9), id="time"),
         pytest.param(dataclasses.replace(SHARD, images=SHARD.images[::-1]), id="order"),
         pytest.param(
             dataclasses.replace(SHARD, images=SHARD.images[:-1]), id="image removed"
