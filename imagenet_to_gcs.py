@@ -99,7 +99,6 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import numpy
-    import tensorflow as tf
     from google.api_core import retry
     from google.cloud import storage
 
@@ -705,14 +704,13 @@ SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpenImage:
-    """An image that the disk is already fetching; `file` is why not, if it is not."""
+    """An image that the disk is already fetching, or the error that prevents it."""
 
     image: RawImage
     file: BinaryIO | OSError
 
     @classmethod
     def of(cls, image: RawImage) -> OpenImage:
-        """Opens the file or tar of an image and has the kernel fetch its bytes."""
         offset, num_bytes = image.offset or 0, image.num_bytes
         try:
             file = open_regular(_file_of(image))
@@ -725,7 +723,7 @@ class OpenImage:
         return cls(image, file)
 
     def read(self) -> bytes:
-        """Reads the image, at most as many bytes as were listed, and closes its file.
+        """Reads the image, no more than was listed, and closes its file.
 
         Raises:
           OSError: It cannot be read, or is not the image that was listed.
@@ -752,12 +750,16 @@ def _file_of(image: RawImage) -> str:
 
 
 def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
-    """Opens images some places before their turn, so that none waits for the disk.
+    """Opens images before their turn, so that the encoding does not wait for the disk.
 
-    Where opening is slow, as on a network disk, threads do it. Elsewhere they would
-    gain nothing, and passing the GIL around slows the encoding by a fifth.
+    Threads open them only where that is slow, as on a network disk: elsewhere, passing
+    the GIL around would slow the encoding by a fifth.
     """
-    if not _opens_slowly(images):
+    start = time.perf_counter()
+    for image in images[:1]:
+        with contextlib.suppress(OSError):
+            open_regular(_file_of(image)).close()
+    if time.perf_counter() - start < SLOW_OPEN_SECONDS:
         yield from _ahead(map(OpenImage.of, images))
         return
     with concurrent.futures.ThreadPoolExecutor(READ_AHEAD) as threads:
@@ -765,16 +767,8 @@ def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
             yield opening.result()
 
 
-def _opens_slowly(images: Sequence[RawImage]) -> bool:
-    start = time.perf_counter()
-    for image in images[:1]:
-        with contextlib.suppress(OSError), open_regular(_file_of(image)):
-            pass
-    return time.perf_counter() - start > SLOW_OPEN_SECONDS
-
-
 def _ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields items as they come, but draws each `READ_AHEAD` items before its turn."""
+    """Yields items, each of which is drawn `READ_AHEAD` items before its turn."""
     items = iter(items)
     drawn = collections.deque(itertools.islice(items, READ_AHEAD))
     while drawn:
@@ -818,9 +812,7 @@ class Skeleton:
     """The marker segments of a JPEG, without the entropy-coded data between them.
 
     Attributes:
-      jpeg: The segments, about 2 KB, then an end marker and some of what follows the
-        last segment. It declares 8 x 8 pixels, so decoding it takes little time and
-        memory.
+      jpeg: About 2 KB that declare 8 x 8 pixels: quick to decode, and of little memory.
       height, width, num_components: What the image's frame header declares.
     """
 
@@ -852,12 +844,14 @@ def encode_image(data: bytes) -> EncodedImage:
       _ImageError: A full decode would reject it.
     """
     if data.startswith(PNG_START):
-        return _encode_again(_decode_png(data))
+        width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
+        _check_values(height, width)
+        return _encode_again(data, "PNG")
     skeleton = read_skeleton(data)
     _check_values(skeleton.height, skeleton.width, max(3, skeleton.num_components))
     _check_decodes(skeleton)
     if skeleton.num_components == 4:
-        return _encode_again(_decode_cmyk(data))
+        return _encode_again(data, "CMYK JPEG")
     return EncodedImage(data, skeleton.height, skeleton.width)
 
 
@@ -872,7 +866,8 @@ def read_skeleton(data: bytes) -> Skeleton:
       _ImageError: It is not a JPEG, or has no frame header or no end.
     """
     if not data.startswith(JPEG_START):
-        raise _ImageError(_not_a_jpeg(data))
+        found = f"it starts with {data[:4]!r}" if data else "the file is empty"
+        raise _ImageError(f"not a JPEG: {found}")
     import numpy as np
 
     values = np.frombuffer(data, np.uint8)
@@ -908,10 +903,6 @@ def read_skeleton(data: bytes) -> Skeleton:
     return Skeleton(bytes(segments), height, width, num_components)
 
 
-def _not_a_jpeg(data: bytes) -> str:
-    return f"not a JPEG (starts with {data[:4]!r})" if data else "the file is empty"
-
-
 def _check_values(height: int, width: int, num_components: int = 3) -> None:
     """Refuses sizes for which a small file would take gigabytes, as a full decode does."""
     declared = f"its header declares {width:,} x {height:,} pixels"
@@ -928,8 +919,7 @@ def _check_decodes(skeleton: Skeleton) -> None:
     import tensorflow as tf
 
     def decode() -> None:
-        # Given bytes, or an int for a float, TensorFlow converts them the slow way.
-        contents = tf.constant(skeleton.jpeg)
+        contents = tf.constant(skeleton.jpeg)  # bytes, or 1 for 1.0, would take longer
         tf.raw_ops.DecodeJpeg(contents=contents, ratio=8, acceptable_fraction=1.0)
 
     try:
@@ -938,7 +928,7 @@ def _check_decodes(skeleton: Skeleton) -> None:
         raise _ImageError(_reason_of_libjpeg(decode)) from error
 
 
-def _reason_of_libjpeg(decode: Callable[[], None]) -> str:
+def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
     """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
     with tempfile.TemporaryFile() as caught, _stderr_to(caught.fileno()):
         with contextlib.suppress(Exception):
@@ -961,36 +951,14 @@ def _stderr_to(file_descriptor: int) -> Iterator[None]:
         os.close(kept)
 
 
-def _decode_png(data: bytes) -> tf.Tensor:
-    """Decodes a PNG to pixels of shape (height, width, 3), uint8."""
-    import tensorflow as tf
-
-    if len(data) < 24:
-        raise _ImageError("it is a PNG cut short")
-    width, height = struct.unpack_from(">II", data, 16)
-    _check_values(height, width)
-    try:
-        return tf.io.decode_png(data, channels=3)
-    except tf.errors.InvalidArgumentError as error:
-        raise _ImageError("it is a PNG that cannot be decoded") from error
-
-
-def _decode_cmyk(data: bytes) -> tf.Tensor:
-    """Decodes a JPEG of four components to pixels of shape (height, width, 3), uint8.
-
-    The conversion is TensorFlow's own, as in the reference's shards.
-    """
+def _encode_again(data: bytes, kind: str) -> EncodedImage:
+    """Makes a PNG or CMYK JPEG an RGB JPEG with the pixels of the reference's shards."""
     import tensorflow as tf
 
     try:
-        return tf.io.decode_jpeg(data, channels=3)
+        pixels = tf.io.decode_jpeg(data, channels=3)  # it decodes a PNG as well
     except tf.errors.InvalidArgumentError as error:
-        raise _ImageError("it is a CMYK JPEG that cannot be decoded") from error
-
-
-def _encode_again(pixels: tf.Tensor) -> EncodedImage:
-    import tensorflow as tf
-
+        raise _ImageError(f"it is a {kind} that cannot be decoded") from error
     jpeg = tf.io.encode_jpeg(pixels, format="rgb", quality=100).numpy()
     height, width, _ = pixels.shape
     return EncodedImage(jpeg, height, width, repaired=True)
