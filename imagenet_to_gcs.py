@@ -1334,13 +1334,14 @@ def _in_turns(*lists: Iterable[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _closing(
-    pool: concurrent.futures.Executor, stopping: threading.Event
+    pool: concurrent.futures.Executor, stopping: threading.Event | None = None
 ) -> Iterator[None]:
-    """Waits for what a pool does, but drops what has not begun if something failed."""
+    """Waits for what a pool does; if something failed, drops what has not begun."""
     try:
         yield
     except BaseException:
-        stopping.set()
+        if stopping:
+            stopping.set()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
@@ -1768,7 +1769,8 @@ def plan_job(options: Options) -> Job:
     problems: list[str] = []
     dataset = EMPTY_DATASET
     destination, objects = None, None
-    with concurrent.futures.ThreadPoolExecutor(1) as background:
+    background = concurrent.futures.ThreadPoolExecutor(1)
+    with _closing(background):
         opened = background.submit(_open_destination, options)
         with _collecting(problems):
             dataset = read_dataset(options.raw_dir)
@@ -1864,6 +1866,7 @@ def _room_problems(job: Job) -> Iterator[str]:
 def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
     options, work = job.options, job.work
+    num_shards = len(options.share(job.shards))
     _warn_of_foreign_files(job)
     if options.task_count > 1:
         missing = len(job.shards) - len(_whole_work(job, job.objects).done)
@@ -1871,29 +1874,9 @@ def log_intent(job: Job) -> None:
             f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
             f"{missing:,} of {_count(len(job.shards), 'shard')} are still missing."
         )
-    _log_resuming(job)
-    if work.to_write:
-        logging.info(
-            f"{'Would write' if options.dry_run else 'Writing'} "
-            f"{_count(len(work.to_write), 'shard')} of "
-            f"{_count(sum(len(shard.images) for shard in work.to_write), 'image')} "
-            f"({_size(sum(shard.num_bytes for shard in work.to_write))}) to "
-            f"{options.scratch_dir}"
-            + (
-                f", and from there to {job.destination.path}."
-                if job.destination
-                else "."
-            )
-        )
-
-
-def _log_resuming(job: Job) -> None:
-    work = job.work
-    num_shards = len(job.options.share(job.shards))
     if work.is_done:
         logging.info(
-            f"Nothing to do: all {_count(num_shards, 'shard')} are up to date in "
-            f"{job.place}."
+            f"Nothing to do: {_count(num_shards, 'shard')} are up to date in {job.place}."
         )
     elif work.done or work.to_upload:
         pending = f"; {len(work.to_upload):,} need only be uploaded"
@@ -1901,6 +1884,19 @@ def _log_resuming(job: Job) -> None:
             f"Resuming: {len(work.done):,} of {_count(num_shards, 'shard')} are up to "
             f"date{pending if work.to_upload else ''}."
         )
+    if work.to_write:
+        num_bytes = sum(shard.num_bytes for shard in work.to_write)
+        then = f", and from there to {job.place}" if job.destination else ""
+        logging.info(
+            f"{'Would write' if options.dry_run else 'Writing'} "
+            f"{_shards_of_images(work.to_write)} ({_size(num_bytes)}) to "
+            f"{options.scratch_dir}{then}."
+        )
+
+
+def _shards_of_images(shards: Sequence[Shard]) -> str:
+    num_images = sum(len(shard.images) for shard in shards)
+    return f"{_count(len(shards), 'shard')} of {_count(num_images, 'image')}"
 
 
 def _warn_of_foreign_files(job: Job) -> None:
@@ -1996,13 +1992,11 @@ def _log_done(job: Job, progress: Progress) -> None:
 
 
 def _log_complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
-    place = f"in {job.place}"
-    if job.destination:
-        place += f": give the model --data_dir={job.destination.path}"
+    num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
+    advice = f": give the model --data_dir={job.place}" if job.destination else ""
     logging.info(
-        f"The data set is complete: {_count(len(stamps), 'shard')} of "
-        f"{_count(sum(len(shard.images) for shard in job.shards), 'image')} "
-        f"({_size(sum(stamp.num_bytes for stamp in stamps.values()))}) {place}."
+        f"The data set is complete: {_shards_of_images(job.shards)} "
+        f"({_size(num_bytes)}) in {job.place}{advice}."
     )
 
 
