@@ -1702,11 +1702,13 @@ def find_work(
     shards: Iterable[Shard],
     scratch_dir: str,
     objects: Mapping[str, Stamp] | None,
+    compare_versions: bool = True,
 ) -> Work:
     """Compares a plan with what the scratch directory and the bucket hold.
 
     Args:
       objects: Of the bucket, by base name; None if nothing is to be uploaded.
+      compare_versions: Whether a shard is not done if an image was touched since.
     """
     work = Work()
     for shard in shards:
@@ -1714,8 +1716,8 @@ def find_work(
         here, there = read_stamp(path), (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
         is_ours = bool(here and here.digest == digest)
-        if here and is_ours and here.versions != shard.versions():
-            work.to_write.append(shard)  # an image was changed since
+        if here and is_ours and compare_versions and here.versions != shard.versions():
+            work.to_write.append(shard)
         elif here and is_ours and is_as_stamped(path, here):
             if objects is None or (there and there.same_bytes(here)):
                 work.done[shard.name] = here
@@ -1739,6 +1741,7 @@ class Job:
       objects: Stamps of what the bucket holds there, by base name; None without an
         upload.
       work: What is left to do of this task's share.
+      num_missing: How many shards are not done yet, over all tasks.
     """
 
     options: Options
@@ -1747,6 +1750,7 @@ class Job:
     destination: Destination | None
     objects: Mapping[str, Stamp] | None
     work: Work
+    num_missing: int
 
     @property
     def manifest_path(self) -> str:
@@ -1779,7 +1783,8 @@ def plan_job(options: Options) -> Job:
             destination, objects = opened.result()
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     work = find_work(options.share(shards), options.scratch_dir, objects)
-    job = Job(options, dataset.synsets, shards, destination, objects, work)
+    num_missing = len(shards) - len(_find_done(options, shards, objects, work.done))
+    job = Job(options, dataset.synsets, shards, destination, objects, work, num_missing)
     problems += [*_room_problems(job), *_bucket_problems(job)]
     if problems:
         raise InvalidInputError(*problems)
@@ -1869,10 +1874,9 @@ def log_intent(job: Job) -> None:
     num_shards = len(options.share(job.shards))
     _warn_of_foreign_files(job)
     if options.task_count > 1:
-        missing = len(job.shards) - len(_whole_work(job, job.objects).done)
         logging.info(
             f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
-            f"{missing:,} of {_count(len(job.shards), 'shard')} are still missing."
+            f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still missing."
         )
     if work.is_done:
         logging.info(
@@ -1909,9 +1913,22 @@ def _warn_of_foreign_files(job: Job) -> None:
         )
 
 
-def _whole_work(job: Job, objects: Mapping[str, Stamp] | None) -> Work:
-    """What is left to do over all tasks."""
-    return find_work(job.shards, job.options.scratch_dir, objects)
+def _find_done(
+    options: Options,
+    shards: Sequence[Shard],
+    objects: Mapping[str, Stamp] | None,
+    stamps: Mapping[str, Stamp],
+) -> Mapping[str, Stamp]:
+    """Adds the stamps of what other tasks have done to those of this one.
+
+    Their copies of the raw data may have other times than this one's.
+    """
+    if options.task_count == 1:
+        return stamps
+    own = {shard.name for shard in options.share(shards)}
+    others = [shard for shard in shards if shard.name not in own]
+    work = find_work(others, options.scratch_dir, objects, compare_versions=False)
+    return {**work.done, **stamps}
 
 
 def carry_out(job: Job) -> None:
@@ -1922,7 +1939,7 @@ def carry_out(job: Job) -> None:
       RunError: What stopped it.
     """
     _remove_temporary_files(job.options)
-    if not job.work.is_done:
+    if job.num_missing:
         _remove_manifest(job, MANIFEST_FILE in (job.objects or ()))
     if not job.options.keep_local_shards:
         _remove_uploaded(job)
@@ -1940,7 +1957,6 @@ def carry_out(job: Job) -> None:
         _remove_manifest(job, is_there=None)
         raise
     if missing := len(job.shards) - len(stamps):
-        _remove_manifest(job, is_there=None)
         logging.info(
             f"This task is done; {_count(missing, 'shard')} of other tasks are still "
             "missing."
@@ -2016,8 +2032,7 @@ def _check_finished(
         objects = check_uploaded(job.destination, stamps)
         if foreign := _foreign(objects, job.shards):
             raise RunError(job.destination.foreign_problem(foreign))
-    if job.options.task_count > 1:
-        stamps = {**stamps, **_whole_work(job, objects).done}
+    stamps = _find_done(job.options, job.shards, objects, stamps)
     if len(stamps) == len(job.shards) and not job.destination:
         _check_local(job, stamps, written)
     return stamps
@@ -2196,13 +2211,10 @@ class Options:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        problems = [
-            *self._raw_dir_problems(),
-            *self._scratch_dir_problems(),
-            *self._upload_problems(),
-            *self._number_problems(),
-            *self._package_problems(),
-        ]
+        problems = [problem for holds, problem in self._checks() if not holds]
+        if self.gcs_upload and self.gcs_output_path:
+            with _collecting(problems):
+                GcsPath.parse(self.gcs_output_path)
         if problems:
             raise InvalidInputError(*problems)
 
@@ -2247,92 +2259,91 @@ class Options:
         """This task's part of a plan, of both splits."""
         return [s for s in shards if s.index % self.task_count == self.task]
 
-    def _raw_dir_problems(self) -> Iterator[str]:
-        given = self.raw_data_dir or ""
-        need = f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}"
-        is_needed = not self.makes_fake
-        checks = [
-            (given, "must name the directory of the raw ImageNet"),
-            (not given.startswith("gs://"), "must be a local directory, with " + need),
-            (
-                not is_needed or os.path.exists(self.raw_dir),
-                f"must be a directory with {need}, but does not exist",
-            ),
-            (
-                not os.path.lexists(self.raw_dir) or os.path.isdir(self.raw_dir),
-                f"must be a directory with {need}, but is a file",
-            ),
-        ]
-        return _first_problem(f"--raw_data_dir={given}", checks)
-
-    def _scratch_dir_problems(self) -> Iterator[str]:
-        given = self.local_scratch_dir or ""
-        place = self.existing_scratch_dir
-        scratch_dir = os.path.realpath(self.scratch_dir)
-        splits = [
-            os.path.realpath(os.path.join(self.raw_dir, split))
-            for split in (TRAINING_DIRECTORY, VALIDATION_DIRECTORY)
-        ]
-        checks = [
-            (not given.startswith("gs://"), "must be a local directory"),
-            (
-                scratch_dir != os.path.realpath(self.raw_dir),
-                "must be another directory than --raw_data_dir",
-            ),
-            (
-                not any(f"{scratch_dir}/".startswith(f"{split}/") for split in splits),
-                f"must not lie in {TRAINING_DIRECTORY}/ or {VALIDATION_DIRECTORY}/",
-            ),
-            (place.is_dir(), f"must be a directory, but {place} is a file"),
-            (
-                os.access(place, os.W_OK | os.X_OK),
-                f"must be writable, but {place} is not",
-            ),
-        ]
-        return _first_problem(
-            f"--local_scratch_dir={given or self.scratch_dir}", checks
+    def _checks(self) -> Iterator[tuple[object, str]]:
+        """Pairs what must hold with what to say if it does not."""
+        yield from self._directory_checks()
+        yield from self._upload_checks()
+        yield from self._number_checks()
+        yield (
+            importlib.util.find_spec("tensorflow"),
+            "TensorFlow is missing: run pip install -r requirements.txt.",
         )
 
-    def _upload_problems(self) -> Iterator[str]:
-        if not self.gcs_upload:
-            if not self.keep_local_shards:
-                yield "--nokeep_local_shards needs an upload: drop --nogcs_upload."
-            return
-        if not self.gcs_project:
-            yield "--project must be given for the upload (or pass --nogcs_upload)."
-        if not self.gcs_output_path:
+    def _directory_checks(self) -> Iterator[tuple[object, str]]:
+        raw, scratch = f"--raw_data_dir={self.raw_data_dir}", self.scratch_dir
+        fault = _directory_fault(self.raw_data_dir or "", self.raw_dir)
+        if not self.raw_data_dir:
+            yield False, "--raw_data_dir must name the directory of the raw ImageNet."
+        elif not self.makes_fake or os.path.lexists(self.raw_dir):
             yield (
-                "--gcs_output_path=gs://bucket/directory must be given for the upload "
-                "(or pass --nogcs_upload)."
+                not fault,
+                (
+                    f"{raw} must be a directory with {TRAINING_DIRECTORY}/, "
+                    f"{VALIDATION_DIRECTORY}/ and {LABELS_FILE}, but {fault}."
+                ),
             )
-            return
-        try:
-            GcsPath.parse(self.gcs_output_path)
-        except InvalidInputError as error:
-            yield from error.problems
+        flag = f"--local_scratch_dir={self.local_scratch_dir or scratch}"
+        place = self.existing_scratch_dir
+        fault = _directory_fault(self.local_scratch_dir or "", str(place))
+        writable = os.access(place, os.W_OK | os.X_OK)
+        own = [
+            os.path.join(self.raw_dir, TRAINING_DIRECTORY, ""),
+            os.path.join(self.raw_dir, VALIDATION_DIRECTORY, ""),
+        ]
+        within = os.path.join(os.path.realpath(scratch), "")
+        yield not fault, f"{flag} must be a local directory, but {fault}."
+        yield fault or writable, f"{flag} must be writable, but {place} is not."
+        yield (
+            os.path.realpath(scratch) != os.path.realpath(self.raw_dir)
+            and not any(within.startswith(os.path.realpath(d) + os.sep) for d in own),
+            (
+                f"{flag} must be another directory than --raw_data_dir and its "
+                f"{TRAINING_DIRECTORY}/ and {VALIDATION_DIRECTORY}/."
+            ),
+        )
 
-    def _number_problems(self) -> Iterator[str]:
-        counts = ("num_workers", "training_shards", "validation_shards", "task_count")
-        for flag in counts:
+    def _upload_checks(self) -> Iterator[tuple[object, str]]:
+        local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
+        yield self.gcs_project or local, f"--project must be given {instead}."
+        yield (
+            self.gcs_output_path or local,
+            f"--gcs_output_path=gs://bucket/directory must be given {instead}.",
+        )
+        yield (
+            self.keep_local_shards or not local,
+            "--nokeep_local_shards needs an upload: drop --nogcs_upload.",
+        )
+
+    def _number_checks(self) -> Iterator[tuple[object, str]]:
+        for flag in (
+            "num_workers",
+            "training_shards",
+            "validation_shards",
+            "task_count",
+        ):
             value = getattr(self, flag)
-            if value is not None and not 0 < value < 100_000:
-                yield f"--{flag} must be from 1 to 99,999; found {value:,}."
-        if self.task_index is None and self.task_count > 1:
-            yield "--task_index must be given with --task_count."
-        elif not 0 <= self.task < max(self.task_count, 1):
-            yield (
-                "--task_index must be from 0 to --task_count - 1; found "
-                f"{self.task:,} of {self.task_count:,}."
-            )
+            problem = f"--{flag} must be from 1 to 99,999; found {value}."
+            yield value is None or 0 < value < 100_000, problem
+        yield (
+            self.task_index is not None or self.task_count <= 1,
+            "--task_index must be given with --task_count.",
+        )
+        yield (
+            0 <= self.task < max(self.task_count, 1),
+            (
+                f"--task_index must be from 0 to --task_count - 1; found {self.task:,} of "
+                f"{self.task_count:,}."
+            ),
+        )
 
-    def _package_problems(self) -> Iterator[str]:
-        if not importlib.util.find_spec("tensorflow"):
-            yield "TensorFlow is missing: run pip install -r requirements.txt."
 
-
-def _first_problem(flag: str, checks: Iterable[tuple[object, str]]) -> Iterator[str]:
-    """Words the first of several checks that does not hold, for the next rest on it."""
-    return (f"{flag} {problem}." for holds, problem in checks if not holds)
+def _directory_fault(given: str, path: str) -> str:
+    """Says why a flag's value is not a local directory; empty if it is one."""
+    if given.startswith("gs://"):
+        return "it is in Cloud Storage"
+    if os.path.isdir(path):
+        return ""
+    return f"{path} is a file" if os.path.exists(path) else f"{path} does not exist"
 
 
 def _num_processors() -> int:
