@@ -1203,6 +1203,29 @@ REDRAW_SECONDS = 0.5
 SPEED_SECONDS = 30.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is left to do of a plan, or of a task's share of it.
+
+    Attributes:
+      to_write: Shards that are finished neither here nor in the bucket.
+      to_upload: Shards that are finished here but are not in the bucket.
+      done: Stamps of the others, by name.
+    """
+
+    to_write: list[Shard] = dataclasses.field(default_factory=list)
+    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
+    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return not (self.to_write or self.to_upload)
+
+    @property
+    def images_to_write(self) -> int:
+        return sum(len(shard.images) for shard in self.to_write)
+
+
 class Progress:
     """Counts what several threads have done, and says how fast they are.
 
@@ -1215,12 +1238,11 @@ class Progress:
       bad_images: A line for each image whose shard is left out.
     """
 
-    def __init__(
-        self, shards_to_write: int = 0, images_to_write: int = 0, to_upload: int = 0
-    ):
-        self.shards_to_write = shards_to_write
-        self.images_to_write = images_to_write
-        self.shards_to_upload = to_upload
+    def __init__(self, work: Work, is_uploading: bool):
+        self.shards_to_write = len(work.to_write)
+        self.images_to_write = work.images_to_write
+        num_uploads = len(work.to_write) + len(work.to_upload)
+        self.shards_to_upload = num_uploads if is_uploading else 0
         self.images = self.num_bytes = self.repaired = 0
         self.stamps: dict[str, Stamp] = {}
         self.uploaded: dict[str, Stamp] = {}
@@ -1242,7 +1264,7 @@ class Progress:
     def line(self) -> str:
         """Says how far the run is, its speed in the last half minute, and the rest."""
         seconds, images, num_bytes, uploads = self._lately()
-        parts, left = [], []
+        parts = []
         if self.shards_to_write:
             percent = math.floor(100 * self.images / max(self.images_to_write, 1))
             parts += [
@@ -1250,14 +1272,17 @@ class Progress:
                 f"{self.images:,} of {_count(self.images_to_write, 'image')} ({percent}%)",
                 f"{images / seconds:,.0f} images/s, {_size(num_bytes / seconds)}/s",
             ]
-            left.append((self.images_to_write - self.images, images))
         if self.shards_to_upload:
             parts.append(
                 f"uploaded {len(self.uploaded):,} of {self.shards_to_upload:,}"
             )
-            left.append((self.shards_to_upload - len(self.uploaded), uploads))
-        if left and all(done for _, done in left):
-            parts.append(f"{_duration(max(n / d * seconds for n, d in left))} left")
+        to_do = [
+            (self.images_to_write - self.images, images),
+            (self.shards_to_upload - len(self.uploaded), uploads),
+        ]
+        if all(lately for left, lately in to_do if left):
+            left = max(left * seconds / max(lately, 1) for left, lately in to_do)
+            parts.append(f"{_duration(left)} left")
         return ", ".join(parts) + "."
 
     def _lately(self) -> tuple[float, int, int, int]:
@@ -1679,25 +1704,6 @@ def _said(error: BaseException) -> str:
 # 8. One run: what is left to do, whether it can be done, doing it
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What is left to do of a plan, or of a task's share of it.
-
-    Attributes:
-      to_write: Shards that are finished neither here nor in the bucket.
-      to_upload: Shards that are finished here but are not in the bucket.
-      done: Stamps of the others, by name.
-    """
-
-    to_write: list[Shard] = dataclasses.field(default_factory=list)
-    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
-    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
-
-    @property
-    def is_done(self) -> bool:
-        return not (self.to_write or self.to_upload)
-
-
 def find_work(
     shards: Iterable[Shard],
     scratch_dir: str,
@@ -1968,11 +1974,7 @@ def carry_out(job: Job) -> None:
 
 def _write_and_upload(job: Job) -> Progress:
     options, work = job.options, job.work
-    progress = Progress(
-        shards_to_write=len(work.to_write),
-        images_to_write=sum(len(shard.images) for shard in work.to_write),
-        to_upload=len(work.to_write) + len(work.to_upload) if job.destination else 0,
-    )
+    progress = Progress(work, is_uploading=bool(job.destination))
     if not work.is_done:
         with reporting(progress.line):
             write_and_upload(
