@@ -1783,7 +1783,8 @@ def plan_job(options: Options) -> Job:
     with _closing(background):
         opened = background.submit(_open_destination, options)
         with _collecting(problems):
-            dataset = read_dataset(options.raw_dir)
+            with reporting(lambda: f"Still listing {options.raw_dir}."):
+                dataset = read_dataset(options.raw_dir)
             _log_dataset(dataset, options)
         with _collecting(problems):
             destination, objects = opened.result()
@@ -2266,10 +2267,10 @@ class Options:
         yield from self._directory_checks()
         yield from self._upload_checks()
         yield from self._number_checks()
-        yield (
-            importlib.util.find_spec("tensorflow"),
-            "TensorFlow is missing: run pip install -r requirements.txt.",
-        )
+        packages = ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload
+        for name in packages:
+            advice = "run python3 -m pip install -r requirements.txt"
+            yield _is_installed(name), f"The package {name} is missing: {advice}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
         raw, scratch = f"--raw_data_dir={self.raw_data_dir}", self.scratch_dir
@@ -2346,6 +2347,13 @@ def _directory_fault(given: str, path: str) -> str:
     if os.path.isdir(path):
         return ""
     return f"{path} is a file" if os.path.exists(path) else f"{path} does not exist"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package above it
+        return False
 
 
 def _num_processors() -> int:
