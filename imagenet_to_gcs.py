@@ -1245,6 +1245,29 @@ REDRAW_SECONDS = 0.5
 SPEED_SECONDS = 30.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is left to do of a plan, or of a task's share of it.
+
+    Attributes:
+      to_write: Shards that are finished neither here nor in the bucket.
+      to_upload: Shards that are finished here but are not in the bucket.
+      done: Stamps of the others, by name.
+    """
+
+    to_write: list[Shard] = dataclasses.field(default_factory=list)
+    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
+    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return not (self.to_write or self.to_upload)
+
+    @property
+    def images_to_write(self) -> int:
+        return sum(len(shard.images) for shard in self.to_write)
+
+
 class Progress:
     """Counts what several threads have done, and says how fast they are.
 
@@ -1257,12 +1280,11 @@ class Progress:
       bad_images: A line for each image whose shard is left out.
     """
 
-    def __init__(
-        self, shards_to_write: int = 0, images_to_write: int = 0, to_upload: int = 0
-    ):
-        self.shards_to_write = shards_to_write
-        self.images_to_write = images_to_write
-        self.shards_to_upload = to_upload
+    def __init__(self, work: Work, is_uploading: bool):
+        self.shards_to_write = len(work.to_write)
+        self.images_to_write = work.images_to_write
+        num_uploads = len(work.to_write) + len(work.to_upload)
+        self.shards_to_upload = num_uploads if is_uploading else 0
         self.images = self.num_bytes = self.repaired = 0
         self.stamps: dict[str, Stamp] = {}
         self.uploaded: dict[str, Stamp] = {}
@@ -1284,7 +1306,7 @@ class Progress:
     def line(self) -> str:
         """Says how far the run is, its speed in the last half minute, and the rest."""
         seconds, images, num_bytes, uploads = self._lately()
-        parts, left = [], []
+        parts = []
         if self.shards_to_write:
             percent = math.floor(100 * self.images / max(self.images_to_write, 1))
             parts += [
@@ -1292,14 +1314,17 @@ class Progress:
                 f"{self.images:,} of {_count(self.images_to_write, 'image')} ({percent}%)",
                 f"{images / seconds:,.0f} images/s, {_size(num_bytes / seconds)}/s",
             ]
-            left.append((self.images_to_write - self.images, images))
         if self.shards_to_upload:
             parts.append(
                 f"uploaded {len(self.uploaded):,} of {self.shards_to_upload:,}"
             )
-            left.append((self.shards_to_upload - len(self.uploaded), uploads))
-        if left and all(done for _, done in left):
-            parts.append(f"{_duration(max(n / d * seconds for n, d in left))} left")
+        to_do = [
+            (self.images_to_write - self.images, images),
+            (self.shards_to_upload - len(self.uploaded), uploads),
+        ]
+        if all(lately for left, lately in to_do if left):
+            left = max(left * seconds / max(lately, 1) for left, lately in to_do)
+            parts.append(f"{_duration(left)} left")
         return ", ".join(parts) + "."
 
     def _lately(self) -> tuple[float, int, int, int]:
@@ -1376,13 +1401,14 @@ def _in_turns(*lists: Iterable[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _closing(
-    pool: concurrent.futures.Executor, stopping: threading.Event
+    pool: concurrent.futures.Executor, stopping: threading.Event | None = None
 ) -> Iterator[None]:
-    """Waits for what a pool does, but drops what has not begun if something failed."""
+    """Waits for what a pool does; if something failed, drops what has not begun."""
     try:
         yield
     except BaseException:
-        stopping.set()
+        if stopping:
+            stopping.set()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
@@ -1720,34 +1746,17 @@ def _said(error: BaseException) -> str:
 # 8. One run: what is left to do, whether it can be done, doing it
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What is left to do of a plan, or of a task's share of it.
-
-    Attributes:
-      to_write: Shards that are finished neither here nor in the bucket.
-      to_upload: Shards that are finished here but are not in the bucket.
-      done: Stamps of the others, by name.
-    """
-
-    to_write: list[Shard] = dataclasses.field(default_factory=list)
-    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
-    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
-
-    @property
-    def is_done(self) -> bool:
-        return not (self.to_write or self.to_upload)
-
-
 def find_work(
     shards: Iterable[Shard],
     scratch_dir: str,
     objects: Mapping[str, Stamp] | None,
+    compare_versions: bool = True,
 ) -> Work:
     """Compares a plan with what the scratch directory and the bucket hold.
 
     Args:
       objects: Of the bucket, by base name; None if nothing is to be uploaded.
+      compare_versions: Whether a shard is not done if an image was touched since.
     """
     work = Work()
     for shard in shards:
@@ -1755,8 +1764,8 @@ def find_work(
         here, there = read_stamp(path), (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
         is_ours = bool(here and here.digest == digest)
-        if here and is_ours and here.versions != shard.versions():
-            work.to_write.append(shard)  # an image was changed since
+        if here and is_ours and compare_versions and here.versions != shard.versions():
+            work.to_write.append(shard)
         elif here and is_ours and is_as_stamped(path, here):
             if objects is None or (there and there.same_bytes(here)):
                 work.done[shard.name] = here
@@ -1780,6 +1789,7 @@ class Job:
       objects: Stamps of what the bucket holds there, by base name; None without an
         upload.
       work: What is left to do of this task's share.
+      num_missing: How many shards are not done yet, over all tasks.
     """
 
     options: Options
@@ -1788,6 +1798,7 @@ class Job:
     destination: Destination | None
     objects: Mapping[str, Stamp] | None
     work: Work
+    num_missing: int
 
     @property
     def manifest_path(self) -> str:
@@ -1810,16 +1821,19 @@ def plan_job(options: Options) -> Job:
     problems: list[str] = []
     dataset = EMPTY_DATASET
     destination, objects = None, None
-    with concurrent.futures.ThreadPoolExecutor(1) as background:
+    background = concurrent.futures.ThreadPoolExecutor(1)
+    with _closing(background):
         opened = background.submit(_open_destination, options)
         with _collecting(problems):
-            dataset = read_dataset(options.raw_dir)
+            with reporting(lambda: f"Still listing {options.raw_dir}."):
+                dataset = read_dataset(options.raw_dir)
             _log_dataset(dataset, options)
         with _collecting(problems):
             destination, objects = opened.result()
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     work = find_work(options.share(shards), options.scratch_dir, objects)
-    job = Job(options, dataset.synsets, shards, destination, objects, work)
+    num_missing = len(shards) - len(_find_done(options, shards, objects, work.done))
+    job = Job(options, dataset.synsets, shards, destination, objects, work, num_missing)
     problems += [*_room_problems(job), *_bucket_problems(job)]
     if problems:
         raise InvalidInputError(*problems)
@@ -1906,36 +1920,16 @@ def _room_problems(job: Job) -> Iterator[str]:
 def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
     options, work = job.options, job.work
+    num_shards = len(options.share(job.shards))
     _warn_of_foreign_files(job)
     if options.task_count > 1:
-        missing = len(job.shards) - len(_whole_work(job, job.objects).done)
         logging.info(
             f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
-            f"{missing:,} of {_count(len(job.shards), 'shard')} are still missing."
+            f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still missing."
         )
-    _log_resuming(job)
-    if work.to_write:
-        logging.info(
-            f"{'Would write' if options.dry_run else 'Writing'} "
-            f"{_count(len(work.to_write), 'shard')} of "
-            f"{_count(sum(len(shard.images) for shard in work.to_write), 'image')} "
-            f"({_size(sum(shard.num_bytes for shard in work.to_write))}) to "
-            f"{options.scratch_dir}"
-            + (
-                f", and from there to {job.destination.path}."
-                if job.destination
-                else "."
-            )
-        )
-
-
-def _log_resuming(job: Job) -> None:
-    work = job.work
-    num_shards = len(job.options.share(job.shards))
     if work.is_done:
         logging.info(
-            f"Nothing to do: all {_count(num_shards, 'shard')} are up to date in "
-            f"{job.place}."
+            f"Nothing to do: {_count(num_shards, 'shard')} are up to date in {job.place}."
         )
     elif work.done or work.to_upload:
         pending = f"; {len(work.to_upload):,} need only be uploaded"
@@ -1943,6 +1937,19 @@ def _log_resuming(job: Job) -> None:
             f"Resuming: {len(work.done):,} of {_count(num_shards, 'shard')} are up to "
             f"date{pending if work.to_upload else ''}."
         )
+    if work.to_write:
+        num_bytes = sum(shard.num_bytes for shard in work.to_write)
+        then = f", and from there to {job.place}" if job.destination else ""
+        logging.info(
+            f"{'Would write' if options.dry_run else 'Writing'} "
+            f"{_shards_of_images(work.to_write)} ({_size(num_bytes)}) to "
+            f"{options.scratch_dir}{then}."
+        )
+
+
+def _shards_of_images(shards: Sequence[Shard]) -> str:
+    num_images = sum(len(shard.images) for shard in shards)
+    return f"{_count(len(shards), 'shard')} of {_count(num_images, 'image')}"
 
 
 def _warn_of_foreign_files(job: Job) -> None:
@@ -1955,9 +1962,22 @@ def _warn_of_foreign_files(job: Job) -> None:
         )
 
 
-def _whole_work(job: Job, objects: Mapping[str, Stamp] | None) -> Work:
-    """What is left to do over all tasks."""
-    return find_work(job.shards, job.options.scratch_dir, objects)
+def _find_done(
+    options: Options,
+    shards: Sequence[Shard],
+    objects: Mapping[str, Stamp] | None,
+    stamps: Mapping[str, Stamp],
+) -> Mapping[str, Stamp]:
+    """Adds the stamps of what other tasks have done to those of this one.
+
+    Their copies of the raw data may have other times than this one's.
+    """
+    if options.task_count == 1:
+        return stamps
+    own = {shard.name for shard in options.share(shards)}
+    others = [shard for shard in shards if shard.name not in own]
+    work = find_work(others, options.scratch_dir, objects, compare_versions=False)
+    return {**work.done, **stamps}
 
 
 def carry_out(job: Job) -> None:
@@ -1968,7 +1988,7 @@ def carry_out(job: Job) -> None:
       RunError: What stopped it.
     """
     _remove_temporary_files(job.options)
-    if not job.work.is_done:
+    if job.num_missing:
         _remove_manifest(job, MANIFEST_FILE in (job.objects or ()))
     if not job.options.keep_local_shards:
         _remove_uploaded(job)
@@ -1986,7 +2006,6 @@ def carry_out(job: Job) -> None:
         _remove_manifest(job, is_there=None)
         raise
     if missing := len(job.shards) - len(stamps):
-        _remove_manifest(job, is_there=None)
         logging.info(
             f"This task is done; {_count(missing, 'shard')} of other tasks are still "
             "missing."
@@ -1998,11 +2017,7 @@ def carry_out(job: Job) -> None:
 
 def _write_and_upload(job: Job) -> Progress:
     options, work = job.options, job.work
-    progress = Progress(
-        shards_to_write=len(work.to_write),
-        images_to_write=sum(len(shard.images) for shard in work.to_write),
-        to_upload=len(work.to_write) + len(work.to_upload) if job.destination else 0,
-    )
+    progress = Progress(work, is_uploading=bool(job.destination))
     if not work.is_done:
         with reporting(progress.line):
             write_and_upload(
@@ -2038,13 +2053,11 @@ def _log_done(job: Job, progress: Progress) -> None:
 
 
 def _log_complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
-    place = f"in {job.place}"
-    if job.destination:
-        place += f": give the model --data_dir={job.destination.path}"
+    num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
+    advice = f": give the model --data_dir={job.place}" if job.destination else ""
     logging.info(
-        f"The data set is complete: {_count(len(stamps), 'shard')} of "
-        f"{_count(sum(len(shard.images) for shard in job.shards), 'image')} "
-        f"({_size(sum(stamp.num_bytes for stamp in stamps.values()))}) {place}."
+        f"The data set is complete: {_shards_of_images(job.shards)} "
+        f"({_size(num_bytes)}) in {job.place}{advice}."
     )
 
 
@@ -2064,8 +2077,7 @@ def _check_finished(
         objects = check_uploaded(job.destination, stamps)
         if foreign := _foreign(objects, job.shards):
             raise RunError(job.destination.foreign_problem(foreign))
-    if job.options.task_count > 1:
-        stamps = {**stamps, **_whole_work(job, objects).done}
+    stamps = _find_done(job.options, job.shards, objects, stamps)
     if len(stamps) == len(job.shards) and not job.destination:
         _check_local(job, stamps, written)
     return stamps
@@ -2244,13 +2256,10 @@ class Options:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        problems = [
-            *self._raw_dir_problems(),
-            *self._scratch_dir_problems(),
-            *self._upload_problems(),
-            *self._number_problems(),
-            *self._package_problems(),
-        ]
+        problems = [problem for holds, problem in self._checks() if not holds]
+        if self.gcs_upload and self.gcs_output_path:
+            with _collecting(problems):
+                GcsPath.parse(self.gcs_output_path)
         if problems:
             raise InvalidInputError(*problems)
 
@@ -2295,92 +2304,98 @@ class Options:
         """This task's part of a plan, of both splits."""
         return [s for s in shards if s.index % self.task_count == self.task]
 
-    def _raw_dir_problems(self) -> Iterator[str]:
-        given = self.raw_data_dir or ""
-        need = f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}"
-        is_needed = not self.makes_fake
-        checks = [
-            (given, "must name the directory of the raw ImageNet"),
-            (not given.startswith("gs://"), "must be a local directory, with " + need),
-            (
-                not is_needed or os.path.exists(self.raw_dir),
-                f"must be a directory with {need}, but does not exist",
-            ),
-            (
-                not os.path.lexists(self.raw_dir) or os.path.isdir(self.raw_dir),
-                f"must be a directory with {need}, but is a file",
-            ),
-        ]
-        return _first_problem(f"--raw_data_dir={given}", checks)
+    def _checks(self) -> Iterator[tuple[object, str]]:
+        """Pairs what must hold with what to say if it does not."""
+        yield from self._directory_checks()
+        yield from self._upload_checks()
+        yield from self._number_checks()
+        packages = ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload
+        for name in packages:
+            advice = "run python3 -m pip install -r requirements.txt"
+            yield _is_installed(name), f"The package {name} is missing: {advice}."
 
-    def _scratch_dir_problems(self) -> Iterator[str]:
-        given = self.local_scratch_dir or ""
+    def _directory_checks(self) -> Iterator[tuple[object, str]]:
+        raw, scratch = f"--raw_data_dir={self.raw_data_dir}", self.scratch_dir
+        fault = _directory_fault(self.raw_data_dir or "", self.raw_dir)
+        if not self.raw_data_dir:
+            yield False, "--raw_data_dir must name the directory of the raw ImageNet."
+        elif not self.makes_fake or os.path.lexists(self.raw_dir):
+            yield (
+                not fault,
+                (
+                    f"{raw} must be a directory with {TRAINING_DIRECTORY}/, "
+                    f"{VALIDATION_DIRECTORY}/ and {LABELS_FILE}, but {fault}."
+                ),
+            )
+        flag = f"--local_scratch_dir={self.local_scratch_dir or scratch}"
         place = self.existing_scratch_dir
-        scratch_dir = os.path.realpath(self.scratch_dir)
-        splits = [
-            os.path.realpath(os.path.join(self.raw_dir, split))
-            for split in (TRAINING_DIRECTORY, VALIDATION_DIRECTORY)
+        fault = _directory_fault(self.local_scratch_dir or "", str(place))
+        writable = os.access(place, os.W_OK | os.X_OK)
+        own = [
+            os.path.join(self.raw_dir, TRAINING_DIRECTORY, ""),
+            os.path.join(self.raw_dir, VALIDATION_DIRECTORY, ""),
         ]
-        checks = [
-            (not given.startswith("gs://"), "must be a local directory"),
+        within = os.path.join(os.path.realpath(scratch), "")
+        yield not fault, f"{flag} must be a local directory, but {fault}."
+        yield fault or writable, f"{flag} must be writable, but {place} is not."
+        yield (
+            os.path.realpath(scratch) != os.path.realpath(self.raw_dir)
+            and not any(within.startswith(os.path.realpath(d) + os.sep) for d in own),
             (
-                scratch_dir != os.path.realpath(self.raw_dir),
-                "must be another directory than --raw_data_dir",
+                f"{flag} must be another directory than --raw_data_dir and its "
+                f"{TRAINING_DIRECTORY}/ and {VALIDATION_DIRECTORY}/."
             ),
-            (
-                not any(f"{scratch_dir}/".startswith(f"{split}/") for split in splits),
-                f"must not lie in {TRAINING_DIRECTORY}/ or {VALIDATION_DIRECTORY}/",
-            ),
-            (place.is_dir(), f"must be a directory, but {place} is a file"),
-            (
-                os.access(place, os.W_OK | os.X_OK),
-                f"must be writable, but {place} is not",
-            ),
-        ]
-        return _first_problem(
-            f"--local_scratch_dir={given or self.scratch_dir}", checks
         )
 
-    def _upload_problems(self) -> Iterator[str]:
-        if not self.gcs_upload:
-            if not self.keep_local_shards:
-                yield "--nokeep_local_shards needs an upload: drop --nogcs_upload."
-            return
-        if not self.gcs_project:
-            yield "--project must be given for the upload (or pass --nogcs_upload)."
-        if not self.gcs_output_path:
-            yield (
-                "--gcs_output_path=gs://bucket/directory must be given for the upload "
-                "(or pass --nogcs_upload)."
-            )
-            return
-        try:
-            GcsPath.parse(self.gcs_output_path)
-        except InvalidInputError as error:
-            yield from error.problems
+    def _upload_checks(self) -> Iterator[tuple[object, str]]:
+        local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
+        yield self.gcs_project or local, f"--project must be given {instead}."
+        yield (
+            self.gcs_output_path or local,
+            f"--gcs_output_path=gs://bucket/directory must be given {instead}.",
+        )
+        yield (
+            self.keep_local_shards or not local,
+            "--nokeep_local_shards needs an upload: drop --nogcs_upload.",
+        )
 
-    def _number_problems(self) -> Iterator[str]:
-        counts = ("num_workers", "training_shards", "validation_shards", "task_count")
-        for flag in counts:
+    def _number_checks(self) -> Iterator[tuple[object, str]]:
+        for flag in (
+            "num_workers",
+            "training_shards",
+            "validation_shards",
+            "task_count",
+        ):
             value = getattr(self, flag)
-            if value is not None and not 0 < value < 100_000:
-                yield f"--{flag} must be from 1 to 99,999; found {value:,}."
-        if self.task_index is None and self.task_count > 1:
-            yield "--task_index must be given with --task_count."
-        elif not 0 <= self.task < max(self.task_count, 1):
-            yield (
-                "--task_index must be from 0 to --task_count - 1; found "
-                f"{self.task:,} of {self.task_count:,}."
-            )
+            problem = f"--{flag} must be from 1 to 99,999; found {value}."
+            yield value is None or 0 < value < 100_000, problem
+        yield (
+            self.task_index is not None or self.task_count <= 1,
+            "--task_index must be given with --task_count.",
+        )
+        yield (
+            0 <= self.task < max(self.task_count, 1),
+            (
+                f"--task_index must be from 0 to --task_count - 1; found {self.task:,} of "
+                f"{self.task_count:,}."
+            ),
+        )
 
-    def _package_problems(self) -> Iterator[str]:
-        if not importlib.util.find_spec("tensorflow"):
-            yield "TensorFlow is missing: run pip install -r requirements.txt."
+
+def _directory_fault(given: str, path: str) -> str:
+    """Says why a flag's value is not a local directory; empty if it is one."""
+    if given.startswith("gs://"):
+        return "it is in Cloud Storage"
+    if os.path.isdir(path):
+        return ""
+    return f"{path} is a file" if os.path.exists(path) else f"{path} does not exist"
 
 
-def _first_problem(flag: str, checks: Iterable[tuple[object, str]]) -> Iterator[str]:
-    """Words the first of several checks that does not hold, for the next rest on it."""
-    return (f"{flag} {problem}." for holds, problem in checks if not holds)
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package above it
+        return False
 
 
 def _num_processors() -> int:
