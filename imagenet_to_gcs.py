@@ -14,6 +14,10 @@
     python3 imagenet_to_gcs.py --project=$PROJECT --gcs_output_path=$DATA_DIR \\
       --raw_data_dir=$IMAGENET_HOME --local_scratch_dir=$IMAGENET_HOME/tf_records
 
+Without ImageNet and without a bucket, try it on generated images:
+
+    python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=$HOME/fake --nogcs_upload
+
 What goes in, under --raw_data_dir:
 
     train/n01440764/n01440764_18.JPEG       1,281,167 images, one directory per synset
@@ -1444,7 +1448,7 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
-        live_line.clear()
+        live_line.draw("")
 
 
 # ---------------------------------------------------------------------------------
@@ -2215,17 +2219,6 @@ def _write_manifest(job: Job, stamps: Mapping[str, Stamp]) -> None:
 # ---------------------------------------------------------------------------------
 # 9. Command line
 
-USAGE = """\
-Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]
-
-Write ImageNet as TFRecord shards and upload them to Cloud Storage:
-  python3 imagenet_to_gcs.py --project=my-project --gcs_output_path=gs://bucket/imagenet \\
-    --raw_data_dir=$HOME/imagenet --local_scratch_dir=$HOME/imagenet/tf_records
-
-Try it without ImageNet and without a bucket:
-  python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=$HOME/fake --nogcs_upload
-"""
-
 # Line breaks, and what would reorder the text on a terminal.
 CONTROL_CHARACTERS = r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -2472,48 +2465,39 @@ def _locked(options: Options) -> Iterator[None]:
     if options.dry_run:
         yield
         return
-    name = ".lock"
-    if options.task_count > 1:
-        name += f"-{options.task}-of-{options.task_count}"
-    scratch_dir = options.scratch_dir
-    os.makedirs(scratch_dir, exist_ok=True)
-    with _lock_file(os.path.join(scratch_dir, name)) as file:
-        others = [n for n in os.listdir(scratch_dir) if _excludes(name, n)]
-        for path in (os.path.join(scratch_dir, other) for other in others):
-            with _lock_file(path):
-                pass
+    scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
+    scratch_dir.mkdir(parents=True, exist_ok=True)
+    path = scratch_dir / f".lock-{options.task}-of-{count}"
+    with _lock_file(path):
+        for other in scratch_dir.glob(".lock-*-of-*"):
+            if not other.name.endswith(f"-of-{count}"):
+                with _lock_file(other):
+                    pass
         try:
             yield
         except InvalidInputError:  # leave nothing where nothing was done
-            os.unlink(file.name)
+            path.unlink()
             with contextlib.suppress(OSError):  # there are shards
-                os.rmdir(scratch_dir)
+                scratch_dir.rmdir()
             raise
 
 
-def _excludes(name: str, other: str) -> bool:
-    """Whether two locks are of task counts that may not share a directory."""
-    counts = [re.fullmatch(r"\.lock(?:-\d+-of-(\d+))?", n) for n in (name, other)]
-    return all(counts) and len({match[1] for match in counts if match}) > 1
-
-
 @contextlib.contextmanager
-def _lock_file(path: str) -> Iterator[BinaryIO]:
-    flags_of_open = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    file_descriptor = os.open(path, flags_of_open, 0o666)
-    with open(file_descriptor, "rb+", buffering=0) as file:
+def _lock_file(path: pathlib.Path) -> Iterator[None]:
+    mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"Another run is writing to {os.path.dirname(path)}: wait until it ends, "
-                "or choose another --local_scratch_dir."
+                f"Another run is writing to {path.parent}: wait until it ends, or choose "
+                "another --local_scratch_dir."
             ) from None
         except OSError as error:  # some network file systems cannot
             logging.warning(
                 f"Cannot lock {path} ({error.strerror}): do not run two at once."
             )
-        yield file
+        yield
 
 
 def convert_to_tf_records(
@@ -2616,27 +2600,17 @@ class LiveLine:
     """A line at the bottom of a terminal that is redrawn in place.
 
     Attributes:
-      is_on: Whether stderr is a terminal, and this the command.
+      is_on: Whether this is the command, and stderr a terminal.
     """
 
-    def __init__(self) -> None:
-        self.is_on = False
-        self._is_drawn = False
+    is_on = False
 
     def draw(self, text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        self._write(f"\r{text[:width]}\x1b[K")
-        self._is_drawn = True
-
-    def clear(self) -> None:
-        if self._is_drawn:
-            self._write("\r\x1b[K")
-            self._is_drawn = False
-
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        """Draws the line, cut to the width of the terminal; clears it if empty."""
+        if self.is_on:
+            width = shutil.get_terminal_size().columns - 1
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 live_line = LiveLine()
@@ -2649,7 +2623,7 @@ class _LogFormatter(python_logging.Formatter):
     """
 
     def format(self, record: python_logging.LogRecord) -> str:
-        live_line.clear()
+        live_line.draw("")
         level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
         return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}" + re.sub(
             CONTROL_CHARACTERS, lambda c: repr(c[0])[1:-1], record.getMessage()
@@ -2692,15 +2666,16 @@ def _exit(status: int, *errors: str) -> NoReturn:
     os._exit(status)
 
 
-def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """Answers --help and --version in a few lines, or parses the flags."""
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Answers --help and --version, or parses the flags."""
     if {"-h", "-help", "--help"} & set(arguments[1:]):
-        print(f"{USAGE}\n{FLAGS.module_help(sys.modules[__name__])}")
+        print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
+        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)
     if "--version" in arguments[1:]:
         print(f"imagenet_to_gcs.py {__version__}")
         sys.exit(0)
-    return list(app.parse_flags_with_usage(list(arguments)))
+    return app.parse_flags_with_usage(arguments)
 
 
 # ---------------------------------------------------------------------------------
