@@ -2624,7 +2624,7 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
     download is a hole of zeros, which looks like an end.
     """
     num_bytes = max(0, min(end - position, MOST_TAR_FILLING + 1))
-    rest = os.pread(file.fileno(), num_bytes, position)
+    rest = os.pread(file.fileno(), num_bytes, min(position, end))
     problem = ""
     for start, words in NOT_TARS.items():
         if rest.lstrip().startswith(start):

@@ -49,13 +49,13 @@ SHARDS = ("--training_shards=5", "--validation_shards=3", "--num_workers=2")
 # ---------------------------------------------------------------- the same shards
 
 
-def content(image: RawImage) -> bytes:
-    """Reads an image from where it is said to be."""
-    if image.offset is None:
-        return Path(image.path).read_bytes()
-    with open(image.source, "rb") as tar:
-        tar.seek(image.offset)
-        return tar.read(image.num_bytes)
+def content(image: RawImage) -> tuple[str, str, int, bytes]:
+    """Returns what of an image becomes a record, read from where it is said to be."""
+    path = image.path if image.offset is None else image.source
+    with open(path, "rb") as file:
+        file.seek(image.offset or 0)
+        data = file.read(image.num_bytes)
+    return image.filename, image.synset, image.label, data
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,6 @@ def test_plan_is_that_of_directories_in_any_layout(
     other = tars.lay_out(mixed_raw, tmp_path / "other", training, validation)
     expected = plan_shards(read_dataset(str(base)), 5, 3)
     found = plan_shards(read_dataset(str(other)), 5, 3)
-    assert [s.digest() for s in found] == [s.digest() for s in expected]
     for shard, expected_shard in zip(found, expected, strict=True):
         contents = [content(image) for image in shard.images]
         assert contents == [content(image) for image in expected_shard.images]
@@ -93,7 +92,7 @@ def base_shards(
         (
             "class_tars",
             "folders",
-            "training images in 7 tars, validation images in 5 directories",
+            "training images in 7 tars, validation images in 7 directories",
         ),
     ],
     ids=["tars", "class_tars-folders"],
@@ -158,7 +157,7 @@ def merge(raw: Path, directory: Path, *layouts: tuple[str, str]) -> Path:
         ),
         (
             [("directories", "folders"), ("class_tars", "tar")],
-            "training images in 4 directories, validation images in 3 directories",
+            "training images in 4 directories, validation images in 4 directories",
         ),
         (
             [("class_tars", "flat"), ("whole_tar", "labelled_folders")],
@@ -214,7 +213,7 @@ def test_error_names_the_classes_when_some_class_tars_are_extracted(
         (
             f"All classes in {half}/train must be extracted, or none; found 2 classes "
             "whose images are not all in directories: n01440801, n01440875. Extract "
-            "these too, or remove the directories, and the tars are read as they are."
+            "these too."
         )
     ]
 
@@ -262,7 +261,8 @@ def test_error_names_the_line_when_folders_and_label_file_disagree(
     assert problems(folders) == [
         (
             f"{folders}/synset_labels.txt and the folders of validation/ must agree; "
-            f"line 3 says {wrong}, {image} is in {right}."
+            f"line 3 says {wrong}, {image} is in {right}. If the folders are right, "
+            "remove the label file; they do without it."
         )
     ]
 
@@ -360,7 +360,7 @@ def test_all_damaged_tars_are_named_at_once(raw: Path, tmp_path: Path) -> None:
     for path in packed.glob("**/*.tar"):
         path.write_bytes(b"<!DOCTYPE html>" * 100)
     paths = [packed / VALIDATION_TAR, *sorted((packed / "train").iterdir())]
-    reason = f"it is damaged, or not a tar, at byte 0. {DOWNLOAD}"
+    reason = "it is not a tar but a web page; log in, and download it again."
     assert problems(packed) == [
         *(f"Cannot list the tar {path}: {reason}" for path in paths[:4]),
         "1 more classes cannot be listed.",
@@ -432,4 +432,6 @@ def test_error_points_to_readme_when_kaggle_s_tree_is_given(
     kaggle = _kaggle(raw, tmp_path / "kaggle")
     found = f"{kaggle}/ILSVRC/Data/CLS-LOC (Kaggle's layout)"
     for problem in problems(kaggle)[:2]:
-        assert problem.endswith(f"Found {found}: README says which links it takes.")
+        assert problem.endswith(
+            f"Found {found}: README says which links it takes. Both splits are required."
+        )

@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -537,10 +536,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "labels contradict folders": (
         contradict,
-        "RAW/synset_labels.txt and the folders of validation/ must agree; line 3 says "
-        "n01440875, RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG is in "
-        "n01440838. If the folders are right, remove the label file; they do without "
-        "it.",
+        (
+            "RAW/synset_labels.txt and the folders of validation/ must agree; line 3 says "
+            "n01440875, RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG is in "
+            "n01440838. If the folders are right, remove the label file; they do without "
+            "it."
+        ),
     ),
     "class is a broken link": (
         replace_class(lambda path: path.symlink_to("nothing")),
@@ -577,8 +578,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     },
     "images one deeper": (
         nest,
-        f"{ALL_EMPTY} 3 .JPEG files there: move them up, out of the directories they "
-        "are in.",
+        (
+            f"{ALL_EMPTY} 3 .JPEG files there: move them up, out of the directories they "
+            "are in."
+        ),
     ),
     "tars inside classes": (
         pack_inside,
@@ -586,13 +589,17 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "training tar of directories": (
         remake_training_tar,
-        "No images match */*.JPEG in RAW/ILSVRC2012_img_train.tar. Found 12 .JPEG "
-        "files there: extract it, so that each is in train/<synset>/.",
+        (
+            "No images match */*.JPEG in RAW/ILSVRC2012_img_train.tar. Found 12 .JPEG "
+            "files there: extract it, so that each is in train/<synset>/."
+        ),
     ),
     "train is a link to nothing": (
         link_train_to_nothing,
-        "No directory RAW/train, and no ILSVRC2012_img_train.tar beside it. Found a link "
-        "to /nothing/train, which does not exist. Both splits are required.",
+        (
+            "No directory RAW/train, and no ILSVRC2012_img_train.tar beside it. Found a link "
+            "to /nothing/train, which does not exist. Both splits are required."
+        ),
     ),
 }
 
@@ -626,8 +633,10 @@ WARNINGS: dict[str, tuple[Callable[[Path], object], str]] = {
             *(f"train/n01440764/{name}" for name in ("a.jpg", "b.jpeg", "c.JPG")),
             *("train/n01440801/d.png", "train/n01440801/e.png"),
         ),
-        "5 images left out (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png), such as "
-        f"RAW/train/n01440764/?: {READ}",
+        (
+            "5 images left out (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png), such as "
+            f"RAW/train/n01440764/?: {READ}"
+        ),
     ),
     "loose in train": (
         add("train/n01440764_9.JPEG"),
@@ -647,8 +656,10 @@ WARNINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown label": (
         relabel(*SYNSETS[1:], "n00000001"),
-        "1 of 5 synsets have validation images but no training images: n00000001 (label "
-        "1).",
+        (
+            "1 of 5 synsets have validation images but no training images: n00000001 (label "
+            "1)."
+        ),
     ),
     "directory that is no class": (
         add("train/images/x.JPEG"),
@@ -765,8 +776,10 @@ def test_empty_shards_are_counted(raw: Path) -> None:
     """12 images in 10 shards: six of 2, and 4 without; 4 in 4 shards."""
     dataset = script.read_dataset(str(raw))
     assert script.empty_shards(dataset, 10, 4) == [
-        "4 of 10 training shards will be empty, for there are 12 training images; a "
-        "smaller --training_shards avoids that."
+        (
+            "4 of 10 training shards will be empty, for there are 12 training images; a "
+            "smaller --training_shards avoids that."
+        )
     ]
     plan = script.plan_shards(dataset, 10, 4)
     assert sum(not shard.images for shard in plan) == 4
