@@ -202,20 +202,17 @@ IMAGE_SUFFIX = ".JPEG"
 MOST_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no more
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
+NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
 # The size of ImageNet-1k (ILSVRC 2012), https://image-net.org/challenges/LSVRC/2012
 IMAGENET_SYNSETS = 1000
 IMAGENET_TRAINING_IMAGES = 1_281_167
 IMAGENET_VALIDATION_IMAGES = 50_000
-IMAGENET_SMALLEST_CLASS = 732  # training images; the largest class has 1,300
 
 
 class RawImage(NamedTuple):
-    """One image of the raw data set, not yet read.
-
-    There are 1.3 million, and each is sent to a worker: a tuple is made in a third of
-    a dataclass's time, and pickled in half.
+    """One image, not yet read; a tuple, for 1.3 million are made and sent to workers.
 
     Attributes:
       source: The directory or tar that holds it.
@@ -280,7 +277,7 @@ class ImageSource:
                 status = entry.stat()
                 size, version = status.st_size, file_version(status)
                 if size > MOST_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
-                    raise InvalidInputError(_unfit_image(entry.path))
+                    raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
             except OSError:  # a dangling link: `shortfalls` counts it as empty
                 size = version = 0
             image = RawImage(self.path, name, self.synset, label, size, version)
@@ -297,8 +294,11 @@ class ImageSource:
             if not _is_image_name(name):
                 left_out += [f"{source}/{path}"] if _looks_like_image(name) else []
                 continue
-            if name in images or file.size > MOST_IMAGE_BYTES:
-                raise InvalidInputError(_unfit_image(f"{source}/{path}"))
+            if name in images:
+                problem = f"must have different names; two in {source} are {name}."
+                raise InvalidInputError(f"Images of a class {problem}")
+            if file.size > MOST_IMAGE_BYTES:
+                raise InvalidInputError(f"{NOT_AN_IMAGE} {source}/{path} is not.")
             images[name] = RawImage(
                 source, name, synset, label, file.size, version, file.offset_data
             )
@@ -380,22 +380,22 @@ def read_dataset(raw_data_dir: str) -> Dataset:
             training = _list_training(classes, label_of)
     if problems:
         raise InvalidInputError(*problems)
-    return Dataset(
-        synsets,
-        training.images,
-        [image._replace(label=label_of[image.synset]) for image in validation.images],
+    labelled = [i._replace(label=label_of[i.synset]) for i in validation.images]
+    layout = (
         f"training images in {_layout(training.images)}, "
-        f"validation images in {_layout(validation.images)}",
-        [*left_out, *training.left_out, *validation.left_out],
+        f"validation images in {_layout(labelled)}"
     )
+    left_out += training.left_out + validation.left_out
+    return Dataset(synsets, training.images, labelled, layout, left_out)
 
 
 def _layout(images: Sequence[RawImage]) -> str:
     """Says where images are: 'a directory', '60 directories', 'a tar'."""
+    one, many = (
+        ("directory", "directories") if images[0].offset is None else ("tar", "tars")
+    )
     num_sources = len({image.source for image in images})
-    if images[0].offset is None:
-        return "a directory" if num_sources == 1 else f"{num_sources:,} directories"
-    return "a tar" if num_sources == 1 else f"{num_sources:,} tars"
+    return f"a {one}" if num_sources == 1 else f"{num_sources:,} {many}"
 
 
 @contextlib.contextmanager
@@ -422,9 +422,9 @@ def find_classes(raw_data_dir: str) -> tuple[list[ImageSource], list[str]]:
     training_dir = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
     whole_tar = _find_tar(training_dir, TRAINING_TAR)
     has_directory = os.path.isdir(training_dir) or not whole_tar
-    nothing: tuple[Classes, Classes, list[str]] = ({}, {}, [])
-    directories, tars, loose = _scan_classes(training_dir) if has_directory else nothing
-    packed, packed_loose = _classes_in_tar(whole_tar) if whole_tar else nothing[1:]
+    found = _scan_classes(training_dir) if has_directory else ({}, {}, [])
+    directories, tars, loose = found
+    packed, packed_loose = _classes_in_tar(whole_tar) if whole_tar else ({}, [])
     _check_extracted(training_dir, directories, tars)
     classes = directories or tars
     # Compared by name only: the images are 1.3 million.
@@ -569,7 +569,7 @@ def _list_folders(validation_dir: str) -> Listing:
 
 
 def _with_synsets(
-    images: Sequence[RawImage], labels: Sequence[str], labels_path: str, place: str
+    images: list[RawImage], labels: list[str], labels_path: str, place: str
 ) -> list[RawImage]:
     if len(labels) != len(images):
         raise InvalidInputError(
@@ -583,10 +583,7 @@ def _with_synsets(
                 f"line {line:,} says {label}, {image.path} is in {image.synset}. If "
                 "the folders are right, remove the label file; they do without it."
             )
-    return [
-        image._replace(synset=label)
-        for image, label in zip(images, labels, strict=True)
-    ]
+    return [i._replace(synset=label) for i, label in zip(images, labels, strict=True)]
 
 
 def read_labels(labels_path: str) -> list[str]:
@@ -612,12 +609,11 @@ def read_labels(labels_path: str) -> list[str]:
         ) from error
     lines = text.removesuffix("\n").split("\n") if text else []
     labels = [os.fsdecode(line.strip().encode()) for line in lines]
-    bad = [i for i, label in enumerate(labels) if len(label.split()) != 1]
-    if bad:
+    if bad := [i for i, label in enumerate(labels) if len(label.split()) != 1]:
+        count = f" ({len(bad):,} such lines)" if len(bad) > 1 else ""
         raise InvalidInputError(
             f"Line {bad[0] + 1:,} of {labels_path} must be a single synset such as "
-            f"n01440764; found {labels[bad[0]][:60]!r}"
-            + (f" ({len(bad):,} such lines)." if len(bad) > 1 else ".")
+            f"n01440764; found {labels[bad[0]][:60]!r}{count}."
         )
     return labels
 
@@ -2601,7 +2597,7 @@ def _resolve_links(found: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarIn
     odd = [
         name
         for name, member in found.items()
-        if not member.isreg() or member.sparse or name.startswith("../")
+        if not member.isreg() or member.issparse() or name.startswith("../")
     ]
     for name in odd:
         member = found.pop(name)
@@ -2646,15 +2642,9 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
 # B. Wrong raw directories, in words
 
 
-IMAGE_SUFFIXES = {
-    **dict.fromkeys((".jpeg", ".jpg", ".png"), f"rename them to *{IMAGE_SUFFIX}"),
-    **dict.fromkeys(
-        (".bmp", ".gif", ".tif", ".tiff", ".webp"), f"convert them to *{IMAGE_SUFFIX}"
-    ),
-}
-
-# What operating systems and disk stations leave in directories.
-FOREIGN_NAMES = (
+RENAMED_SUFFIXES = (".jpeg", ".jpg", ".png")  # a PNG is encoded again, as a JPEG
+OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
+FOREIGN_NAMES = (  # left by operating systems and network disks, with more after them
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
     *("System Volume Information", "__MACOSX", "lost+found"),
 )
@@ -2665,29 +2655,20 @@ def _is_visible(name: str) -> bool:
 
 
 def _looks_like_image(name: str) -> bool:
-    return _is_visible(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    suffixes = RENAMED_SUFFIXES + OTHER_SUFFIXES
+    return name.lower().endswith(suffixes) and _is_visible(name)
 
 
 def _find_left_out(entry: os.DirEntry[str]) -> list[str]:
-    """Finds images where none are read: with another suffix, or in a directory."""
+    """Finds images that are not read: with another suffix, or deeper down."""
     if _looks_like_image(entry.name):
         return [entry.path]
-    if not _is_visible(entry.name) or not os.path.isdir(entry.path):
-        return []
     paths = []
-    for place, directories, names in os.walk(entry.path):
-        directories[:] = filter(_is_visible, directories)
-        paths += [
-            os.path.join(place, name) for name in filter(_looks_like_image, names)
-        ]
+    if _is_visible(entry.name) and os.path.isdir(entry.path):
+        for place, directories, names in os.walk(entry.path):
+            directories[:] = filter(_is_visible, directories)
+            paths += [f"{place}/{name}" for name in names if _looks_like_image(name)]
     return paths
-
-
-def _unfit_image(path: str) -> str:
-    return (
-        "Images must be regular files of less than 2 GiB, with different names in one "
-        f"tar; {path} is not."
-    )
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -2728,36 +2709,35 @@ def _no_images(source: ImageSource, below: str = "*") -> str:
     """Words a directory or tar without images with what is in it instead."""
     pattern = f"{below}{IMAGE_SUFFIX}"
     if source.start is None:
-        entries = _scan(source.path)
+        where, entries = f"{source.path}/{pattern}", _scan(source.path)
         names = [entry.name for entry in entries if _is_visible(entry.name)]
         images = [path for entry in entries for path in _find_left_out(entry)]
-        where = f"{source.path}/{pattern}"
-        remedy = "move them up, out of the directories they are in"
-        if below != "*":
-            remedy = "move each into a directory named after its synset"
+        is_loose = below != "*"
+        remedy = "into a directory named after its synset" if is_loose else "one up"
+        remedy = f"move each {remedy}"
     else:
-        names = list(list_tar(source)[1])
+        where, names = f"{pattern} in {source.path}", [*list_tar(source)[1]]
         images = list(filter(_looks_like_image, names))
-        where = f"{pattern} in {source.path}"
-        remedy = f"extract it, so that each is in {TRAINING_DIRECTORY}/<synset>/"
-    tars = [name for name in names if name.endswith(".tar")]
-    suffixes = collections.Counter(os.path.splitext(name)[1] for name in images or tars)
-    if not suffixes:
-        return (
-            f"No images match {where}. Found {_some(sorted(names)) or 'nothing'} there."
-        )
-    (suffix, number), *_ = suffixes.most_common(1)
-    remedies = {**IMAGE_SUFFIXES, IMAGE_SUFFIX: remedy, ".tar": "extract them there"}
-    files = _count(number, f"{suffix} file")
-    advice = remedies.get(suffix, IMAGE_SUFFIXES.get(suffix.lower()))
-    return f"No images match {where}. Found {files} there: {advice}."
+        remedy = f"extract each into {TRAINING_DIRECTORY}/<synset>/"
+    found = images or [name for name in names if name.endswith(".tar")]
+    if not found:
+        found_names = _some(sorted(names)) or "nothing"
+        return f"No images match {where}. Found {found_names} there."
+    suffix = os.path.splitext(found[0])[1]
+    if suffix == ".tar":
+        remedy = "extract them there"
+    elif suffix != IMAGE_SUFFIX:
+        verb = "rename" if suffix.lower() in RENAMED_SUFFIXES else "convert"
+        remedy = f"{verb} them to *{IMAGE_SUFFIX}"
+    files = _count(sum(name.endswith(suffix) for name in found), f"{suffix} file")
+    return f"No images match {where}. Found {files} there: {remedy}."
 
 
 def _foreign_classes(trained: set[str], validated: set[str]) -> list[str]:
     """Words validation classes that must be wrong: they would move every label."""
     foreign = sorted(validated - trained)
-    is_imagenet = len(trained) == IMAGENET_SYNSETS and foreign
-    if not (is_imagenet or trained and validated and trained.isdisjoint(validated)):
+    most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
+    if not (trained and validated) or len(foreign) <= most:
         return []
     problem = (
         "Validation images must be of the classes of the training images, such as "
@@ -2768,92 +2748,79 @@ def _foreign_classes(trained: set[str], validated: set[str]) -> list[str]:
 
 
 def shortfalls(dataset: Dataset) -> list[str]:
-    """Words what a run can do without, or with, but ImageNet has, or has not."""
+    """Words what may be as it is, but is not so in ImageNet."""
     lines = []
-    if dataset.left_out:
-        kinds = collections.Counter(os.path.splitext(p)[1] for p in dataset.left_out)
-        counts = [f"{number:,} *{kind}" for kind, number in sorted(kinds.items())]
+    if left_out := dataset.left_out:
+        kinds = sorted(
+            collections.Counter(os.path.splitext(p)[1] for p in left_out).items()
+        )
         lines.append(
-            f"{_count(len(dataset.left_out), 'image')} left out ({', '.join(counts)}), "
-            f"such as {dataset.left_out[0]}: only *{IMAGE_SUFFIX} directly in "
+            f"{_count(len(left_out), 'image')} left out "
+            f"({', '.join(f'{number:,} *{kind}' for kind, number in kinds)}), such as "
+            f"{left_out[0]}: only *{IMAGE_SUFFIX} directly in "
             f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
         )
-    empty = [image for image in dataset.images if not image.num_bytes]
-    if empty:
+    if empty := [image for image in dataset.images if not image.num_bytes]:
         lines.append(
             f"{_count(len(empty), 'image')} of no bytes (empty files, links to nothing), "
             f"the first {empty[0].path}: no shard that would hold one is written."
         )
-    lines += _lopsided_classes(dataset)
+    trained = collections.Counter(image.synset for image in dataset.training)
+    validated = collections.Counter(image.synset for image in dataset.validation)
+    lines += _unpaired(dataset, validated, "validation", trained, "training")
+    if 2 * len(validated) > len(trained):  # else there are few, as for a trial
+        lines += _unpaired(dataset, trained, "training", validated, "validation")
     if len(dataset.synsets) == IMAGENET_SYNSETS:
-        lines += _short_split(
-            dataset.training,
-            "training",
-            IMAGENET_TRAINING_IMAGES,
-            IMAGENET_SMALLEST_CLASS,
-        )
-        lines += _short_split(
-            dataset.validation, "validation", IMAGENET_VALIDATION_IMAGES, 50
-        )
+        lines += _short_split(trained, "training", IMAGENET_TRAINING_IMAGES, 732)
+        lines += _short_split(validated, "validation", IMAGENET_VALIDATION_IMAGES, 50)
     return lines
 
 
-def _lopsided_classes(dataset: Dataset) -> list[str]:
-    """Words classes that only one split has; each takes a label."""
-    trained = {image.synset for image in dataset.training}
-    validated = {image.synset for image in dataset.validation}
-    lines = []
-    for lone, has, lacks in (
-        (validated - trained, "validation", "training"),
-        (trained - validated, "training", "validation"),
-    ):
-        if lone and (has == "validation" or len(lone) < len(validated)):
-            labelled = [
-                f"{synset} (label {label})"
-                for label, synset in enumerate(dataset.synsets, start=1)
-                if synset in lone
-            ]
-            lines.append(
-                f"{len(lone):,} of {_count(len(dataset.synsets), 'synset')} have {has} "
-                f"images but no {lacks} images: {_some(labelled)}."
-            )
-    return lines
+Sizes: TypeAlias = Mapping[str, int]  # images of each synset
+
+
+def _unpaired(
+    dataset: Dataset, has: Sizes, split: str, lacks: Sizes, other: str
+) -> list[str]:
+    """Words classes that only one split has: each takes a label."""
+    labels = {synset: i for i, synset in enumerate(dataset.synsets, start=1)}
+    only = [
+        f"{s} (label {i})" for s, i in labels.items() if s in has and s not in lacks
+    ]
+    line = (
+        f"{len(only):,} of {_count(len(labels), 'synset')} have {split} images but no "
+        f"{other} images: {_some(only)}."
+    )
+    return [line] if only else []
+
+
+def _short_split(
+    sizes: Sizes, split: str, num_expected: int, smallest: int
+) -> list[str]:
+    """Words a split that is not ImageNet-1k's, whose smallest class is known."""
+    found = sum(sizes.values())
+    short = [f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest]
+    classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
+    line = (
+        f"ImageNet-1k has {num_expected:,} {split} images, found {found:,} "
+        f"({found - num_expected:+,}).{classes}"
+    )
+    return [line] if found != num_expected else []
 
 
 def empty_shards(dataset: Dataset, *num_shards: int) -> list[str]:
     """Words how many shards of each split get no image; see `plan_shards`."""
     lines = []
-    splits = (dataset.training, dataset.validation)
-    for split, images, number in zip(("training", "validation"), splits, num_shards):
-        size = math.ceil(len(images) / number)
-        num_empty = number - math.ceil(len(images) / max(1, size))
-        if num_empty:
+    splits = {"training": dataset.training, "validation": dataset.validation}
+    for number, (split, images) in zip(num_shards, splits.items(), strict=True):
+        size = max(1, math.ceil(len(images) / number))
+        if num_empty := number - math.ceil(len(images) / size):
             lines.append(
                 f"{num_empty:,} of {_count(number, f'{split} shard')} will be empty, for "
                 f"there are {_count(len(images), f'{split} image')}; a smaller "
                 f"--{split}_shards avoids that."
             )
     return lines
-
-
-def _short_split(
-    images: Sequence[RawImage], split: str, num_expected: int, smallest_class: int
-) -> list[str]:
-    if len(images) == num_expected:
-        return []
-    sizes = collections.Counter(image.synset for image in images)
-    short = [
-        f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest_class
-    ]
-    named = (
-        f" Classes of fewer than {smallest_class}: {_some(short, 10)}." if short else ""
-    )
-    return [
-        (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {len(images):,} "
-            f"({len(images) - num_expected:+,}).{named}"
-        )
-    ]
 
 
 def _count(number: int, noun: str) -> str:

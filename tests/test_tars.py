@@ -262,7 +262,7 @@ def test_image_is_refused_when_its_name_leads_out(path: Path) -> None:
 
 def test_class_is_refused_when_two_images_have_one_name(path: Path) -> None:
     tars.write_tar(path, {"x/a.JPEG": b"1", "y/a.JPEG": b"2"})
-    with pytest.raises(InvalidInputError, match="different names in one tar"):
+    with pytest.raises(InvalidInputError, match="must have different names"):
         ImageSource(str(path), "n1", start=0).list()
 
 
@@ -362,24 +362,12 @@ def test_error_is_raised_wherever_a_tar_is_cut_short(
     length += -length % BLOCK
     for cut in range(0, length + BLOCK, 128):
         path.write_bytes(whole[:cut])
-        assert problem(path), cut
+        reason = problem(path)
+        assert reason.endswith(DOWNLOAD), cut
+        if tar_format not in ("pax", "long_names"):  # whose headers are several
+            assert reason == f"it is cut short. {DOWNLOAD}", cut
     path.write_bytes(whole[: length + BLOCK])
     assert contents(path) == files
-
-
-CUTS = {
-    "in_a_header": BLOCK + 1024 + 100,
-    "in_data": BLOCK + 700,
-    "at_a_boundary": BLOCK + 1024,
-    "without_the_end": 2 * (BLOCK + 1024),
-}
-
-
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_error_says_so_when_a_tar_is_cut_short(path: Path, cut: int) -> None:
-    whole = tars.tar_bytes({"a.JPEG": b"a" * 700, "b.JPEG": b"b" * 700})
-    path.write_bytes(whole[:cut])
-    assert problem(path) == f"it is cut short. {DOWNLOAD}"
 
 
 @pytest.mark.parametrize("tar_format", ["gnu", "ustar", "v7", "pax"])
