@@ -776,6 +776,10 @@ def _file_of(image: RawImage) -> str:
     return image.path if image.offset is None else image.source
 
 
+# They start when the first image is submitted, and serve all shards of a worker.
+_openers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD)
+
+
 def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
     """Opens images before their turn, so that the encoding does not wait for the disk.
 
@@ -788,10 +792,9 @@ def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
             open_regular(_file_of(image)).close()
     if time.perf_counter() - start < SLOW_OPEN_SECONDS:
         yield from _ahead(map(OpenImage.of, images))
-        return
-    with concurrent.futures.ThreadPoolExecutor(READ_AHEAD) as threads:
-        for opening in _ahead(threads.submit(OpenImage.of, image) for image in images):
-            yield opening.result()
+    else:
+        opening = (_openers.submit(OpenImage.of, image) for image in images)
+        yield from (future.result() for future in _ahead(opening))
 
 
 def _ahead(items: Iterable[Any]) -> Iterator[Any]:

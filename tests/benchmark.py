@@ -61,7 +61,7 @@ EMULATOR = Path(__file__).resolve().with_name("emulator.py")
 UPLOAD = ["--project=p", "--gcs_output_path=gs://bucket/imagenet"]
 TRAINING_SHARDS = 1024
 VALIDATION_SHARDS = 128
-FIRST_SHARD = "train/train-00000-of-01024"
+FIRST_SHARD = "train/train-00000-of-*"
 
 NUM_IMAGES = 36_000
 NUM_DRAWN = 300  # the others differ from them in some bytes after the end
@@ -115,10 +115,7 @@ def draw_images(*options: int) -> list[bytes]:
 
 
 def make_raw(raw_dir: Path, num_images: int, make: Callable[[int, str], None]) -> Path:
-    """Makes a raw directory with ImageNet's share of validation images.
-
-    `make` writes the i-th image at a path.
-    """
+    """Makes a raw directory; `make` writes the i-th image at a path."""
     num_validation = max(1, round(num_images * IMAGENET_VALIDATION / IMAGENET_IMAGES))
     num_training = num_images - num_validation
     synsets = [f"n{1_000_000 + i:08d}" for i in range(min(NUM_SYNSETS, num_training))]
@@ -157,11 +154,6 @@ def make_small(raw_dir: Path, num_images: int) -> Path:
         os.link(originals / str(i % NUM_DRAWN), path)
 
     return make_raw(raw_dir, num_images, link)
-
-
-def make_empty(raw_dir: Path, num_images: int) -> Path:
-    """Makes a raw directory of empty files, each with an inode of its own."""
-    return make_raw(raw_dir, num_images, lambda _, path: os.mknod(path))
 
 
 def pack(data: Data, raw_dir: Path) -> Path:
@@ -228,8 +220,8 @@ def _unshared(pid: int) -> int:
 
 def measure(
     command: Sequence[str | Path],
-    first_result: Path | None = None,
     *,
+    first_shard_in: Path | None = None,
     environment: dict[str, str] | None = None,
     statuses: Sequence[int] = (0,),
     sample_memory: bool = False,
@@ -237,46 +229,35 @@ def measure(
     """Runs a command to its end.
 
     Args:
-      first_result: A file whose appearance ends the start-up.
+      first_shard_in: The directory in which the first shard ends the start-up.
       statuses: The exit statuses it may have.
       sample_memory: Whether to look into the workers, which slows them a little.
     """
     env = {**os.environ, **(environment or {})}
+    start_up, worker_peak = 0.0, 0
     with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
+        start = next_sample = time.perf_counter()
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-        try:
-            run = _watch(process, start, first_result, sample_memory)
-        except BaseException:
-            process.kill()
-            raise
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            now = time.perf_counter()
+            if (
+                not start_up
+                and first_shard_in
+                and any(first_shard_in.glob(FIRST_SHARD))
+            ):
+                start_up = now - start
+            if pid:
+                break
+            if sample_memory and now > next_sample:
+                next_sample = now + SAMPLE_SECONDS
+                for child in _children(process.pid):
+                    worker_peak = max([worker_peak, *map(_unshared, _children(child))])
+            time.sleep(POLL_SECONDS)
+        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode not in statuses:
             log.seek(0)
             raise RuntimeError(f"{command} failed:\n{log.read().decode()[-2000:]}")
-    return run
-
-
-def _watch(
-    process: subprocess.Popen[bytes],
-    start: float,
-    first_result: Path | None,
-    sample_memory: bool,
-) -> Run:
-    """Waits for the end of a process, and sets its exit status."""
-    start_up, worker_peak, next_sample = 0.0, 0, start
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        now = time.perf_counter()
-        if not start_up and first_result and first_result.exists():
-            start_up = now - start
-        if pid:
-            break
-        if sample_memory and now > next_sample:
-            next_sample = now + SAMPLE_SECONDS
-            for child in _children(process.pid):
-                worker_peak = max([worker_peak, *map(_unshared, _children(child))])
-        time.sleep(POLL_SECONDS)
-    process.returncode = os.waitstatus_to_exitcode(status)
     return Run(now - start, start_up, usage.ru_maxrss * 1024, worker_peak)
 
 
@@ -286,26 +267,21 @@ def run_script(
     *flags: str,
     num_bytes: int = 0,
     cold: bool = False,
-    first_shard: str = FIRST_SHARD,
-    environment: dict[str, str] | None = None,
-    sample_memory: bool = False,
     script: Path = SCRIPT,
+    **options: Any,
 ) -> Run:
     """Writes the shards of a raw directory, with nothing of an earlier run there.
 
     Args:
       num_bytes: Of the output, about; the memory for it is warmed first.
       cold: Whether to drop the page cache first.
+      options: Of `measure`.
     """
     make_way(scratch_dir, num_bytes)
     if cold:
         drop_page_cache()
-    return measure(
-        script_command(raw_dir, scratch_dir, *flags, script=script),
-        scratch_dir / first_shard,
-        environment=environment,
-        sample_memory=sample_memory,
-    )
+    command = script_command(raw_dir, scratch_dir, *flags, script=script)
+    return measure(command, first_shard_in=scratch_dir, **options)
 
 
 def script_command(
@@ -411,7 +387,8 @@ def run_sequential(data: Data, output_dir: Path) -> Run:
     """Runs the sequential loop on a part, and scales its loop up to all images."""
     make_way(output_dir, data.num_bytes)
     output_dir.mkdir()
-    command = [sys.executable, __file__, "--sequential", data.raw_dir, output_dir]
+    directories = [str(data.raw_dir), str(output_dir)]
+    command = [sys.executable, __file__, "--sequential", *directories]
     start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, check=True)
     seconds = time.perf_counter() - start
@@ -473,9 +450,8 @@ class Benchmark:
         self.num_images: int = 2_000 if arguments.quick else arguments.images
 
     def raw_data(self) -> Data:
-        given = self.arguments.raw_data_dir
-        if given:
-            return list_data(Path(given).resolve())
+        if self.arguments.raw_data_dir:
+            return list_data(Path(self.arguments.raw_data_dir).resolve())
         say(f"Making {self.num_images:,} images.")
         return list_data(make_photographs(self.directory / "raw", self.num_images))
 
@@ -665,10 +641,9 @@ class Benchmark:
             f"--training_shards={training_shards}",
             f"--validation_shards={validation_shards}",
         ]
-        first_shard = f"train/train-00000-of-{training_shards:05d}"
 
         def encode() -> Run:
-            return self.encode(data, *local, first_shard=first_shard)
+            return self.encode(data, *local)
 
         encoded = self.alternate({"encode": encode})["encode"]
         # The first shard ends the start-up: it is not in the seconds that are left.
@@ -682,8 +657,7 @@ class Benchmark:
 
         def both() -> Run:
             with cloud_storage(link) as environment:
-                options = {"first_shard": first_shard, "environment": environment}
-                return self.encode(data, *cloud, **options)
+                return self.encode(data, *cloud, environment=environment)
 
         runs = self.alternate(
             {"encode": encode, "upload": upload_only, "encode and upload": both}
@@ -702,7 +676,8 @@ class Benchmark:
 
     def plan(self) -> Target:
         say(f"Making {IMAGENET_IMAGES:,} empty files.")
-        raw_dir = make_empty(self.directory / "raw_of_plan", IMAGENET_IMAGES)
+        raw_dir = self.directory / "raw_of_plan"
+        make_raw(raw_dir, IMAGENET_IMAGES, lambda _, path: os.mknod(path))
         command = script_command(raw_dir, self.scratch_dir, "--dry_run")
         measure(command)  # warms the cache of the directories
         run = self.alternate({"plan": lambda: measure(command)})["plan"]
@@ -715,7 +690,7 @@ class Benchmark:
         )
 
     def grow(self) -> Target:
-        """Compares many small images with few, with upload, start-up left out."""
+        """Compares many small images with few, start-up left out."""
         say(f"Making {IMAGENET_IMAGES:,} small images.")
         few = make_small(self.directory / "few", NUM_IMAGES)
         many = make_small(self.directory / "many", IMAGENET_IMAGES)

@@ -2,13 +2,9 @@
 
 Everything is a pure function of its seed:
 
-    jpegs.photograph(7)                     # a PIL image, 500 x 375
-    jpegs.jpeg("progressive", 7)            # its bytes, about 80 KB
+    jpegs.jpeg("progressive", 7)            # 500 x 375, about 80 KB
     jpegs.jpeg("baseline", 7, 64, 48)       # about 3 KB, for fast tests
-    jpegs.png(7)
     jpegs.damage("zeroed_tail", data, 7)    # never equal to data
-
-`KINDS` names the kinds of JPEG that must be accepted, `DAMAGE` those of damage.
 """
 
 import io
@@ -94,7 +90,7 @@ def jpeg(
 
     The size is ignored by the kinds that are named after theirs.
     """
-    return KINDS[kind](seed, width, height, quality)
+    return KINDS[kind](seed, *FIXED_SIZES.get(kind, (width, height)), quality)
 
 
 def png(seed: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
@@ -118,38 +114,10 @@ def _kind(mode: str = "RGB", **options: Any) -> Callable[[int, int, int, int], b
     return encode
 
 
-def _sized(width: int, height: int) -> Callable[[int, int, int, int], bytes]:
-    """Makes a kind of fixed size."""
-
-    def encode(seed: int, _width: int, _height: int, quality: int) -> bytes:
-        return _save(photograph(seed, width, height), quality=quality)
-
-    return encode
-
-
 def _exif_thumbnail(seed: int, width: int, height: int, quality: int) -> bytes:
     image = photograph(seed, width, height)
-    thumbnail = image.copy()
-    thumbnail.thumbnail((160, 120))
-    return _save(image, quality=quality, exif=_exif(_save(thumbnail, quality=75)))
-
-
-def _exif(thumbnail: bytes) -> bytes:
-    """Builds an EXIF block: the image's directory, and that of a JPEG thumbnail.
-
-    TIFF, little-endian. Offsets count from `II`: 8 the first directory (2 + 12 + 4
-    bytes), 26 the second (2 + 3 x 12 + 4 bytes), 68 the thumbnail. Tags: 274
-    orientation (1 is upright), 259 compression (6 is JPEG), 513 offset and 514 length
-    of the thumbnail.
-    """
-    first = struct.pack("<HHHIHHI", 1, 274, 3, 1, 1, 0, 26)
-    second = struct.pack("<H", 3)
-    second += struct.pack("<HHIHH", 259, 3, 1, 6, 0)
-    second += struct.pack("<HHII", 513, 4, 1, 68)
-    second += struct.pack("<HHII", 514, 4, 1, len(thumbnail))
-    second += struct.pack("<I", 0)
-    tiff = struct.pack("<2sHI", b"II", 42, 8) + first + second + thumbnail
-    return b"Exif\x00\x00" + tiff
+    thumbnail = _save(image.resize((160, 120)), quality=75)
+    return _save(image, quality=quality, exif=b"Exif\x00\x00" + thumbnail)
 
 
 def _icc_with_markers(seed: int, width: int, height: int, quality: int) -> bytes:
@@ -210,7 +178,7 @@ KINDS: dict[str, Callable[[int, int, int, int], bytes]] = {
     "fill_bytes": _fill_bytes,
     "trailing_bytes": _trailing_bytes,
     "trailing_image": _trailing_image,
-    **{name: _sized(*size) for name, size in FIXED_SIZES.items()},
+    **dict.fromkeys(FIXED_SIZES, _kind()),
 }
 """Kinds of JPEG by name; all are undamaged."""
 
