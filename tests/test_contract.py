@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import contract
 import jpegs
 import pytest
+from conftest import golden_records
 from PIL import Image
 
 Features = dict[str, list[Any]]
@@ -165,8 +165,7 @@ def test_expected_shards_counts_labels_from_one_over_both_splits(
 
 def test_expected_shards_equals_the_reference_on_the_sample(sample: Path) -> None:
     """Only PNG and CMYK images are stored with other bytes than the file's."""
-    lines = (sample.parent / "imagenet_sample_records.jsonl").read_text().splitlines()
-    golden = dict(json.loads(line) for line in lines)
+    golden = golden_records(sample)
     expected = contract.expected_shards(sample)
     assert sorted(expected) == sorted(golden)
     for name, records in expected.items():
