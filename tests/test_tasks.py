@@ -1,7 +1,6 @@
 """Many machines make one data set: each takes the shards of its number."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -10,15 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import contract
 import pytest
 from command import REPOSITORY, SCRIPT, UPLOAD, Finished, environment, run_command
-from emulator import Emulator, Status
-from processes import started, wait_for
+from emulator import Emulator, Stall, Status
+from processes import kinds, started, uploads, wait_for
 
 import imagenet_to_gcs
 
@@ -108,19 +107,14 @@ def test_manifest_is_written_by_the_last_when_a_task_was_killed(
     for i in (0, 2):
         finished = run(mixed_raw, tmp_path, emulator, *task(i))
         assert finished.status == 0
-        assert re.fullmatch(
-            r"This task is done; \d+ shards of other tasks are still missing\.",
-            finished.lines[-1],
-        )
+        assert re.search(r"\d+ shards .* still missing", finished.lines[-1])
     assert "imagenet/manifest.json" not in emulator.objects()
     assert not (tmp_path / "manifest.json").exists()
 
     missing = len(whole) - len(emulator.objects()) - 1
     asked = run(mixed_raw, tmp_path, emulator, *task(0), "--dry_run")
     assert asked.status == 0
-    assert (
-        f"Task 0 of 3. Over all tasks, {missing} of {SHARDS} shards are still missing."
-    ) in asked.lines
+    assert asked.says(rf"Task 0 of 3\..* {missing} of {SHARDS} shards")
     assert "imagenet/manifest.json" not in emulator.objects()
 
     finished = run(mixed_raw, tmp_path, emulator, *task(1))
@@ -134,27 +128,67 @@ def test_manifest_is_written_by_the_last_when_a_task_was_killed(
     assert not list(tmp_path.glob("**/.*.tmp")), "half-written files are left"
 
 
+def copied_without_times(raw: Path, target: Path) -> Path:
+    shutil.copytree(raw, target, copy_function=shutil.copyfile)
+    for path in target.rglob("*"):
+        os.utime(path, (1, 1))
+    return target
+
+
+def test_tasks_agree_when_their_copies_have_other_times(
+    mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
+) -> None:
+    """And a third machine finds nothing to do."""
+    copy = copied_without_times(mixed_raw, tmp_path / "raw")
+    for i, raw in enumerate((mixed_raw, copy)):
+        finished = run(raw, tmp_path / f"{i}", emulator, *task(i, 2))
+        assert finished.status == 0, finished.stderr
+    assert finished.says("The data set is complete: ")
+    assert emulator.objects() == whole
+    uploaded = uploads(emulator)
+    finished = run(copy, tmp_path / "new", emulator)
+    assert finished.status == 0, finished.stderr
+    assert finished.says("The data set is complete: ")
+    assert uploads(emulator) == uploaded
+    assert (
+        contract.local_shards(tmp_path / "0")
+        .keys()
+        .isdisjoint(contract.local_shards(tmp_path / "1"))
+    )
+
+
+def test_manifest_is_removed_when_a_task_sees_that_a_shard_is_missing(
+    mixed_raw: Path, emulator: Emulator, tmp_path: Path
+) -> None:
+    """Its own shards are all there: it has nothing to do."""
+    assert run(mixed_raw, tmp_path, emulator).status == 0
+    emulator.delete("imagenet/train-00001-of-00008")
+    (tmp_path / "train" / "train-00001-of-00008").unlink()
+    finished = run(mixed_raw, tmp_path, emulator, *task(0))
+    assert finished.status == 0
+    assert re.search(r"1 shard .* still missing", finished.lines[-1])
+    assert "imagenet/manifest.json" not in emulator.objects()
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_work_is_the_rest_when_other_tasks_of_another_count_ran(
     mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
 ) -> None:
     assert run(mixed_raw, tmp_path, emulator, *task(0, 2)).status == 0
     finished = run(mixed_raw, tmp_path, emulator)
-    line = f"Resuming: 7 of {SHARDS} shards are up to date, 0 only to be uploaded."
     assert finished.status == 0
-    assert line in finished.lines
+    assert finished.says(f"7 of {SHARDS} shards are up to date")
     assert emulator.objects() == whole
 
 
-def test_nothing_is_resumed_when_a_task_is_fresh(
+def test_task_is_told_when_it_is_fresh(
     mixed_raw: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
     finished = run(mixed_raw, tmp_path, emulator, *task(2), "--dry_run")
     assert finished.status == 0
-    assert not [line for line in finished.lines if "Resuming" in line]
-    assert finished.lines[1] == (
-        f"Task 2 of 3. Over all tasks, {SHARDS} of {SHARDS} shards are still missing."
-    )
-    assert finished.lines[2].startswith("Would write 3 shards of ")
+    assert not finished.says("Resuming|up to date")
+    assert finished.says(rf"Task 2 of 3\..* {SHARDS} of {SHARDS} shards")
+    assert finished.says("^Would write 3 shards of ")
 
 
 def test_task_ends_well_when_it_has_no_shards(
@@ -162,9 +196,7 @@ def test_task_ends_well_when_it_has_no_shards(
 ) -> None:
     finished = run(mixed_raw, tmp_path, emulator, *task(99, 100))
     assert finished.status == 0, finished.stderr
-    assert finished.lines[-1] == (
-        f"This task is done; {SHARDS} shards of other tasks are still missing."
-    )
+    assert re.search(rf"{SHARDS} shards .* still missing", finished.lines[-1])
 
 
 def test_json_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
@@ -181,39 +213,74 @@ def test_json_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["manifest.json"]
 
 
-# ---------------------------------------------------------------- locks and flags
-
-
-def locked_line(scratch: Path) -> str:
-    return (
-        f"Another run is writing to {scratch}: wait for its end, or choose another "
-        "--local_scratch_dir."
-    )
+# ---------------------------------------------------------------- locks
 
 
 @pytest.mark.parametrize(
-    ("holder", "more", "status"),
+    ("first", "seconds"),
     [
-        (".lock", [], 1),
-        (".lock-1-of-3", task(1), 1),
-        (".lock-1-of-3", task(2), 0),
+        ([], [[], task(0, 2)]),
+        (task(0, 2), [task(0, 2), task(1, 3), []]),
     ],
-    ids=["single", "same_task", "other_task"],
+    ids=["single", "task"],
 )
-def test_second_run_is_refused_when_it_is_of_the_same_task(
+def test_second_run_is_refused_before_it_plans(
     mixed_raw: Path,
     emulator: Emulator,
     tmp_path: Path,
-    holder: str,
-    more: Sequence[str],
-    status: int,
+    first: list[str],
+    seconds: list[list[str]],
 ) -> None:
-    with open(tmp_path / holder, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        finished = run(mixed_raw, tmp_path, emulator, *more)
-    assert finished.status == status, finished.stderr
-    assert finished.errors == ([locked_line(tmp_path)] if status else [])
+    """Where it is of the same task, or of another number of tasks."""
+    emulator.inject(Stall(600), kind="multipart", at=1, times=None)
+    flags_of_first = flags(mixed_raw, tmp_path, *first)
+    with started(*flags_of_first, env=emulator.environment) as running:
+        wait_for(lambda: "multipart" in kinds(emulator), running)
+        num_requests = len(kinds(emulator))
+        for second in seconds:
+            finished = run(mixed_raw, tmp_path, emulator, *second)
+            assert finished.status == 1
+            [line] = finished.lines
+            assert line.startswith("ERROR: ")
+            assert str(tmp_path) in line
+        assert set(kinds(emulator)[num_requests:]) <= {"multipart", "session"}
 
+
+def test_second_run_is_refused_while_the_fake_imagenet_is_drawn(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    command = [f"--raw_data_dir={raw}", "--nogcs_upload", "--fake_imagenet"]
+    with started(*command) as running:
+        wait_for((raw / ".fake_imagenet").exists, running)
+        finished = run_command(*command, timeout=60)
+        assert running.process.poll() is None
+    assert finished.status == 1
+    [line] = finished.lines
+    assert line.startswith(f"ERROR: Another run is writing to {raw}")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda lock: lock.symlink_to(lock.parent.parent / "mine")],
+    ids=["pipe", "link"],
+)
+def test_lock_is_refused_when_it_is_no_file(
+    mixed_raw: Path, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    """What a link leads to is not emptied, and a pipe is not waited for."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    make(scratch / ".lock")
+    command = [f"--raw_data_dir={mixed_raw}", f"--local_scratch_dir={scratch}"]
+    finished = run_command(*command, "--nogcs_upload", timeout=30)
+    assert finished.status == 1
+    [error] = finished.errors
+    assert f"{scratch}/.lock" in error
+    assert mine.read_text() == "precious"
+
+
+# ---------------------------------------------------------------- flags
 
 INDEX = "--task_index must be from 0 to --task_count - 1; found"
 COUNT = "--task_count must be from 1 to 99,999; found"
