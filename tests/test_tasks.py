@@ -280,48 +280,6 @@ def test_lock_is_refused_when_it_is_no_file(
     assert mine.read_text() == "precious"
 
 
-# ---------------------------------------------------------------- flags
-
-INDEX = "--task_index must be from 0 to --task_count - 1; found"
-COUNT = "--task_count must be from 1 to 99,999; found"
-
-
-@pytest.mark.parametrize(
-    ("index", "count", "lines"),
-    [
-        (3, 3, [f"{INDEX} 3 of 3."]),
-        (-1, 3, [f"{INDEX} -1 of 3."]),
-        (1, 1, [f"{INDEX} 1 of 1."]),
-        (0, 0, [f"{COUNT} 0."]),
-        (0, -2, [f"{COUNT} -2."]),
-        (0, 100_000, [f"{COUNT} 100,000."]),
-    ],
-    ids=["index=count", "negative", "counted_from_1", "count=0", "count<0", "many"],
-)
-def test_error_names_the_flag_when_a_task_is_out_of_range(
-    raw: Path, tmp_path: Path, index: int, count: int, lines: list[str]
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        imagenet_to_gcs.run(
-            str(raw),
-            gcs_upload=False,
-            local_scratch_dir=str(tmp_path / "scratch"),
-            task_index=index,
-            task_count=count,
-        )
-    assert str(caught.value).splitlines() == lines
-    assert not (tmp_path / "scratch").exists()
-
-
-@pytest.mark.parametrize("flag", ["task_index", "task_count"])
-def test_error_names_the_flag_when_an_engine_s_variable_is_empty(flag: str) -> None:
-    """--task_index=$JOB_COMPLETION_INDEX, outside of an Indexed Job."""
-    finished = run_command(f"--{flag}=")
-    assert finished.status == 1
-    assert finished.lines[0].startswith("FATAL Flags parsing error:")
-    assert f"flag --{flag}=: " in finished.stderr
-
-
 # ---------------------------------------------------------------- README's engines
 
 
