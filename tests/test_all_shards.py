@@ -206,7 +206,7 @@ UPLOADING = """if True:
     from absl import logging
     import imagenet_to_gcs
     logging.set_verbosity(logging.INFO)
-    imagenet_to_gcs.PROGRESS_SECONDS = 0.1
+    imagenet_to_gcs.LOG_SECONDS = 0.1
     if __name__ == "__main__":
         raw, scratch = sys.argv[1:]
         for upload in (False, True):

@@ -1,6 +1,7 @@
 """Section 5: one shard, complete or absent, and its stamp."""
 
 import base64
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -33,19 +34,12 @@ def path_of(shard: script.Shard, scratch: Path) -> Path:
     return scratch / shard.split / shard.name
 
 
+def find_finished(shard: script.Shard, scratch: Path) -> script.Stamp | None:
+    return script.find_work([shard], str(scratch), None).done.get(shard.name)
+
+
 def stamp_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
-
-
-def known(stamp: script.Stamp | None) -> tuple[str, int, int, str, int]:
-    assert stamp
-    return (
-        stamp.digest,
-        stamp.num_examples,
-        stamp.num_bytes,
-        stamp.crc32c,
-        stamp.num_repaired,
-    )
 
 
 # ------------------------------------------------------------------- the file format
@@ -87,8 +81,8 @@ def test_shard_is_empty_when_it_has_no_images(raw: Path, tmp_path: Path) -> None
     shard = plan(raw, 20)[-2]
     stamp = script.write_shard(shard, str(tmp_path))
     assert path_of(shard, tmp_path).read_bytes() == b""
-    assert known(stamp) == (shard.digest(), 0, 0, "AAAAAA==", 0)
-    assert script.find_finished(shard, str(tmp_path)) == stamp
+    assert (stamp.num_examples, stamp.num_bytes, stamp.crc32c) == (0, 0, "AAAAAA==")
+    assert find_finished(shard, tmp_path) == stamp
 
 
 def test_stamp_says_what_the_shard_is(mixed_raw: Path, tmp_path: Path) -> None:
@@ -99,13 +93,17 @@ def test_stamp_says_what_the_shard_is(mixed_raw: Path, tmp_path: Path) -> None:
     records = contract.read_shard(path)
     changed = sum(r.encoded != s for r, s in zip(records, sources, strict=True))
     assert changed == 6
-    size = path.stat().st_size
-    assert known(stamp) == (shard.digest(), 21, size, crc32c_of(path), changed)
-    stored = json.loads(stamp_of(path).read_text())
-    assert stored["mtime_ns"] == path.stat().st_mtime_ns
-    assert stored["versions"] == shard.versions()
-    assert known(script.read_stamp(str(path))) == known(stamp)
-    assert known(script.find_finished(shard, str(tmp_path))) == known(stamp)
+    assert stamp == script.Stamp(
+        digest=shard.digest(),
+        num_examples=21,
+        num_bytes=path.stat().st_size,
+        crc32c=crc32c_of(path),
+        num_repaired=changed,
+        versions=shard.versions(),
+        mtime_ns=path.stat().st_mtime_ns,
+    )
+    assert json.loads(stamp_of(path).read_text()) == dataclasses.asdict(stamp)
+    assert find_finished(shard, tmp_path) == script.read_stamp(str(path)) == stamp
 
 
 def test_stamps_hold_the_same_bytes_whatever_they_were_written_for(
@@ -149,7 +147,7 @@ def test_shard_is_as_before_when_images_turn_bad(
     said = str(caught.value).splitlines()
     for line, path in zip(said, bad, strict=True):
         assert f"{path}: not a JPEG (starts with b'<htm')" in line
-    assert script.find_finished(shard, str(scratch)) is None
+    assert find_finished(shard, scratch) is None
     left = [path for path in scratch.rglob("*") if path.suffix not in ("", ".json")]
     assert left == []
     after = {path: path.read_bytes() for path in scratch.glob("*/validation-*")}
@@ -223,14 +221,15 @@ def append(shard: Path) -> None:
         pytest.param(change_stamp(mtime_ns=1), id="stamp says another time"),
     ],
 )
-def test_stamp_is_none_when_wrong(raw: Path, tmp_path: Path, spoil: Spoil) -> None:
+def test_shard_is_not_finished_when_it_is_not_as_stamped(
+    raw: Path, tmp_path: Path, spoil: Spoil
+) -> None:
     shard = plan(raw)[0]
     script.write_shard(shard, str(tmp_path))
-    assert script.find_finished(shard, str(tmp_path))
+    assert find_finished(shard, tmp_path)
     path = path_of(shard, tmp_path)
     spoil(path)
-    assert script.read_stamp(str(path)) is None
-    assert script.find_finished(shard, str(tmp_path)) is None
+    assert find_finished(shard, tmp_path) is None
 
 
 def test_stamp_of_an_older_version_is_understood_or_written_again(
@@ -240,7 +239,7 @@ def test_stamp_of_an_older_version_is_understood_or_written_again(
     shard = plan(raw)[0]
     stamp = script.write_shard(shard, str(tmp_path))
     change_stamp(mtime_ns=None, versions=None)(path_of(shard, tmp_path))
-    found = script.find_finished(shard, str(tmp_path))
+    found = find_finished(shard, tmp_path)
     assert found is None or found.same_bytes(stamp)
 
 
@@ -251,5 +250,5 @@ def test_only_the_shard_of_a_touched_image_is_not_finished(
     for shard in shards:
         script.write_shard(shard, str(tmp_path))
     os.utime(shards[2].images[1].path, ns=(1, 1))
-    found = [script.find_finished(s, str(tmp_path)) for s in plan(raw, 4, 2)]
+    found = [find_finished(s, tmp_path) for s in plan(raw, 4, 2)]
     assert [bool(f) for f in found] == [True, True, False, True, True, True]

@@ -1,7 +1,6 @@
 """Many machines make one data set: each takes the shards of its number."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -199,17 +198,17 @@ def test_task_ends_well_when_it_has_no_shards(
     assert re.search(rf"{SHARDS} shards .* still missing", finished.lines[-1])
 
 
-def test_json_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
+def test_manifest_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
     """Two tasks that end together both write manifest.json, the same bytes."""
     path = tmp_path / "manifest.json"
-    value = {str(i): "x" * 100 for i in range(1000)}
+    text = "x" * 100_000
 
     def write(_: int) -> None:
-        imagenet_to_gcs._write_json(str(path), value)
+        imagenet_to_gcs.write_text(str(path), text)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(write, range(200)))  # raises what a thread raised
-    assert json.loads(path.read_text()) == value
+    assert path.read_text() == text
     assert os.listdir(tmp_path) == ["manifest.json"]
 
 
@@ -292,53 +291,6 @@ def block(mark: str) -> str:
     )
     (only,) = (text for text in found if mark in text)
     return str(only)
-
-
-def engine_command(mark: str) -> str:
-    """Returns the flags of the script in an engine's file, unwrapped."""
-    unwrapped = re.sub(r"\\?\n\s+", " ", block(mark))
-    match = re.search(r'imagenet_to_gcs\.py (--.*?)("\]|$)', unwrapped, re.MULTILINE)
-    assert match
-    return match[1]
-
-
-ENGINES = {
-    "slurm": (
-        "SLURM_ARRAY_TASK_ID",
-        {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "8"},
-    ),
-    "kubernetes": ("JOB_COMPLETION_INDEX", {"JOB_COMPLETION_INDEX": "1"}),
-    "batch": (
-        "BATCH_TASK_INDEX",
-        {"BATCH_TASK_INDEX": "1", "BATCH_TASK_COUNT": "8"},
-    ),
-}
-
-
-@pytest.mark.parametrize(("mark", "variables"), ENGINES.values(), ids=ENGINES)
-def test_engine_s_command_is_task_1_of_8(
-    raw: Path, tmp_path: Path, emulator: Emulator, mark: str, variables: dict[str, str]
-) -> None:
-    line = f'exec "$PYTHON" "$SCRIPT" {engine_command(mark)} --dry_run'
-    line = line.replace("=/tmp/", f"={tmp_path}/").replace("=/raw", f"={raw}")
-    line = line.replace("gs://my-bucket", "gs://bucket")
-    told = {
-        "PYTHON": sys.executable,
-        "SCRIPT": str(SCRIPT),
-        "PROJECT": "project",
-        "DATA_DIR": "gs://bucket/imagenet",
-        **variables,
-    }
-    finished = subprocess.run(
-        ["bash", "-euc", line],
-        cwd=raw,
-        env=environment({**emulator.environment, **told}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "Task 1 of 8. Over all tasks, 1,152 of 1,152 " in finished.stderr
 
 
 SLURM_CONF = """
@@ -428,6 +380,7 @@ def test_slurm_makes_the_bytes_of_a_single_run(
     python.chmod(0o755)
     # Fewer tasks and shards than README's, for the time it takes.
     script = block("SLURM_ARRAY_TASK_ID").replace("--array=0-7", "--array=0-1")
+    script = re.sub(r"--task_count=\S+", "--task_count=2", script)
     small = "--training_shards=8 --validation_shards=5 --num_workers=1"
     script = script.replace("--nokeep_local_shards", f"--nokeep_local_shards {small}")
     (tmp_path / "imagenet.slurm").write_text(script)
@@ -446,27 +399,3 @@ def test_slurm_makes_the_bytes_of_a_single_run(
     assert "Task 1 of 2. Over all tasks, " in logs
     assert f"The data set is complete: {SHARDS} shards of 29 images " in logs
     assert emulator.objects() == whole
-
-
-def test_slurm_script_is_a_bash_script() -> None:
-    script = block("SLURM_ARRAY_TASK_ID")
-    assert script.startswith("#!/bin/bash\n#SBATCH ")
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-
-
-@pytest.mark.parametrize(
-    ("mark", "path", "number"),
-    [
-        ("JOB_COMPLETION_INDEX", ("spec", "completions"), 8),
-        ("BATCH_TASK_INDEX", ("taskGroups", 0, "taskCount"), 8),
-    ],
-    ids=["kubernetes", "batch"],
-)
-def test_engine_s_file_says_how_many_tasks(
-    mark: str, path: Sequence[str | int], number: int
-) -> None:
-    yaml = pytest.importorskip("yaml")
-    value = yaml.safe_load(block(mark))
-    for key in path:
-        value = value[key]
-    assert value == number
