@@ -1,16 +1,32 @@
 """Section 6: all shards, written by any number of processes."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import pty
 import re
 import signal
+import struct
+import subprocess
 import sys
+import termios
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import contract
 import pytest
-from command import IMPORTS, REPOSITORY, Finished, run_code, run_command
+from command import (
+    IMPORTS,
+    REPOSITORY,
+    SCRIPT,
+    UPLOAD,
+    Finished,
+    environment,
+    run_code,
+    run_command,
+)
 from conftest import golden_records
 from emulator import Emulator
 from processes import Run, finished_shards, wait_for
@@ -236,6 +252,47 @@ def test_progress_is_logged_while_it_runs(
     written, uploaded = done.format(24) + speed, done.format(40) + speed
     assert re.search(written + left, finished.stderr)
     assert re.search(rf"{uploaded}, uploaded \d+ of 44{left}", finished.stderr)
+
+
+def test_speed_is_that_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last half minute, so that a link that stalls is seen."""
+    monkeypatch.setattr(script, "SPEED_SECONDS", 0.1)
+    shard = script.Shard("train", 0, 1, ())
+    progress = script.Progress(script.Work(to_write=[shard]), is_uploading=False)
+    progress.wrote(shard.name, script.Stamp("", 10_000, 10_000_000, ""))
+    assert " 0 images/s" not in progress.line()
+    for _ in range(3):
+        time.sleep(0.15)
+        line = progress.line()
+    assert ", 0 images/s, 0 bytes/s" in line
+
+
+def test_line_is_redrawn_in_place_on_a_terminal(
+    raw: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    """Cut to its width, and gone before the next line of the log."""
+    emulator.latency = 0.3
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/scratch"]
+    command = [sys.executable, str(SCRIPT), *flags, *UPLOAD, *SHARDS]
+    process = subprocess.Popen(
+        command, env=environment(emulator.environment), stdout=end, stderr=end
+    )
+    os.close(end)
+    printed = b""
+    with contextlib.suppress(OSError):  # the command has ended
+        while data := os.read(terminal, 10_000):
+            printed += data
+    os.close(terminal)
+    assert process.wait() == 0, printed
+    drawn = re.findall(r"\r([^\r\n]+)\x1b\[K", printed.decode())
+    assert [line for line in drawn if re.search(r"\d+ of 12 shards, ", line)]
+    assert all(len(line) < 60 for line in drawn)
+    rest = re.sub(r"\r[^\r\n]*\x1b\[K", "", printed.decode())
+    assert "images/s, uploaded" not in rest
+    for line in rest.splitlines():
+        assert re.match(r"20\d\d-\d\d-\d\d ", line), line
 
 
 @pytest.mark.parametrize(

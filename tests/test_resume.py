@@ -547,37 +547,6 @@ def test_manifest_is_absent_when_run_is_killed_in_the_middle(
 # ------------------------------------------------------------------ what else can be
 
 
-def exchange_stamps(scratch: Path) -> None:
-    """Gives a shard the stamp of another, with its own size and time."""
-    path = scratch / "train" / ".train-00003-of-00008.json"
-    stamp = json.loads(path.read_text())
-    other = json.loads((path.parent / ".train-00004-of-00008.json").read_text())
-    path.write_text(json.dumps({**stamp, "digest": other["digest"]}))
-
-
-def truncate_shard(scratch: Path) -> None:
-    path = scratch / "train" / "train-00003-of-00008"
-    os.truncate(path, path.stat().st_size - 1)
-
-
-@pytest.mark.parametrize(
-    "damage", [exchange_stamps, truncate_shard], ids=lambda damage: damage.__name__
-)
-def test_shard_is_written_again_when_it_is_not_as_stamped(
-    small: Data, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    """All the ways in which a stamp may be wrong are in the tests of one shard."""
-    scratch = copy_tree(small.scratch, tmp_path / "scratch")
-    damage(scratch)
-    before = identities(scratch)
-    done = run_command(*small.flags(scratch), "--nogcs_upload", *SMALL_SHARDS)
-    assert done.status == 0, done.stderr
-    after = identities(scratch)
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"train-00003-of-00008"}
-    assert contents(scratch) == contents(small.scratch)
-
-
 def flip_byte(scratch: Path, keep_time: bool) -> Path:
     """Changes a shard on the disk, but not its size."""
     path = scratch / "train" / "train-00003-of-00008"

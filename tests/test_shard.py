@@ -216,6 +216,7 @@ def append(shard: Path) -> None:
         pytest.param(replace_stamp(b"[" * 100_000), id="stamp is nested"),
         pytest.param(replace_stamp(b"{}"), id="stamp says nothing"),
         pytest.param(change_stamp(digest=None), id="stamp says no digest"),
+        pytest.param(change_stamp(digest="0" * 64), id="stamp of another plan"),
         pytest.param(change_stamp(num_bytes=1), id="stamp says another size"),
         pytest.param(change_stamp(num_bytes="1"), id="stamp says no number"),
         pytest.param(change_stamp(mtime_ns=1), id="stamp says another time"),
