@@ -9,7 +9,7 @@ from typing import Any
 
 import contract
 import pytest
-from command import IMPORTS, REPOSITORY, SCRIPT, UPLOAD, Finished, run_command
+from command import IMPORTS, SCRIPT, UPLOAD, Finished, run_command
 
 import imagenet_to_gcs as script
 
@@ -390,35 +390,6 @@ def test_workers_are_as_many_as_the_container_has_processors(
 
 
 # ------------------------------------------------------------------------ packaging
-
-
-def read_requirements(text: str) -> list[str]:
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    return sorted(line for line in lines if line)
-
-
-def read_metadata() -> dict[str, str]:
-    """Reads the fields of the script's PEP 723 block as they are written."""
-    block = re.search(
-        r"^# /// script\n((?:#(?: .*)?\n)+)# ///$", SCRIPT.read_text(), re.MULTILINE
-    )
-    assert block, "no PEP 723 block"
-    content = re.sub(r"^# ?", "", block[1], flags=re.MULTILINE)
-    fields = re.findall(
-        r"^([\w-]+) = (\[.*?\]|.*?)$", content, re.MULTILINE | re.DOTALL
-    )
-    return dict(fields)
-
-
-def test_inline_metadata_is_that_of_the_requirements() -> None:
-    metadata = read_metadata()
-    assert metadata["requires-python"] == '">=3.10"'
-    inline = re.findall(r'"([^"]+)"', metadata["dependencies"])
-    requirements = read_requirements((REPOSITORY / "requirements.txt").read_text())
-    assert sorted(inline) == requirements
-    names = [requirement.partition(">=")[0] for requirement in requirements]
-    assert names == ["absl-py", "google-cloud-storage", "tensorflow"]
-    assert all(re.fullmatch(r"[\w-]+>=[\d.]+", each) for each in requirements)
 
 
 def test_script_can_be_run_by_its_name() -> None:

@@ -175,11 +175,13 @@ def test_slurm_job_without_its_settings_says_which() -> None:
 def test_kubernetes_accepts_its_job(version: str) -> None:
     job = yaml.safe_load(block("yaml", "apiVersion"))
     kubernetes_validate.validate(job, version, strict=True)
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 8
 
 
 def test_batch_accepts_its_job() -> None:
     job = yaml.safe_load(block("yaml", "logsPolicy"))
     json_format.ParseDict(job, batch_v1.Job.pb(batch_v1.Job()))
+    assert job["taskGroups"][0]["taskCount"] == 8
 
 
 def engine_command(engine: str) -> tuple[str, dict[str, str]]:
