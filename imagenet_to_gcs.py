@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
 #   "absl-py>=2.1.0",
 #   "google-cloud-storage>=3.4.1",
