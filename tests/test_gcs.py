@@ -335,7 +335,8 @@ def test_upload_is_refused_when_the_bucket_is_missing(
     assert_refused(
         finished,
         raw,
-        "No bucket for gs://nowhere/imagenet/manifest.json: 404 Not Found. Create it: "
+        "No bucket for gs://nowhere/imagenet/manifest.json: 404 The specified bucket "
+        "does not exist. Create it: "
         "gcloud storage buckets create gs://nowhere",
     )
     assert len(emulator.requests) == 1
@@ -410,7 +411,8 @@ def test_raw_directory_and_bucket_are_refused_together(
         raw,
         f"{raw}/synset_labels.txt has 1 label and {raw}/validation 4 images; they must "
         "be equal in number.",
-        "No bucket for gs://nowhere/imagenet/manifest.json: 404 Not Found. Create it: "
+        "No bucket for gs://nowhere/imagenet/manifest.json: 404 The specified bucket "
+        "does not exist. Create it: "
         "gcloud storage buckets create gs://nowhere",
     )
 
