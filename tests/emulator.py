@@ -69,9 +69,16 @@ class Status:
     reason: str = ""
 
 
-@dataclass(frozen=True)
 class Reset:
     """Resets the connection (TCP RST) after 64 KiB of the body at most."""
+
+
+class LostResponse:
+    """Carries the request out, then resets the connection instead of answering."""
+
+
+class ShortRange:
+    """Stores half of a resumable upload's chunk, and answers so (308)."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +86,6 @@ class Stall:
     """Carries the request out, then waits before it answers."""
 
     seconds: float
-
-
-@dataclass(frozen=True)
-class ShortRange:
-    """Stores half of a resumable upload's chunk, and answers so (308)."""
-
-
-@dataclass(frozen=True)
-class LostResponse:
-    """Carries the request out, then resets the connection instead of answering."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class WrongContent:
     answer_looks_right: bool = False
 
 
-Fault = Status | Reset | Stall | ShortRange | LostResponse | WrongContent
+Fault = Status | Reset | LostResponse | ShortRange | Stall | WrongContent
 
 
 @dataclass(frozen=True)
@@ -194,27 +191,22 @@ def _list_page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[st
     These are as in `items(name,size),nextPageToken`. A page's token is the last name
     of the page before.
     """
-    prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+    prefix, after = query.get("prefix", ""), query.get("pageToken", "")
+    beyond = query.get("delimiter") or "\0"
     items = [
         item
         for item in items
         if item["name"].startswith(prefix)
-        and item["name"] > query.get("pageToken", "")
-        and not (delimiter and delimiter in item["name"][len(prefix) :])
+        and item["name"] > after
+        and beyond not in item["name"].removeprefix(prefix)
     ]
     size = min(int(query.get("maxResults", PAGE_SIZE)), PAGE_SIZE)
     fields = query.get("fields", "items,nextPageToken")
     kept = dict(re.findall(r"(\w+)(?:\(([^)]*)\))?", fields))
-    keys = kept.get("items", "").split(",")
-    page: dict[str, Any] = {
-        "items": [
-            {k: v for k, v in item.items() if k in keys or keys == [""]}
-            for item in items[:size]
-        ]
-    }
-    if len(items) > size and "nextPageToken" in kept:
-        page["nextPageToken"] = items[size - 1]["name"]
-    return page
+    keys = set(kept["items"].split(",")) - {""}
+    page = [{k: v for k, v in i.items() if not keys or k in keys} for i in items[:size]]
+    more = {"nextPageToken": items[size - 1]["name"]} if len(items) > size else {}
+    return {"items": page, **(more if "nextPageToken" in kept else {})}
 
 
 # ------------------------------------------------------------------------- the server
@@ -228,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def __init__(self, emulator: Emulator, *args: Any) -> None:
         self.emulator = emulator
+        self.body, self.length = bytearray(), 0
         super().__init__(*args)
 
     def setup(self) -> None:
@@ -257,7 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         if num_bytes < length:  # the client died
             self.close_connection = True
             return
-        answer = self.emulator._answer(self, request, fault, body, length)
+        self.body, self.length = body, length
+        answer = self.emulator._answer(self, request, fault)
         stall = fault.seconds if isinstance(fault, Stall) else 0.0
         self.emulator._closing.wait(self.emulator.latency + stall)
         if isinstance(fault, LostResponse):
@@ -267,6 +261,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(answer)
 
     do_GET = do_POST = do_PUT = do_DELETE = _serve
+
+    def do_CONNECT(self) -> None:
+        """Is a proxy that lets nobody through."""
+        self._send(_refusal(Status(407)))
 
     def _read(self, length: int) -> bytearray:
         """Reads as much of the body, or less if the connection ends."""
@@ -303,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind: Kind = "other"
         name = unquote(quoted_name)
         if not url.path.startswith(("/storage/", "/upload/")):
-            kind = "token"
+            kind, name = "token", url.path
         elif "upload_id" in query:
             kind = "chunk" if self.command == "PUT" else "other"
             name = self.emulator._name_of_upload(query["upload_id"])
@@ -372,7 +370,7 @@ class Emulator:
         self._resources: dict[str, dict[str, Any]] = {}  # by name
         self._contents: dict[str, bytes] = {}
         self._uploads: dict[str, _Upload] = {}  # by upload id
-        self._upload_ids = map(str, itertools.count(1))
+        self._upload_ids = itertools.count(1)
         self._requests: list[Request] = []
         self._injections: list[_Injection] = []
         self._wrong_content: dict[str, WrongContent] = {}  # by object, until complete
@@ -505,75 +503,61 @@ class Emulator:
             self._requests[index] = replace(self._requests[index], status=status)
 
     def _answer(
-        self,
-        handler: _Handler,
-        request: Request,
-        fault: Fault | None,
-        body: bytearray,
-        length: int,
+        self, handler: _Handler, request: Request, fault: Fault | None
     ) -> _Answer:
         """Carries a request out, unless the fault is that it is not."""
         if isinstance(fault, Status):
             return _refusal(fault, request.kind)
-        is_known = (
-            request.path.partition("?")[0].split("/o")[0].endswith(f"/b/{self.bucket}")
-        )
+        if request.kind == "token":
+            return _token(request)
+        if f"/b/{self.bucket}/o" not in request.path:
+            return _refusal(Status(404, "The specified bucket does not exist."))
+        if self.requester_pays and "userProject" not in request.query:
+            said = "Bucket is a requester pays bucket but no user project provided."
+            return _refusal(Status(400, said, "required"))
         with self._lock:
-            if request.kind == "token":
-                return _token(handler)
-            if not is_known:
-                return _refusal(Status(404, "The specified bucket does not exist."))
-            if self.requester_pays and "userProject" not in request.query:
-                said = "Bucket is a requester pays bucket but no user project provided."
-                return _refusal(Status(400, said, "required"))
             if request.kind == "multipart":
-                return self._answer_multipart(body, length)
+                return self._answer_multipart(handler)
             if request.kind == "session":
-                return self._answer_session(handler, request, body)
+                return self._answer_session(request, bytes(handler.body))
             if "upload_id" in request.query:
-                short = isinstance(fault, ShortRange)
-                return self._answer_upload(handler, request, body, length, short)
+                if isinstance(fault, ShortRange):
+                    handler.length = handler.length // 2 // CHUNK_UNIT * CHUNK_UNIT
+                return self._answer_chunk(handler, request)
             if request.kind == "list":
                 items = [self._resources[name] for name in sorted(self._resources)]
                 return _Answer(200, _list_page(items, request.query))
             if request.name not in self._resources:
                 return _refusal(Status(404, f"No such object: {request.name}"))
-            resource = self._resources[request.name]
+            answer = _Answer(200, self._resources[request.name])
             if request.kind == "delete":
-                del self._resources[request.name], self._contents[request.name]
-                return _Answer(204)
-            return _Answer(200, resource)
+                self.delete(request.name)
+                answer = _Answer(204)
+            return answer
 
-    def _answer_multipart(self, body: bytearray, length: int) -> _Answer:
+    def _answer_multipart(self, handler: _Handler) -> _Answer:
         """Stores an object that came with its metadata in one request."""
-        boundary = bytes(body).partition(b"\r\n")[0]
-        _, metadata, _ = bytes(body).split(b"\r\n\r\n", 2)
-        start = body.index(b"\r\n\r\n", body.index(metadata)) + 4
-        num_bytes = length - start - len(b"\r\n" + boundary + b"--")
+        boundary, _, _ = bytes(handler.body).partition(b"\r\n")
+        _, metadata, _ = bytes(handler.body).split(b"\r\n\r\n", 2)
+        start = handler.body.index(metadata) + len(metadata + b"\r\n\r\n")
+        num_bytes = handler.length - start - len(b"\r\n" + boundary + b"--")
         resource = json.loads(metadata.partition(b"\r\n--")[0])
-        return self._store(_Upload(resource, num_bytes, body[start:][:num_bytes]))
+        data = handler.body[start : start + num_bytes]
+        return self._store(_Upload(resource, num_bytes, data))
 
-    def _answer_session(
-        self, handler: _Handler, request: Request, body: bytearray
-    ) -> _Answer:
-        upload_id = next(self._upload_ids)
+    def _answer_session(self, request: Request, body: bytes) -> _Answer:
+        upload_id = str(next(self._upload_ids))
         resource = {**json.loads(body or b"{}"), "name": request.name}
         self._uploads[upload_id] = _Upload(resource)
         url = f"{self.url}{request.path}&upload_id={upload_id}"
         return _Answer(200, {}, {"Location": url})
 
-    def _answer_upload(
-        self,
-        handler: _Handler,
-        request: Request,
-        body: bytearray,
-        length: int,
-        is_short: bool,
-    ) -> _Answer:
+    def _answer_chunk(self, handler: _Handler, request: Request) -> _Answer:
         """Appends what is new in a chunk: it may come again if the answer was lost."""
-        upload = self._uploads.get(request.query["upload_id"])
+        upload_id = request.query["upload_id"]
+        upload = self._uploads.get(upload_id)
         if request.method == "DELETE":
-            self._uploads.pop(request.query["upload_id"], None)
+            self._uploads.pop(upload_id, None)
             return _refusal(Status(499))
         if not upload:
             return _refusal(Status(404))
@@ -586,11 +570,9 @@ class Emulator:
         if start > upload.num_bytes:
             said = f"Chunk starts at {start}, expected {upload.num_bytes}"
             return _refusal(Status(400, said))
-        if is_short:
-            length = length // 2 // CHUNK_UNIT * CHUNK_UNIT
         if self.keep:
-            upload.data += body[upload.num_bytes - start : length]
-        upload.num_bytes = max(upload.num_bytes, start + length)
+            upload.data += handler.body[upload.num_bytes - start : handler.length]
+        upload.num_bytes = max(upload.num_bytes, start + handler.length)
         if upload.num_bytes == int(match[2]):
             upload.finished = True
             return self._store(upload)
@@ -641,19 +623,17 @@ class Emulator:
         self._closing.wait(pause)
 
 
-def _token(handler: _Handler) -> _Answer:
+def _token(request: Request) -> _Answer:
     """Logs anybody in: at the token endpoint, the metadata server, or as another."""
-    path = handler.path.partition("?")[0]
-    if path.endswith("universe-domain"):
+    if request.name.endswith("universe-domain"):
         return _Answer(404)
     content = {
         "access_token": "token",
-        "expires_in": 3600,
-        "token_type": "Bearer",
         "accessToken": "token",
-        "expireTime": "2100-01-01T00:00:00Z",
         "email": "me@example.com",
-        "scopes": ["https://www.googleapis.com/auth/cloud-platform"],
+        "expires_in": 3600,
+        "expireTime": "2100-01-01T00:00:00Z",
+        "scopes": [],
     }
     return _Answer(200, content, {"Metadata-Flavor": "Google"})
 
