@@ -50,7 +50,6 @@ from __future__ import annotations
 import base64
 import collections
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import ctypes
 import dataclasses
@@ -64,22 +63,24 @@ import itertools
 import json
 import logging as python_logging
 import math
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import pathlib
+import pickle
 import queue
 import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
@@ -88,7 +89,6 @@ import google_crc32c
 from absl import app, flags, logging
 
 if TYPE_CHECKING:
-    import numpy
     import tensorflow as tf
     from google.api_core import retry
     from google.cloud import storage
@@ -1314,7 +1314,7 @@ def write_and_upload(
     with (
         _closing(concurrent.futures.ThreadPoolExecutor(UPLOAD_THREADS)) as uploaders,
         _closing(concurrent.futures.ThreadPoolExecutor(FINISHING_THREADS)) as finishers,
-        _closing(_worker_pool(num_workers)) as workers,
+        _closing(WorkerPool(num_workers)) as workers,
     ):
         for shard in to_upload:
             send(shard)
@@ -2321,7 +2321,7 @@ def run(
         start_forkserver()
     with _failures_in_words():
         if checked.draws:
-            make_fake_imagenet(checked.raw_dir, checked.workers)
+            make_fake_imagenet(checked.raw_dir, checked.workers, checked.scratch_dir)
         job = _prepare(checked)
         _log_intent(job)
         if not checked.dry_run:
@@ -2378,23 +2378,18 @@ def _failures_in_words() -> Iterator[None]:
     """
     try:
         yield
-    except (concurrent.futures.process.BrokenProcessPool, EOFError) as error:
-        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
-        raise RunError(
-            "A worker process was killed, most likely by the kernel for want of "
-            "memory. Finished shards are kept: run the same command again with fewer "
-            "--num_workers."
-        ) from error
-    except ImportError as error:
-        raise RunError(
-            f"TensorFlow cannot be imported: {error}. Run pip install -r "
-            "requirements.txt in a new virtual environment."
-        ) from error
     except OSError as error:
         what = f"Cannot write {error.filename}: " if error.filename else ""
         raise RunError(
-            f"{what}{error.strerror or error}. Finished shards are kept: mend that and "
-            "run the same command again."
+            f"{what}{error.strerror or error}. Finished shards are kept: fix this and "
+            "rerun the same command."
+        ) from error
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        raise RunError(
+            "Cannot start a thread: the limit of processes (ulimit -u) is reached. "
+            "Raise it, or rerun the same command with fewer --num_workers."
         ) from error
 
 
@@ -2465,7 +2460,7 @@ def main(arguments: Sequence[str]) -> None:
 def _exit(status: int) -> NoReturn:
     """Ends the process at once, without waiting for uploads that hang in a request.
 
-    The kernel ends the forkserver with it, and the workers with that.
+    The kernel kills the forkserver and the workers with it; see `_end_with_run`.
     """
     logging.flush()
     sys.stdout.flush()
@@ -2750,193 +2745,303 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 # C. Worker processes
 
 
-PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Whether TensorFlow's log is wanted on stderr; otherwise what is said there is kept.
+IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
+KEPT = "Finished shards are kept"
+LOG_LINE = re.compile(r"WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")  # no last words
 
 
-def _worker_pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(
-        num_workers,
-        multiprocessing.get_context("forkserver"),
-        initializer=_start_worker,
-    )
+class WorkerPool(concurrent.futures.ThreadPoolExecutor):
+    """Calls functions in processes: each thread has its own, and waits for it."""
+
+    def __init__(self, num_workers: int):
+        super().__init__(num_workers)
+        self._worker = threading.local()
+
+    def submit(self, function: Any, /, *arguments: Any, **keywords: Any) -> Future:
+        call = functools.partial(function, *arguments, **keywords)
+        return super().submit(self._call_in_worker, call)
+
+    def _call_in_worker(self, call: Callable[[], Any]) -> Any:
+        worker = self._worker
+        if not hasattr(worker, "pipe"):
+            worker.forkserver = start_forkserver()
+            worker.pipe, worker.stderr = worker.forkserver.fork()
+        worker.stderr.seek(0)
+        worker.stderr.truncate()  # libjpeg warns of every image's skeleton
+        try:
+            worker.pipe.write(pickle.dumps(call))
+            worker.pipe.flush()
+            result, error, trace = pickle.load(worker.pipe)
+        except (EOFError, ConnectionError, pickle.UnpicklingError):
+            raise worker.forkserver.death(worker.stderr) from None
+        if error:
+            raise error from RuntimeError(f"in a worker process:\n{trace}")
+        return result
 
 
-# Its one thread lives as long as the process, whatever thread `run` is called in: the
-# forkserver dies with the thread that started it.
-_forkserver_thread = concurrent.futures.ThreadPoolExecutor(1)
+class Forkserver:
+    """The process that imports TensorFlow, once, and forks the workers.
 
-
-def start_forkserver() -> None:
-    """Starts the process that imports TensorFlow once and forks the workers.
-
-    It returns at once: the import, some seconds of it, goes on while the raw
-    directory is listed. The server imports this file by its name, for `_preload`, and
-    so must start where this file is. What TensorFlow and CUDA print on their import
-    goes to /dev/null unless the user's TF_CPP_MIN_LOG_LEVEL asks for it.
+    When a worker dies, the forkserver dies the same way. It has a session of its own,
+    so neither Ctrl-C nor a hangup reaches it.
     """
-    directory, filename = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(filename)[0] if __name__ == "__main__" else __name__
-    sys.modules[module] = sys.modules[__name__]  # what a worker sends back is of it
-    multiprocessing.set_forkserver_preload([module])
-    working_dir = os.open(".", os.O_RDONLY)
-    with contextlib.ExitStack() as stack:
-        # Inherited by Python's resource tracker, which a terminal's hangup would end;
-        # the semaphores would then outlive the run.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-        stack.callback(os.close, working_dir)
-        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-            null = stack.enter_context(open(os.devnull, "wb"))
-            stack.enter_context(_stderr_to(null.fileno()))
-        stack.callback(os.environ.pop, PRELOAD)
-        os.environ[PRELOAD] = f"{os.getpid()} {__name__}"
-        stack.callback(os.fchdir, working_dir)
-        os.chdir(directory)
-        _forkserver_thread.submit(multiprocessing.forkserver.ensure_running).result()
+
+    def __init__(self) -> None:
+        self._stderr = _unnamed_file()
+        self._requests, stdin = socket.socketpair()
+        # Runs this file, whatever its name, as the module that it is here.
+        path = os.path.abspath(__file__)
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
+            f"runpy.run_path({path!r}, {{'IS_FORKSERVER': True}}, {__name__!r})"
+        )
+        with stdin:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=stdin.fileno(),
+                stdout=subprocess.PIPE,  # stays empty: see _end_with_run
+                stderr=None if IS_VERBOSE else self._stderr,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+                start_new_session=True,
+            )
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def fork(self) -> tuple[Any, BinaryIO]:
+        """Starts a worker; returns the pipe to it, and its stderr."""
+        stderr = _unnamed_file()
+        ours, theirs = socket.socketpair()
+        file_descriptors = [theirs.fileno(), stderr.fileno()]
+        with ours, theirs:
+            with contextlib.suppress(ConnectionError):  # the pipe will break, too
+                socket.send_fds(self._requests, [b"."], file_descriptors)
+            return ours.makefile("rwb"), stderr
+
+    def death(self, worker_stderr: BinaryIO) -> RunError:
+        """Words the death of a worker or of the forkserver, with its last words."""
+        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
+        status = self._process.wait()
+        if status == -signal.SIGKILL:
+            return RunError(
+                "A worker process was killed, most likely because the machine ran out "
+                f"of memory. {KEPT}: rerun the same command with fewer --num_workers."
+            )
+        text = _text(worker_stderr) or _text(self._stderr)
+        lines = [line for line in text.splitlines() if not LOG_LINE.match(line)]
+        if status < 0:
+            words = [signal.Signals(-status).name, *lines[-1:]]
+        else:  # the last line of a traceback that names an error
+            words = [line for line in lines if re.match(r"[\w.]+: ", line)][-1:]
+        said = ": ".join(words).rstrip(".") or f"exit status {status}"
+        if status == -signal.SIGILL:
+            remedy = "Use a TensorFlow that is built for this processor."
+        elif "import tensorflow" in text:
+            said = f"TensorFlow cannot be imported: {said}"
+            remedy = "Run pip install -r requirements.txt in a new virtual environment."
+        else:
+            remedy = f"{KEPT}: fix this and rerun the same command."
+        return RunError(f"A worker process died: {said}. {remedy}")
 
 
-def _preload() -> None:
-    """Readies the forkserver: TensorFlow imported, but nothing of it run yet.
+_forkserver: Forkserver | None = None
+
+
+def start_forkserver() -> Forkserver:
+    """Starts the forkserver unless it is running; returns before it is ready.
+
+    Importing TensorFlow takes seconds, during which the raw directory is listed.
+    """
+    global _forkserver
+    if not _forkserver or not _forkserver.is_alive():
+        try:
+            _forkserver = Forkserver()
+        except OSError as error:
+            problem = f"Cannot start a process: {error.strerror}. {KEPT}."
+            raise RunError(problem) from error
+    return _forkserver
+
+
+def _unnamed_file() -> BinaryIO:
+    return open(os.memfd_create("stderr"), "w+b", buffering=0)
+
+
+def _text(file: BinaryIO) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace").strip()
+
+
+def _serve_forks() -> None:
+    """Imports TensorFlow, then forks a worker whenever the run asks for one.
 
     A fork after TensorFlow has run anything would hang.
     """
-    _die_with_parent()
-    run_pid, module = os.environ[PRELOAD].split()
-    if os.getppid() != int(run_pid):  # it died before we asked to die with it
-        os._exit(1)
-    if module == "__main__":  # else each worker would load this file once more
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    # A worker will say what is wrong with the import.
-    with _no_garbage_collection(), contextlib.suppress(ImportError):
+    _end_with_run()
+    warnings.simplefilter("ignore")  # they are not what anything died of
+    signal.signal(signal.SIGCHLD, _die_like_worker)
+    with _no_garbage_collection():
         import tensorflow  # noqa: F401
+    with socket.socket(fileno=0) as requests:
+        while True:
+            _, file_descriptors, _, _ = socket.recv_fds(requests, 1, 2)
+            if os.fork() == 0:
+                _work(*file_descriptors)
+            for file_descriptor in file_descriptors:
+                os.close(file_descriptor)
 
 
-def _start_worker() -> None:
-    """Readies a worker: it works on one processor, quietly, while the run lives."""
-    _die_with_parent()
-    run_process = multiprocessing.parent_process()
-    if run_process and not run_process.is_alive():
-        os._exit(1)
-    # Ctrl-C goes to all processes; SIGHUP does too, and is blocked.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # libjpeg's warnings, one for each skeleton
-    with contextlib.suppress(ImportError):  # the first image will raise it again
-        import tensorflow as tf
+def _end_with_run() -> None:
+    """Has the kernel kill the forkserver and its workers when the run ends.
 
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-
-
-def _die_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends.
-
-    The workers are children of the forkserver, which is a child of the run.
-    NOTE: Linux only, as are the locks and the count of processors.
+    Only the run holds the other end of stdout. When that closes, the kernel sends SIGIO
+    to this process group, which kills it.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
+
+
+def _die_like_worker(*_: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            status = os.waitstatus_to_exitcode(child[1])
+            if status < 0:
+                os.kill(os.getpid(), -status)
+            elif status:
+                os._exit(status)
+
+
+def _work(channel: int, stderr: int) -> NoReturn:
+    """Makes the calls that the run sends to this worker, on one processor."""
+    os.dup2(channel, 0)  # the run sees the forkserver end even if a worker lives on
+    if not IS_VERBOSE:
+        os.dup2(stderr, 2)
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    pipe = socket.socket(fileno=channel).makefile("rwb")
+    while pipe.peek(1):  # until the pool is shut down
+        call = pickle.load(pipe)
+        try:
+            answer: Any = call(), None, ""
+        except BaseException as error:  # noqa: BLE001
+            answer = None, error, traceback.format_exc()
+        pipe.write(pickle.dumps(answer))
+        pipe.flush()
+    os._exit(0)
+
+
+def _open_closed_streams() -> None:
+    """Starts the command over with /dev/null for each of its streams that is closed.
+
+    Otherwise the next file to be opened would become stderr, and take what is said.
+    """
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # ---------------------------------------------------------------------------------
-# D. A fake ImageNet: a demonstration for those who have no ImageNet yet
+# D. A fake ImageNet: a demonstration if you have no ImageNet yet
 
 
 FAKE_TRAINING_IMAGES = 2048
 FAKE_VALIDATION_IMAGES = 256
+FAKE_IMAGE_BYTES = 100_000  # at most
 FAKE_MARK = ".fake_imagenet"  # in the directory of a fake one
 
 
-def make_fake_imagenet(raw_data_dir: str, num_workers: int) -> None:
-    """Draws 2,048 training and 256 validation images of 1,000 synsets.
+def make_fake_imagenet(
+    raw_data_dir: str, num_workers: int, scratch_dir: str = ""
+) -> None:
+    """Generates 2,048 training and 256 validation images of 1,000 synsets.
 
-    They have ImageNet's layout, and its usual size of 500 x 375; no shard of the 1,024
-    and 128 stays empty. The synsets, from n90000000 on, are not of WordNet. One that
-    stands complete is left as it is; one cut off is drawn again.
+    They have ImageNet's layout and its usual size of 500 x 375, and leave none of the
+    1,024 and 128 shards empty. The synsets, from n90000000 on, are not in WordNet. A
+    complete fake is left as it is; an interrupted one is generated again.
+
+    Args:
+      scratch_dir: May lie in the raw directory; `tf_records` there by default.
 
     Raises:
-      InvalidInputError: The directory holds something else.
+      InvalidInputError: The directory contains something else, or has no room.
     """
     root = pathlib.Path(raw_data_dir)
     mark = root / FAKE_MARK
-    if root.is_dir() and any(root.iterdir()) and not mark.exists():
+    scratch_dir = scratch_dir or os.path.join(raw_data_dir, "tf_records")
+    scratch_name, *_ = pathlib.Path(os.path.relpath(scratch_dir, root)).parts
+    found = set(os.listdir(root)) - {scratch_name} if root.is_dir() else set()
+    if found and not mark.exists():
         raise InvalidInputError(
-            f"--fake_imagenet must find --raw_data_dir={raw_data_dir} empty or "
-            f"absent; it holds {_some(sorted(os.listdir(root)))}."
+            f"--raw_data_dir={raw_data_dir} must be empty or missing for "
+            f"--fake_imagenet; it contains {_some(sorted(found))}. Choose another "
+            "directory."
         )
-    if (root / LABELS_FILE).exists():
+    if LABELS_FILE in found:
         return
-    logging.info(
-        "Drawing %s into %s.",
-        _count(FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES, "fake image"),
-        raw_data_dir,
-    )
+    num_images = FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES
+    _check_room(root, num_images * FAKE_IMAGE_BYTES)
+    logging.info(f"Generating {_count(num_images, 'fake image')} in {raw_data_dir}.")
     root.mkdir(parents=True, exist_ok=True)
     mark.touch()
     synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
     training = [
-        f"{TRAINING_DIRECTORY}/{synsets[i % len(synsets)]}/"
-        f"{synsets[i % len(synsets)]}_{i // len(synsets)}.JPEG"
-        for i in range(FAKE_TRAINING_IMAGES)
+        f"{TRAINING_DIRECTORY}/{synset}/{synset}_{i // len(synsets)}.JPEG"
+        for i, synset in zip(range(FAKE_TRAINING_IMAGES), itertools.cycle(synsets))
     ]
     validation = [
         f"{VALIDATION_DIRECTORY}/ILSVRC2012_val_{i + 1:08d}.JPEG"
         for i in range(FAKE_VALIDATION_IMAGES)
     ]
-    start_forkserver()
-    with _closing(_worker_pool(num_workers)) as workers:
-        paths = [root / path for path in training + validation]
-        drawn = workers.map(draw_fake_image, paths, range(len(paths)), chunksize=16)
-        collections.deque(drawn, maxlen=0)  # raises what a worker raised
-    labels = [synsets[i] for i in range(FAKE_VALIDATION_IMAGES)]
+    _draw_all([root / path for path in training + validation], num_workers)
+    labels = synsets[:FAKE_VALIDATION_IMAGES]
     with _complete_or_absent(str(root / LABELS_FILE)) as file:  # last: all is there
         file.write(("\n".join(labels) + "\n").encode())
 
 
+def _check_room(directory: pathlib.Path, num_bytes: int) -> None:
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise InvalidInputError(
+            f"--raw_data_dir={directory} must have room for {_size(num_bytes)} of fake "
+            f"images; its disk has {_size(free)} free. Free some space or choose "
+            "another disk."
+        )
+
+
+def _draw_all(paths: Sequence[pathlib.Path], num_workers: int) -> None:
+    next_line = time.monotonic() + PROGRESS_SECONDS
+    with _closing(WorkerPool(num_workers)) as workers:
+        drawn = workers.map(draw_fake_image, paths, itertools.count())
+        for number, _ in enumerate(drawn, start=1):  # raises what a worker raised
+            if time.monotonic() >= next_line:
+                logging.info(f"Generated {number:,} of {len(paths):,} fake images.")
+                next_line += PROGRESS_SECONDS
+
+
 def draw_fake_image(path: pathlib.Path, seed: int) -> None:
-    """Draws coloured shapes on a shaded ground, 500 x 375, a JPEG of 30 to 100 KB."""
+    """Draws grainy clouds of colour, 500 x 375: a JPEG of 30 to 100 KB."""
     import numpy as np
     import tensorflow as tf
 
-    rng = random.Random(seed)
-    y, x = np.mgrid[0:375, 0:500].astype(np.float32)
-    shade = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 500
-    pixels = _colour(rng) + shade[..., None] * _colour(rng)
-    for _ in range(rng.randint(8, 16)):
-        _draw_shape(rng, x, y, pixels)
-    grain = np.random.default_rng(seed).integers(-8, 9, (375, 500, 1))
-    jpeg = tf.io.encode_jpeg(np.clip(pixels + grain, 0, 255).astype(np.uint8))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(jpeg.numpy())
+    rng = np.random.default_rng(seed)
+    clouds = tf.image.resize(rng.integers(0, 256, (6, 8, 3)), (375, 500), "bicubic")
+    grain = rng.integers(-8, 9, (375, 500, 1), np.int8)
+    jpeg = tf.io.encode_jpeg(tf.saturate_cast(clouds + grain, tf.uint8))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg.numpy())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _colour(rng: random.Random) -> numpy.ndarray:
-    import numpy as np
-
-    return np.array([rng.uniform(20, 235) for _ in range(3)], np.float32)
-
-
-def _draw_shape(
-    rng: random.Random, x: numpy.ndarray, y: numpy.ndarray, pixels: numpy.ndarray
-) -> None:
-    """Draws a striped ellipse or box, turned by any angle, with soft edges."""
-    import numpy as np
-
-    centre_x, centre_y = rng.uniform(0, 500), rng.uniform(0, 375)
-    left, top = max(0, int(centre_x) - 100), max(0, int(centre_y) - 100)
-    window = np.s_[top : int(centre_y) + 100, left : int(centre_x) + 100]
-    angle = rng.uniform(0, math.pi)
-    dx, dy = x[window] - centre_x, y[window] - centre_y
-    u = (dx * math.cos(angle) + dy * math.sin(angle)) / rng.uniform(15, 70)
-    v = (dy * math.cos(angle) - dx * math.sin(angle)) / rng.uniform(15, 70)
-    distance = rng.choice([np.hypot(u, v), np.maximum(abs(u), abs(v))])
-    coverage = np.clip((1 - distance) * 20, 0, 1)[..., None]
-    stripes = 1 + 0.2 * np.sin(u * rng.uniform(3, 30))[..., None]
-    pixels[window] += coverage * (_colour(rng) * stripes - pixels[window])
-
-
-if __name__ == "__main__":
+if "IS_FORKSERVER" in globals():
+    _serve_forks()
+elif __name__ == "__main__":
+    _open_closed_streams()
     app.run(main)
-elif PRELOAD in os.environ:
-    _preload()
