@@ -2747,8 +2747,9 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 # Whether TensorFlow's log is wanted on stderr; otherwise what is said there is kept.
 IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
-KEPT = "Finished shards are kept"
-LOG_LINE = re.compile(r"WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")  # no last words
+# What of it is nobody's last words: the log, stack traces, source lines of a traceback.
+NOISE = re.compile(r"\s|\*\*\* |WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")
+FIX = "Finished shards are kept: fix this and rerun the same command."
 
 
 class WorkerPool(concurrent.futures.ThreadPoolExecutor):
@@ -2826,22 +2827,23 @@ class Forkserver:
         if status == -signal.SIGKILL:
             return RunError(
                 "A worker process was killed, most likely because the machine ran out "
-                f"of memory. {KEPT}: rerun the same command with fewer --num_workers."
+                "of memory. Finished shards are kept: rerun the same command with fewer "
+                "--num_workers."
             )
         text = _text(worker_stderr) or _text(self._stderr)
-        lines = [line for line in text.splitlines() if not LOG_LINE.match(line)]
+        lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
         if status < 0:
             words = [signal.Signals(-status).name, *lines[-1:]]
-        else:  # the last line of a traceback that names an error
+        else:  # the last line that names an error
             words = [line for line in lines if re.match(r"[\w.]+: ", line)][-1:]
         said = ": ".join(words).rstrip(".") or f"exit status {status}"
-        if status == -signal.SIGILL:
-            remedy = "Use a TensorFlow that is built for this processor."
-        elif "import tensorflow" in text:
-            said = f"TensorFlow cannot be imported: {said}"
-            remedy = "Run pip install -r requirements.txt in a new virtual environment."
-        else:
-            remedy = f"{KEPT}: fix this and rerun the same command."
+        if "import tensorflow" in text:
+            return RunError(
+                f"TensorFlow cannot be imported: {said}. Run pip install -r "
+                "requirements.txt in a new virtual environment."
+            )
+        needs_build = "Use a TensorFlow that is built for this processor."
+        remedy = needs_build if status == -signal.SIGILL else FIX
         return RunError(f"A worker process died: {said}. {remedy}")
 
 
@@ -2858,7 +2860,7 @@ def start_forkserver() -> Forkserver:
         try:
             _forkserver = Forkserver()
         except OSError as error:
-            problem = f"Cannot start a process: {error.strerror}. {KEPT}."
+            problem = f"Cannot start a process: {error.strerror}. {FIX}"
             raise RunError(problem) from error
     return _forkserver
 
@@ -2971,11 +2973,10 @@ def make_fake_imagenet(
       InvalidInputError: The directory contains something else, or has no room.
     """
     root = pathlib.Path(raw_data_dir)
-    mark = root / FAKE_MARK
     scratch_dir = scratch_dir or os.path.join(raw_data_dir, "tf_records")
-    scratch_name, *_ = pathlib.Path(os.path.relpath(scratch_dir, root)).parts
+    scratch_name = os.path.relpath(scratch_dir, root).split(os.sep)[0]
     found = set(os.listdir(root)) - {scratch_name} if root.is_dir() else set()
-    if found and not mark.exists():
+    if found and FAKE_MARK not in found:
         raise InvalidInputError(
             f"--raw_data_dir={raw_data_dir} must be empty or missing for "
             f"--fake_imagenet; it contains {_some(sorted(found))}. Choose another "
@@ -2987,20 +2988,20 @@ def make_fake_imagenet(
     _check_room(root, num_images * FAKE_IMAGE_BYTES)
     logging.info(f"Generating {_count(num_images, 'fake image')} in {raw_data_dir}.")
     root.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    (root / FAKE_MARK).touch()
     synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
-    training = [
-        f"{TRAINING_DIRECTORY}/{synset}/{synset}_{i // len(synsets)}.JPEG"
+    paths = [
+        root / TRAINING_DIRECTORY / synset / f"{synset}_{i // len(synsets)}.JPEG"
         for i, synset in zip(range(FAKE_TRAINING_IMAGES), itertools.cycle(synsets))
     ]
-    validation = [
-        f"{VALIDATION_DIRECTORY}/ILSVRC2012_val_{i + 1:08d}.JPEG"
+    paths += [
+        root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i + 1:08d}.JPEG"
         for i in range(FAKE_VALIDATION_IMAGES)
     ]
-    _draw_all([root / path for path in training + validation], num_workers)
-    labels = synsets[:FAKE_VALIDATION_IMAGES]
+    _draw_all(paths, num_workers)
+    labels = "".join(f"{synset}\n" for synset in synsets[:FAKE_VALIDATION_IMAGES])
     with _complete_or_absent(str(root / LABELS_FILE)) as file:  # last: all is there
-        file.write(("\n".join(labels) + "\n").encode())
+        file.write(labels.encode())
 
 
 def _check_room(directory: pathlib.Path, num_bytes: int) -> None:
