@@ -2803,7 +2803,11 @@ class Forkserver:
                 stdin=stdin.fileno(),
                 stdout=subprocess.PIPE,  # stays empty: see _end_with_run
                 stderr=None if IS_VERBOSE else self._stderr,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+                env={
+                    **os.environ,
+                    "CUDA_VISIBLE_DEVICES": "-1",
+                    "TF_CPP_MIN_LOG_LEVEL": "0" if IS_VERBOSE else "3",
+                },
                 start_new_session=True,
             )
 
