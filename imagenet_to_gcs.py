@@ -69,6 +69,7 @@ import pickle
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -2798,7 +2799,7 @@ class Forkserver:
             f"runpy.run_path({path!r}, {{'IS_FORKSERVER': True}}, {__name__!r})"
         )
         with stdin:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=stdin.fileno(),
                 stdout=subprocess.PIPE,  # stays empty: see _end_with_run
@@ -2810,9 +2811,6 @@ class Forkserver:
                 },
                 start_new_session=True,
             )
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
 
     def fork(self) -> tuple[Any, BinaryIO]:
         """Starts a worker; returns the pipe to it, and its stderr."""
@@ -2827,7 +2825,7 @@ class Forkserver:
     def death(self, worker_stderr: BinaryIO) -> RunError:
         """Words the death of a worker or of the forkserver, with its last words."""
         time.sleep(0.2)  # a signal to all processes of the run may still be on its way
-        status = self._process.wait()
+        status = self.process.wait()
         if status == -signal.SIGKILL:
             return RunError(
                 "A worker process was killed, most likely because the machine ran out "
@@ -2846,9 +2844,9 @@ class Forkserver:
                 f"TensorFlow cannot be imported: {said}. Run pip install -r "
                 "requirements.txt in a new virtual environment."
             )
-        needs_build = "Use a TensorFlow that is built for this processor."
-        remedy = needs_build if status == -signal.SIGILL else FIX
-        return RunError(f"A worker process died: {said}. {remedy}")
+        if status == -signal.SIGILL:
+            said += ", as if TensorFlow were built for another processor"
+        return RunError(f"A worker process died: {said}. {FIX}")
 
 
 _forkserver: Forkserver | None = None
@@ -2860,7 +2858,7 @@ def start_forkserver() -> Forkserver:
     Importing TensorFlow takes seconds, during which the raw directory is listed.
     """
     global _forkserver
-    if not _forkserver or not _forkserver.is_alive():
+    if not _forkserver or _forkserver.process.poll() is not None:
         try:
             _forkserver = Forkserver()
         except OSError as error:
@@ -2889,8 +2887,7 @@ def _serve_forks() -> None:
     with _no_garbage_collection():
         import tensorflow  # noqa: F401
     with socket.socket(fileno=0) as requests:
-        while True:
-            _, file_descriptors, _, _ = socket.recv_fds(requests, 1, 2)
+        while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
             if os.fork() == 0:
                 _work(*file_descriptors)
             for file_descriptor in file_descriptors:
@@ -2906,6 +2903,10 @@ def _end_with_run() -> None:
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
+    stdout = select.poll()
+    stdout.register(1, 0)
+    if stdout.poll(0):  # the run has ended already
+        os._exit(0)
 
 
 def _die_like_worker(*_: object) -> None:
