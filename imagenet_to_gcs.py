@@ -59,9 +59,7 @@ from __future__ import annotations
 import base64
 import collections
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -74,22 +72,26 @@ import itertools
 import json
 import logging as python_logging
 import math
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import pathlib
+import pickle
+import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 import warnings
 import zlib
@@ -107,7 +109,6 @@ except ImportError as error:
     sys.exit(f"{error}. Run: python3 -m pip install -r requirements.txt")
 
 if TYPE_CHECKING:
-    import numpy
     from google.cloud import storage
 
 __version__ = "2.0.0"
@@ -166,6 +167,12 @@ flags.DEFINE_bool(
     "dry_run", False, "Check everything, say what would be done, and exit."
 )
 flags.DEFINE_bool("version", False, "Print the version and exit.")
+
+
+REINSTALL = (
+    "Run python3 -m pip install -r requirements.txt in a new virtual environment."
+)
+FIX_AND_RERUN = "Finished shards are kept: fix this and rerun the same command."
 
 
 class InvalidInputError(ValueError):
@@ -1411,13 +1418,13 @@ def write_and_upload(
             if not keep_local_shards:
                 os.unlink(path)
 
-    def in_worker(shard: Shard, temporary_path: str) -> Stamp:
-        return workers.submit(write_records, shard, temporary_path).result()
+    def in_worker(shard: Shard, temporary_path: str) -> Any:
+        return workers.call(write_records, shard, temporary_path)
 
     tasks = _in_turns([(shard, None) for shard in work.to_write], work.to_upload)
     threads = concurrent.futures.ThreadPoolExecutor(num_workers + WAITING_SHARDS)
-    workers = worker_pool(num_workers)
-    with _closing(threads, stopping), _closing(workers, stopping):
+    workers = Workers(num_workers)
+    with _closing(threads, stopping):
         futures = [threads.submit(take, *task) for task in tasks]
         for future in concurrent.futures.as_completed(futures):
             try:
@@ -1870,7 +1877,7 @@ def plan_job(options: Options) -> Job:
     work = find_work(options.share(shards), options.scratch_dir, objects)
     num_missing = len(shards) - len(_find_done(options, shards, objects, work.done))
     job = Job(options, dataset.synsets, shards, destination, objects, work, num_missing)
-    problems += [*_room_problems(job), *_bucket_problems(job)]
+    problems += [*_scratch_problems(job), *_bucket_problems(job)]
     if problems:
         raise InvalidInputError(*problems)
     return job
@@ -1938,23 +1945,40 @@ def _shard_files(scratch_dir: str) -> Iterable[pathlib.Path]:
     return pathlib.Path(scratch_dir).glob("*/*-of-*")
 
 
-def _room_problems(job: Job) -> Iterator[str]:
+def _scratch_problems(job: Job) -> list[str]:
     """Words why the disk cannot take the shards that are still to be written."""
     options, work = job.options, job.work
     sizes = sorted((shard.num_bytes for shard in work.to_write), reverse=True)
     needed = sum(sizes[: options.max_local_shards])
-    free = shutil.disk_usage(options.existing_scratch_dir).free
-    remedy = "Make room, or choose another disk."
+    remedy = ""
     if options.gcs_upload and options.keep_local_shards:
-        remedy = "Make room, choose another disk, or pass --nokeep_local_shards."
+        remedy = ", or pass --nokeep_local_shards"
     elif options.gcs_upload:  # those that the bucket has will be removed first
         shards = _shard_files(options.scratch_dir)
-        free += sum(path.stat().st_size for path in shards if path.name in work.done)
-    if needed > free:
-        yield (
-            f"--local_scratch_dir={options.scratch_dir} must have room for "
-            f"{_size(needed)} of shards; its disk has {_size(free)} free. {remedy}"
-        )
+        needed -= sum(path.stat().st_size for path in shards if path.name in work.done)
+    flag = f"--local_scratch_dir={options.scratch_dir}"
+    return room_problems(flag, options.scratch_dir, needed, "shards", remedy)
+
+
+def room_problems(
+    flag: str,
+    directory: str | os.PathLike[str],
+    needed: int,
+    what: str,
+    remedy: str = "",
+) -> list[str]:
+    free = shutil.disk_usage(nearest_directory(directory)).free
+    problem = (
+        f"{flag} must have room for {_size(needed)} of {what}; its disk has "
+        f"{_size(free)} free. Make room or choose another disk{remedy}."
+    )
+    return [problem] if needed > free else []
+
+
+def nearest_directory(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path itself, or what exists above it."""
+    place = pathlib.Path(path)
+    return next(p for p in (place, *place.parents) if p.exists())
 
 
 def log_intent(job: Job) -> None:
@@ -2302,14 +2326,6 @@ class Options:
         return os.path.abspath(scratch_dir or os.path.join(self.raw_dir, "tf_records"))
 
     @property
-    def existing_scratch_dir(self) -> pathlib.Path:
-        """The scratch directory, or the nearest one above it that is there."""
-        place = pathlib.Path(self.scratch_dir)
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        return place
-
-    @property
     def makes_fake(self) -> bool:
         """Whether to generate the fake ImageNet first, if it is not there."""
         return self.fake_imagenet and not self.dry_run
@@ -2357,7 +2373,7 @@ class Options:
                 ),
             )
         flag = f"--local_scratch_dir={self.local_scratch_dir or scratch}"
-        place = self.existing_scratch_dir
+        place = nearest_directory(scratch)
         fault = _directory_fault(self.local_scratch_dir or "", str(place))
         writable = os.access(place, os.W_OK | os.X_OK)
         own = [
@@ -2482,7 +2498,7 @@ def _run(options: Options) -> None:
     if not options.dry_run:
         start_forkserver()  # imports TensorFlow while the raw directory is listed
     if options.makes_fake:
-        make_fake_imagenet(options.raw_dir, options.workers, options.scratch_dir)
+        make_fake_imagenet(options)
     job = plan_job(options)
     log_intent(job)
     if not options.dry_run:
@@ -2584,30 +2600,23 @@ def upload_to_gcs(
 
 @contextlib.contextmanager
 def failures_in_words() -> Iterator[None]:
-    """Says in one line why this process or a worker could not write.
+    """Says in one line why the machine did not let the run go on.
 
     Raises:
       RunError: In place of that error.
     """
     try:
         yield
-    except (concurrent.futures.process.BrokenProcessPool, EOFError) as error:
-        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
-        raise RunError(
-            "A worker process was killed, most likely by the kernel for want of "
-            "memory. Finished shards are kept: run the same command again with fewer "
-            "--num_workers."
-        ) from error
-    except ImportError as error:
-        raise RunError(
-            f"TensorFlow cannot be imported: {error}. Run pip install -r "
-            "requirements.txt in a new virtual environment."
-        ) from error
     except OSError as error:
         what = f"Cannot write {error.filename}: " if error.filename else ""
+        problem = f"{what}{error.strerror or error}. {FIX_AND_RERUN}"
+        raise RunError(problem) from error
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
         raise RunError(
-            f"{what}{error.strerror or error}. Finished shards are kept: mend that and "
-            "run the same command again."
+            "Cannot start a thread: the limit of processes (ulimit -u) is reached. "
+            "Raise it, or rerun the same command with fewer --num_workers."
         ) from error
 
 
@@ -3078,197 +3087,219 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 # ---------------------------------------------------------------------------------
 # C. Worker processes
 
-
-PRELOAD = "IMAGENET_TO_GCS_PRELOAD"  # in the environment of the forkserver only
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def worker_pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(
-        num_workers,
-        multiprocessing.get_context("forkserver"),
-        initializer=_start_worker,
-    )
+# Whether TensorFlow's log is wanted on stderr; otherwise what is said there is kept.
+IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
+# What of it is nobody's last words: the log, stack traces, source lines of a traceback.
+NOISE = re.compile(r"\s|\*\*\* |WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")
 
 
-# Its one thread lives as long as the process, whatever thread `run` is called in: the
-# forkserver dies with the thread that started it.
-_forkserver_thread = concurrent.futures.ThreadPoolExecutor(1)
+class Workers:
+    """Processes that check and encode images, each for one thread at a time."""
+
+    def __init__(self, num_workers: int):
+        forkserver = start_forkserver()
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for _ in range(num_workers):
+            self._idle.put(Worker(forkserver))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in the next process that is idle."""
+        worker = self._idle.get()
+        try:
+            return worker.call(functools.partial(function, *arguments))
+        finally:
+            self._idle.put(worker)
 
 
-def start_forkserver() -> None:
-    """Starts the process that imports TensorFlow once and forks the workers.
+class Worker:
+    """A process that makes calls until its pipe is closed."""
 
-    It returns at once: the import, some seconds of it, goes on while the raw
-    directory is listed. The server imports this file by its name, for `_preload`, and
-    so must start where this file is. What TensorFlow and CUDA print on their import
-    goes to /dev/null unless the user's TF_CPP_MIN_LOG_LEVEL asks for it.
+    def __init__(self, forkserver: Forkserver):
+        self._forkserver = forkserver
+        self._stderr = _unnamed_file()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            forkserver.fork(theirs.fileno(), self._stderr.fileno())
+            self._pipe = ours.makefile("rwb")
+
+    def call(self, call: Callable[[], Any]) -> Any:
+        self._stderr.truncate(0)  # libjpeg warns of every image's skeleton
+        try:
+            self._pipe.write(pickle.dumps(call))
+            self._pipe.flush()
+            result, error, trace = pickle.load(self._pipe)
+        except (EOFError, ConnectionError, pickle.UnpicklingError):
+            raise self._forkserver.death(_text(self._stderr)) from None
+        if error:
+            raise error from RuntimeError(f"in a worker process:\n{trace}")
+        return result
+
+
+class Forkserver:
+    """The process that imports TensorFlow, once, and forks the workers.
+
+    Unlike the standard library's, it needs no temporary directory, no semaphore and no
+    second import of this file, and can tell what a worker died of: when one dies, it
+    dies the same way. A session of its own keeps Ctrl-C and hangups from it.
     """
-    directory, filename = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(filename)[0] if __name__ == "__main__" else __name__
-    sys.modules[module] = sys.modules[__name__]  # what a worker sends back is of it
-    multiprocessing.set_forkserver_preload([module])
-    working_dir = os.open(".", os.O_RDONLY)
-    with contextlib.ExitStack() as stack:
-        # Inherited by Python's resource tracker, which a terminal's hangup would end;
-        # the semaphores would then outlive the run.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-        stack.callback(os.close, working_dir)
-        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-            null = stack.enter_context(open(os.devnull, "wb"))
-            stack.enter_context(_stderr_to(null.fileno()))
-        stack.callback(os.environ.pop, PRELOAD)
-        os.environ[PRELOAD] = f"{os.getpid()} {__name__}"
-        stack.callback(os.fchdir, working_dir)
-        os.chdir(directory)
-        _forkserver_thread.submit(multiprocessing.forkserver.ensure_running).result()
+
+    def __init__(self) -> None:
+        self._stderr = _unnamed_file()
+        self._requests, stdin = socket.socketpair()
+        # Runs this file, whatever its name, as the module that it is here.
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; import runpy; runpy.run_path("
+            f"{os.path.abspath(__file__)!r}, {{'IS_FORKSERVER': True}}, {__name__!r})"
+        )
+        level = "0" if IS_VERBOSE else "3"
+        more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
+        with stdin:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=stdin.fileno(),
+                stdout=subprocess.PIPE,  # stays empty: see _end_with_run
+                stderr=None if IS_VERBOSE else self._stderr,
+                env={**os.environ, **more},
+                start_new_session=True,
+            )
+
+    def fork(self, *file_descriptors: int) -> None:
+        """Starts a worker that gets its pipe and its stderr."""
+        with contextlib.suppress(ConnectionError):  # then the pipe will break, too
+            socket.send_fds(self._requests, [b"."], file_descriptors)
+
+    def death(self, worker_words: str) -> RunError:
+        """Says what a worker or the forkserver died of, in its last words."""
+        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
+        status = self.process.wait()
+        if status == -signal.SIGKILL:
+            return RunError(
+                "A worker process was killed, most likely because the machine ran out "
+                "of memory. Finished shards are kept: rerun the same command with fewer "
+                "--num_workers."
+            )
+        text = worker_words or _text(self._stderr)
+        lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
+        if status < 0:
+            words = [signal.Signals(-status).name, *lines[-1:]]
+        else:  # the last line that names an error
+            words = [line for line in lines if re.match(r"[\w.]+: ", line)][-1:]
+        said = ": ".join(words).rstrip(".") or f"exit status {status}"
+        if status == -signal.SIGILL:
+            said += ", as if TensorFlow were built for another processor"
+        if "import tensorflow" in text:
+            what, remedy = "TensorFlow cannot be imported", REINSTALL
+        else:
+            what, remedy = "A worker process died", FIX_AND_RERUN
+        return RunError(f"{what}: {said}. {remedy}")
 
 
-def _preload() -> None:
-    """Readies the forkserver: TensorFlow imported, but nothing of it run yet.
+_forkserver: Forkserver | None = None
+
+
+def start_forkserver() -> Forkserver:
+    """Starts the forkserver unless it is running; returns before it is ready.
+
+    Importing TensorFlow takes seconds, during which the raw directory is listed.
+    """
+    global _forkserver
+    if not _forkserver or _forkserver.process.poll() is not None:
+        try:
+            _forkserver = Forkserver()
+        except OSError as error:
+            problem = f"Cannot start a process: {error.strerror}. {FIX_AND_RERUN}"
+            raise RunError(problem) from error
+    return _forkserver
+
+
+def _unnamed_file() -> BinaryIO:
+    # Appends, so that what is said after a truncation begins the file.
+    return open(os.memfd_create("stderr"), "a+b", buffering=0)
+
+
+def _text(file: BinaryIO) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace").strip()
+
+
+def _serve_forks() -> None:
+    """Imports TensorFlow, then forks a worker whenever the run asks for one.
 
     A fork after TensorFlow has run anything would hang.
     """
-    _die_with_parent()
-    run_pid, module = os.environ[PRELOAD].split()
-    if os.getppid() != int(run_pid):  # it died before we asked to die with it
-        os._exit(1)
-    if module == "__main__":  # else each worker would load this file once more
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = sys.modules[__name__]
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    # A worker will say what is wrong with the import.
-    with _no_garbage_collection(), contextlib.suppress(ImportError):
+    _end_with_run()
+    warnings.simplefilter("ignore")  # they are not what anything died of
+    signal.signal(signal.SIGCHLD, _die_like_worker)
+    with _no_garbage_collection():
         import tensorflow  # noqa: F401
+    with socket.socket(fileno=0) as requests:
+        while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
+            if os.fork() == 0:
+                _work(*file_descriptors)
+            for file_descriptor in file_descriptors:
+                os.close(file_descriptor)
 
 
-def _start_worker() -> None:
-    """Readies a worker: it works on one processor, quietly, while the run lives."""
-    _die_with_parent()
-    run_process = multiprocessing.parent_process()
-    if run_process and not run_process.is_alive():
-        os._exit(1)
-    # Ctrl-C goes to all processes; SIGHUP does too, and is blocked.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # libjpeg's warnings, one for each skeleton
-    with contextlib.suppress(ImportError):  # the first image will raise it again
-        import tensorflow as tf
+def _end_with_run() -> None:
+    """Has the kernel kill the forkserver and its workers when the run ends.
 
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-
-
-def _die_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends.
-
-    The workers are children of the forkserver, which is a child of the run.
-    NOTE: Linux only, as are the locks and the count of processors.
+    Only the run holds the other end of stdout. When that closes, the kernel sends SIGIO
+    to this process group, which kills it.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
+    stdout = select.poll()
+    stdout.register(1, 0)
+    if stdout.poll(0):  # the run has ended already
+        os._exit(0)
 
 
-# ---------------------------------------------------------------------------------
-# D. A fake ImageNet: a demonstration for those who have no ImageNet yet
+def _die_like_worker(*_: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            status = os.waitstatus_to_exitcode(child[1])
+            if status < 0:
+                os.kill(os.getpid(), -status)
+            elif status:
+                os._exit(status)
 
 
-FAKE_TRAINING_IMAGES = 2048
-FAKE_VALIDATION_IMAGES = 256
-FAKE_MARK = ".fake_imagenet"  # in the directory of a fake one
-
-
-def make_fake_imagenet(
-    raw_data_dir: str, num_workers: int, scratch_dir: str = ""
-) -> None:
-    """Draws 2,048 training and 256 validation images of 1,000 synsets.
-
-    They have ImageNet's layout, and its usual size of 500 x 375; no shard of the 1,024
-    and 128 stays empty. The synsets, from n90000000 on, are not of WordNet. One that
-    stands complete is left as it is; one cut off is drawn again.
-
-    Raises:
-      InvalidInputError: The directory holds something else.
-    """
-    root = pathlib.Path(raw_data_dir)
-    mark = root / FAKE_MARK
-    others = [path for path in root.glob("*") if str(path) != scratch_dir]
-    if others and not mark.exists():
-        raise InvalidInputError(
-            f"--fake_imagenet must find --raw_data_dir={raw_data_dir} empty or "
-            f"absent; it holds {_some(sorted(os.listdir(root)))}."
-        )
-    if (root / LABELS_FILE).exists():
-        return
-    logging.info(
-        "Drawing %s into %s.",
-        _count(FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES, "fake image"),
-        raw_data_dir,
-    )
-    root.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
-    training = [
-        f"{TRAINING_DIRECTORY}/{synsets[i % len(synsets)]}/"
-        f"{synsets[i % len(synsets)]}_{i // len(synsets)}.JPEG"
-        for i in range(FAKE_TRAINING_IMAGES)
-    ]
-    validation = [
-        f"{VALIDATION_DIRECTORY}/ILSVRC2012_val_{i + 1:08d}.JPEG"
-        for i in range(FAKE_VALIDATION_IMAGES)
-    ]
-    start_forkserver()
-    paths = [root / path for path in training + validation]
-    with worker_pool(num_workers) as workers:
-        drawn = workers.map(draw_fake_image, paths, range(len(paths)), chunksize=16)
-        collections.deque(drawn, maxlen=0)  # raises what a worker raised
-    labels = [synsets[i] for i in range(FAKE_VALIDATION_IMAGES)]
-    write_text(str(root / LABELS_FILE), "\n".join(labels) + "\n")  # last: all is there
-
-
-def draw_fake_image(path: pathlib.Path, seed: int) -> None:
-    """Draws coloured shapes on a shaded ground, 500 x 375, a JPEG of 30 to 100 KB."""
-    import numpy as np
+def _work(channel: int, stderr: int) -> NoReturn:
+    """Makes the calls that the run sends to this worker, on one processor."""
+    os.dup2(channel, 0)  # the run sees the forkserver end even if a worker lives on
+    if not IS_VERBOSE:
+        os.dup2(stderr, 2)
     import tensorflow as tf
 
-    rng = random.Random(seed)
-    y, x = np.mgrid[0:375, 0:500].astype(np.float32)
-    shade = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 500
-    pixels = _colour(rng) + shade[..., None] * _colour(rng)
-    for _ in range(rng.randint(8, 16)):
-        _draw_shape(rng, x, y, pixels)
-    grain = np.random.default_rng(seed).integers(-8, 9, (375, 500, 1))
-    jpeg = tf.io.encode_jpeg(np.clip(pixels + grain, 0, 255).astype(np.uint8))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(jpeg.numpy())
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    pipe = socket.socket(fileno=channel).makefile("rwb")
+    while pipe.peek(1):  # until the run closes it
+        call = pickle.load(pipe)
+        try:
+            answer: Any = call(), None, ""
+        except BaseException as error:  # noqa: BLE001
+            answer = None, error, traceback.format_exc()
+        pipe.write(pickle.dumps(answer))
+        pipe.flush()
+    os._exit(0)
 
 
-def _colour(rng: random.Random) -> numpy.ndarray:
-    import numpy as np
+def _open_closed_streams() -> None:
+    """Starts the command over with /dev/null for each of its streams that is closed.
 
-    return np.array([rng.uniform(20, 235) for _ in range(3)], np.float32)
-
-
-def _draw_shape(
-    rng: random.Random, x: numpy.ndarray, y: numpy.ndarray, pixels: numpy.ndarray
-) -> None:
-    """Draws a striped ellipse or box, turned by any angle, with soft edges."""
-    import numpy as np
-
-    centre_x, centre_y = rng.uniform(0, 500), rng.uniform(0, 375)
-    left, top = max(0, int(centre_x) - 100), max(0, int(centre_y) - 100)
-    window = np.s_[top : int(centre_y) + 100, left : int(centre_x) + 100]
-    angle = rng.uniform(0, math.pi)
-    dx, dy = x[window] - centre_x, y[window] - centre_y
-    u = (dx * math.cos(angle) + dy * math.sin(angle)) / rng.uniform(15, 70)
-    v = (dy * math.cos(angle) - dx * math.sin(angle)) / rng.uniform(15, 70)
-    distance = rng.choice([np.hypot(u, v), np.maximum(abs(u), abs(v))])
-    coverage = np.clip((1 - distance) * 20, 0, 1)[..., None]
-    stripes = 1 + 0.2 * np.sin(u * rng.uniform(3, 30))[..., None]
-    pixels[window] += coverage * (_colour(rng) * stripes - pixels[window])
+    Otherwise the next file to be opened would become stderr, and take what is said.
+    """
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # ---------------------------------------------------------------------------------
-# E. Errors of Cloud Storage: which of them pass, and what they say
+# D. Errors of Cloud Storage: which of them pass, and what they say
 
 
 CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
@@ -3415,7 +3446,86 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in wrapped if isinstance(e, BaseException)), None)
 
 
-if __name__ == "__main__":
+# ---------------------------------------------------------------------------------
+# E. A fake ImageNet: a demonstration if you have no ImageNet yet
+
+FAKE_TRAINING_IMAGES = 2048
+FAKE_VALIDATION_IMAGES = 256
+FAKE_IMAGE_BYTES = 100_000  # at most
+FAKE_MARK = ".fake_imagenet"  # in the directory of a fake one
+
+
+def make_fake_imagenet(options: Options) -> None:
+    """Generates 2,048 training and 256 validation images of 1,000 synsets.
+
+    They have ImageNet's layout and its usual size of 500 x 375, and leave none of the
+    1,024 and 128 shards empty. The synsets, from n90000000 on, are not in WordNet. A
+    complete fake is left as it is; an interrupted one is generated again.
+
+    Raises:
+      InvalidInputError: The directory contains something else, or has no room.
+    """
+    root = pathlib.Path(options.raw_dir)
+    scratch_name = os.path.relpath(options.scratch_dir, root).split(os.sep)[0]
+    found = set(os.listdir(root)) - {scratch_name} if root.is_dir() else set()
+    if LABELS_FILE in found and FAKE_MARK in found:
+        return
+    num_images = FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES
+    flag = f"--raw_data_dir={options.raw_data_dir}"
+    problems = room_problems(flag, root, num_images * FAKE_IMAGE_BYTES, "fake images")
+    if found and FAKE_MARK not in found:
+        problems.append(
+            f"{flag} must be empty or missing for --fake_imagenet; it contains "
+            f"{_some(sorted(found))}. Choose another directory."
+        )
+    if problems:
+        raise InvalidInputError(*problems)
+    logging.info(f"Generating {_count(num_images, 'fake image')} in {root}.")
+    root.mkdir(parents=True, exist_ok=True)
+    (root / FAKE_MARK).touch()
+    synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
+    _draw_all([*_fake_paths(root, synsets)], options.workers)
+    labels = "".join(f"{synset}\n" for synset in synsets[:FAKE_VALIDATION_IMAGES])
+    write_text(str(root / LABELS_FILE), labels)  # last: all is there
+
+
+def _fake_paths(root: pathlib.Path, synsets: Sequence[str]) -> Iterator[pathlib.Path]:
+    for i in range(FAKE_TRAINING_IMAGES):
+        number, synset_index = divmod(i, len(synsets))
+        synset = synsets[synset_index]
+        yield root / TRAINING_DIRECTORY / synset / f"{synset}_{number}.JPEG"
+    for i in range(1, FAKE_VALIDATION_IMAGES + 1):
+        yield root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i:08d}.JPEG"
+
+
+def _draw_all(paths: Sequence[pathlib.Path], num_workers: int) -> None:
+    draw = functools.partial(Workers(num_workers).call, draw_fake_image)
+    threads = concurrent.futures.ThreadPoolExecutor(num_workers)
+    number = 0
+    say = lambda: f"Generated {number:,} of {len(paths):,} fake images."
+    with reporting(say), _closing(threads):
+        for _ in threads.map(draw, paths, itertools.count()):
+            number += 1
+
+
+def draw_fake_image(path: pathlib.Path, seed: int) -> None:
+    """Draws grainy clouds of color, 500 x 375: a JPEG of 30 to 100 KB."""
+    import numpy as np
+    import tensorflow as tf
+
+    rng = np.random.default_rng(seed)
+    clouds = tf.image.resize(rng.integers(0, 256, (6, 8, 3)), (375, 500), "bicubic")
+    grain = rng.integers(-8, 9, (375, 500, 1), np.int8)
+    jpeg = tf.io.encode_jpeg(tf.saturate_cast(clouds + grain, tf.uint8))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg.numpy())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+if "IS_FORKSERVER" in globals():
+    _serve_forks()
+elif __name__ == "__main__":
+    _open_closed_streams()
     app.run(main, flags_parser=parse_flags)
-elif PRELOAD in os.environ:
-    _preload()

@@ -5,8 +5,7 @@
     os.kill(run.pid, signal.SIGKILL)
     run.wait_until_gone()
 
-Each run carries a mark in its environment, which all its processes inherit: the
-forkserver, the resource tracker and the workers.
+Each run carries a mark in its environment, which all its processes inherit.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -72,16 +70,11 @@ class Run:
     def forkserver(self) -> int | None:
         """The process that forks the workers, once it is there."""
         children = [pid for pid in self.pids() if _parent_of(pid) == self.pid]
-        return next((p for p in children if "forkserver" in _command_line(p)), None)
+        return next((p for p in children if "IS_FORKSERVER" in _command_line(p)), None)
 
     def workers(self) -> list[int]:
         forkserver = self.forkserver()
         return [p for p in self.pids() if forkserver and _parent_of(p) == forkserver]
-
-    def semaphores(self) -> list[Path]:
-        """The named semaphores of its queues; they would outlive a process."""
-        maps = Path(f"/proc/{self.pid}/maps").read_text(encoding="utf-8")
-        return [Path(path) for path in re.findall(r"/dev/shm/sem\.\S+", maps)]
 
     def finish(self, timeout: float = 120) -> Finished:
         """Waits for its end, and for that of all its processes."""
@@ -255,9 +248,6 @@ def small_disk(directory: Path, num_bytes: int) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "-l", str(directory)], check=True)
-
-
-UNPRIVILEGED = 65534  # nobody's user number
 
 
 def unprivileged() -> list[str]:

@@ -1,0 +1,330 @@
+"""Appendix C: worker processes, wherever they run and however they die."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import contract
+import pytest
+from command import IMPORTS, REPOSITORY, SCRIPT, Finished, run_code, run_command
+from processes import Run, finished_shards, started, unprivileged, wait_for
+
+FIX = "Finished shards are kept: fix this and rerun the same command."
+OUT_OF_MEMORY = (
+    "A worker process was killed, most likely because the machine ran out of memory. "
+    "Finished shards are kept: rerun the same command with fewer --num_workers."
+)
+
+
+def flags(raw: Path, training_shards: int = 3) -> list[str]:
+    directories = [f"--raw_data_dir={raw}", f"--local_scratch_dir={raw}/scratch"]
+    shards = [f"--training_shards={training_shards}", "--validation_shards=2"]
+    return [*directories, *shards, "--nogcs_upload"]
+
+
+def command(raw: Path, training_shards: int = 3) -> list[str]:
+    return [sys.executable, str(SCRIPT), *flags(raw, training_shards)]
+
+
+@contextlib.contextmanager
+def running(arguments: list[str], log: Path, **env: str) -> Iterator[Run]:
+    run = Run(arguments, env, log)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def assert_complete(done: Finished, raw: Path) -> None:
+    assert done.status == 0, done.stderr
+    contract.assert_shards(contract.local_shards(raw / "scratch"), raw, 3, 2)
+
+
+# ----------------------------------------------------------------- wherever it runs
+
+
+@pytest.mark.parametrize("name", ["no_suffix", "with.dots.v2", "a-b.py", "link"])
+def test_command_works_under_any_name(raw: Path, tmp_path: Path, name: str) -> None:
+    script = tmp_path / name
+    if name == "link":
+        script.symlink_to(SCRIPT)
+    else:
+        shutil.copy(SCRIPT, script)
+    arguments = [sys.executable, str(script), *flags(raw)]
+    with running(arguments, tmp_path / "log") as run:
+        assert_complete(run.finish(), raw)
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        pytest.param("$PYTHON -I $SCRIPT $FLAGS", id="isolated"),
+        pytest.param("PYTHONSAFEPATH=1 $PYTHON $SCRIPT $FLAGS", id="safe path"),
+        pytest.param(
+            "ln -s $SCRIPT . && $PYTHON -m imagenet_to_gcs $FLAGS", id="module"
+        ),
+        pytest.param(
+            "echo 1/0 | tee random.py > tensorflow.py && $PYTHON $SCRIPT $FLAGS",
+            id="directory with names of modules",
+        ),
+        pytest.param(
+            "chmod 0 . && $UNPRIVILEGED $PYTHON $SCRIPT $FLAGS",
+            id="unreadable directory",
+        ),
+        pytest.param("rmdir $PWD && $PYTHON $SCRIPT $FLAGS", id="removed directory"),
+        pytest.param(
+            f"mkdir {'x' * 120} && TMPDIR=$PWD/{'x' * 120} $PYTHON $SCRIPT $FLAGS",
+            id="long TMPDIR",
+        ),
+        pytest.param("$PYTHON $SCRIPT $FLAGS <&-", id="no stdin"),
+        pytest.param("$PYTHON $SCRIPT $FLAGS >&-", id="no stdout"),
+        pytest.param("$PYTHON $SCRIPT $FLAGS 2>&-", id="no stderr"),
+        pytest.param("$PYTHON $SCRIPT $FLAGS <&- >&- 2>&-", id="no stream"),
+    ],
+)
+def test_command_works_from(raw: Path, tmp_path: Path, shell: str) -> None:
+    values = {
+        "$PYTHON": sys.executable,
+        "$SCRIPT": str(SCRIPT),
+        "$FLAGS": shlex.join(flags(raw)),
+        "$UNPRIVILEGED": shlex.join(unprivileged()) if "$UNPRIV" in shell else "",
+    }
+    for name, value in values.items():
+        shell = shell.replace(name, value)
+    directory = tmp_path / "here"
+    directory.mkdir()
+    with running(["sh", "-c", f"cd {directory} && {shell}"], tmp_path / "log") as run:
+        done = run.finish()
+    if directory.exists():
+        directory.chmod(0o700)
+    assert_complete(done, raw)
+
+
+def test_status_is_right_when_stderr_is_closed(raw: Path, tmp_path: Path) -> None:
+    for number, status in ((None, 1), (signal.SIGTERM, 143)):
+        place = raw if number else raw / "missing"
+        shell = f"exec {shlex.join(command(place, 9))} 2>&-"
+        with running(["sh", "-c", shell], tmp_path / "log") as run:
+            if number:
+                wait_for(run.workers, run)
+                os.kill(run.pid, number)
+            assert run.finish().status == status
+
+
+@pytest.mark.parametrize("level", ["0", "1", "3"])
+def test_tensorflow_is_quiet_unless_asked(raw: Path, level: str) -> None:
+    done = run_command(*flags(raw), env={"TF_CPP_MIN_LOG_LEVEL": level})
+    assert_complete(done, raw)
+    assert any("oneDNN" in line for line in done.lines) == (level == "0")
+    assert len(done.lines) == 4 or level == "0"
+
+
+def test_run_imports_neither_google_cloud_nor_tensorflow(raw: Path) -> None:
+    """Without an upload; and TensorFlow lives in the workers."""
+    imported = run_command(*flags(raw), env=IMPORTS).imported
+    assert "absl.logging" in imported
+    heavy = ("google.cloud", "google.auth", "google.api_core", "tensorflow", "numpy")
+    assert [name for name in imported if name.startswith(heavy)] == []
+
+
+# ----------------------------------------------------------------- from a program
+
+PROGRAM = """
+import sys, threading, time
+import imagenet_to_gcs
+
+def convert(scratch):
+    imagenet_to_gcs.run(sys.argv[1], False, local_scratch_dir=scratch,
+                        training_shards=3, validation_shards=2)
+"""
+
+
+def test_run_works_in_one_thread_after_another_and_without_a_guard(
+    raw: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        PROGRAM + "for scratch in sys.argv[2:]:\n"
+        "    thread = threading.Thread(target=convert, args=[scratch])\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+    )
+    scratches = [tmp_path / name for name in ("one", "two", "three")]
+    arguments = [sys.executable, str(program), str(raw), *map(str, scratches)]
+    env = {"PYTHONPATH": str(REPOSITORY)}
+    with running(arguments, tmp_path / "log", **env) as run:
+        done = run.finish()
+    assert (done.status, done.lines) == (0, [])
+    for scratch in scratches:
+        contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
+
+
+def test_workers_end_with_run_and_all_ends_with_the_program(
+    raw: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM + "convert(sys.argv[2])\ntime.sleep(600)\n")
+    scratch = tmp_path / "scratch"
+    arguments = [sys.executable, str(program), str(raw), str(scratch)]
+    env = {"PYTHONPATH": str(REPOSITORY)}
+    with running(arguments, tmp_path / "log", **env) as run:
+        wait_for(run.workers, run)
+        wait_for((scratch / "manifest.json").exists, run)
+        wait_for(lambda: not run.workers(), run, timeout=5)
+        assert run.forkserver()
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait_until_gone()
+
+
+def test_error_of_a_worker_shows_its_traceback() -> None:
+    code = "import imagenet_to_gcs as i; i.WorkerPool(1).submit(int, 'x').result()"
+    done = run_code(code)
+    assert "in a worker process:\nTraceback" in done.stderr
+    assert done.lines[-1] == "ValueError: invalid literal for int() with base 10: 'x'"
+
+
+# ----------------------------------------------------------------- TensorFlow fails
+
+PIP = "Run pip install -r requirements.txt in a new virtual environment."
+PROTOBUF = '''"""Descriptors cannot be created directly.
+If this call came from a _pb2.py file, your generated code is out of date.
+ 1. Downgrade the protobuf package.
+
+More information: https://developers.google.com/protocol-buffers"""'''
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIG"
+LOG = "I0000 00:00:1795577199.226574    3453 port.cc:153] oneDNN operations are on."
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        pytest.param(
+            "raise ImportError('libcudart.so: cannot open')",
+            f"TensorFlow cannot be imported: ImportError: libcudart.so: cannot open. {PIP}",
+            id="ImportError",
+        ),
+        pytest.param(
+            f"raise TypeError({PROTOBUF})",
+            "TensorFlow cannot be imported: TypeError: Descriptors cannot be created "
+            f"directly. {PIP}",
+            id="TypeError",
+        ),
+        pytest.param(
+            "class VersionError(Exception): pass\nraise VersionError('gencode 6.31.1.')",
+            "TensorFlow cannot be imported: tensorflow.VersionError: gencode 6.31.1. "
+            f"{PIP}",
+            id="VersionError",
+        ),
+        pytest.param(
+            f"import sys; print({LOG!r}, file=sys.stderr); {KILL}ILL)",
+            "A worker process died: SIGILL, as if TensorFlow were built for another "
+            f"processor. {FIX}",
+            id="SIGILL",
+        ),
+        pytest.param(
+            "import os; os.write(2, b'F0000 00:00:1.2 3 x.cc:38] built for AVX.\\n*** "
+            "Check failure stack trace: ***\\n    @  0x7 main\\n'); os.abort()",
+            f"A worker process died: SIGABRT: F0000 00:00:1.2 3 x.cc:38] built for AVX. {FIX}",
+            id="SIGABRT",
+        ),
+        pytest.param(f"{KILL}KILL)", OUT_OF_MEMORY, id="SIGKILL"),
+    ],
+)
+def test_last_words_are_reported_when_tensorflow_fails(
+    raw: Path, tmp_path: Path, code: str, error: str
+) -> None:
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow/__init__.py").write_text(code)
+    done = run_command(*flags(raw), env={"PYTHONPATH": str(tmp_path)})
+    assert done.status == 1
+    assert done.lines[2:] == ["Stopping: 0 of 5 shards are done.", f"ERROR: {error}"]
+
+
+# ----------------------------------------------------------------- killed
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw ImageNet of 100 shards."""
+    return contract.make_raw(tmp_path_factory.mktemp("large") / "raw", 10, 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (signal.SIGKILL, OUT_OF_MEMORY),
+        (signal.SIGSEGV, f"A worker process died: SIGSEGV. {FIX}"),
+        (signal.SIGTERM, f"A worker process died: SIGTERM. {FIX}"),
+    ],
+)
+def test_signal_is_named_when_a_worker_dies(
+    large: Path, tmp_path: Path, number: signal.Signals, error: str
+) -> None:
+    raw = shutil.copytree(large, tmp_path / "raw")
+    with started(*flags(raw, 100)) as run:
+        wait_for(lambda: finished_shards(raw / "scratch"), run)
+        os.kill(run.workers()[-1], number)
+        done = run.finish()
+    assert (done.status, done.errors) == (1, [error])
+
+
+def test_run_goes_on_when_the_forkserver_dies(large: Path, tmp_path: Path) -> None:
+    """All workers are there."""
+    raw = shutil.copytree(large, tmp_path / "raw")
+    with started(*flags(raw, 100)) as run:
+        wait_for(lambda: len(run.workers()) == len(os.sched_getaffinity(0)), run)
+        os.kill(run.forkserver() or run.pid, signal.SIGKILL)
+        done = run.finish()
+    assert (done.status, done.errors) == (0, [])
+
+
+@pytest.mark.parametrize("state", ["importing", "writing"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_is_left_when_the_run_is_stopped(
+    large: Path, tmp_path: Path, state: str, number: signal.Signals
+) -> None:
+    """No process, no temporary directory, no semaphore: even after a SIGKILL of all."""
+    raw = shutil.copytree(large, tmp_path / "raw")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with started(*flags(raw, 100), env={"TMPDIR": str(temporary)}) as run:
+        wait_for(run.forkserver if state == "importing" else run.workers, run)
+        maps = Path(f"/proc/{run.pid}/maps").read_text()
+        os.killpg(run.pid, number)
+        run.process.wait(5)
+        run.wait_until_gone()
+    assert list(temporary.iterdir()) == []
+    assert "/dev/shm" not in maps
+
+
+@pytest.mark.parametrize(
+    ("limit", "error"),
+    [
+        (1, f"Cannot start a process: Resource temporarily unavailable. {FIX}"),
+        (
+            2,
+            (
+                "Cannot start a thread: the limit of processes (ulimit -u) is reached. "
+                "Raise it, or rerun the same command with fewer --num_workers."
+            ),
+        ),
+    ],
+)
+def test_limit_of_processes_is_named(
+    raw: Path, tmp_path: Path, limit: int, error: str
+) -> None:
+    if os.geteuid() or not shutil.which("setpriv"):
+        pytest.skip("needs to become a user without processes")
+    user = ["setpriv", f"--reuid={os.getpid() + 100_000}", "--clear-groups"]
+    user += [
+        f"--{kind}-caps=+dac_override,+dac_read_search" for kind in ("inh", "ambient")
+    ]
+    shell = f"ulimit -u {limit}; exec {shlex.join(command(raw))}"
+    with running([*user, "bash", "-c", shell], tmp_path / "log") as run:
+        done = run.finish()
+    assert (done.status, done.errors) == (1, [error])
