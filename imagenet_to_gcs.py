@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
 #   "absl-py>=2.1.0",
 #   "google-cloud-storage>=3.4.1",
@@ -13,6 +13,10 @@
 
     python3 imagenet_to_gcs.py --project=$PROJECT --gcs_output_path=$DATA_DIR \\
       --raw_data_dir=$IMAGENET_HOME --local_scratch_dir=$IMAGENET_HOME/tf_records
+
+Without ImageNet and without a bucket, try it on generated images:
+
+    python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=$HOME/fake --nogcs_upload
 
 What goes in, under --raw_data_dir:
 
@@ -84,8 +88,9 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("imagenet_to_gcs.py needs Python 3.10 or newer.")
@@ -99,7 +104,6 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import numpy
-    import tensorflow as tf
     from google.api_core import retry
     from google.cloud import storage
 
@@ -209,30 +213,27 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 
 
 IMAGE_SUFFIX = ".JPEG"
+MOST_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no more
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
-LISTING_THREADS = 2  # for cold disks; with 8, a listing from memory is 1.7 x as slow
+NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
+LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
 # The size of ImageNet-1k (ILSVRC 2012), https://image-net.org/challenges/LSVRC/2012
 IMAGENET_SYNSETS = 1000
 IMAGENET_TRAINING_IMAGES = 1_281_167
 IMAGENET_VALIDATION_IMAGES = 50_000
-IMAGENET_SMALLEST_CLASS = 732  # training images; the largest has 1,300
 
 
 class RawImage(NamedTuple):
-    """One image of the raw data set, not yet read.
-
-    There are 1.3 million, and each goes to a worker: a tuple takes a third of a
-    dataclass's time to make, and half of it to pickle.
+    """One image, not yet read; a tuple, for 1.3 million are made and sent to workers.
 
     Attributes:
-      source: The directory or the tar that holds it.
+      source: The directory or tar that holds it.
       filename: Base name, `n01440764_18.JPEG`.
       synset: WordNet id of its class, `n01440764`.
       label: 1-based rank of the synset among all synsets; 0 until it is known.
-      num_bytes: Size of the image.
-      version: Of its file, or of the tar that holds it; see `file_version`.
+      version: Of its file (`file_version`), or of the tar it is in (`tar_version`).
       offset: Of its first byte in the tar; None for a file in a directory.
     """
 
@@ -249,14 +250,21 @@ class RawImage(NamedTuple):
         return os.path.join(self.source, self.filename)
 
 
+class Listing(NamedTuple):
+    """The images in one place, by name, and the paths of those that are left out."""
+
+    images: list[RawImage]
+    left_out: list[str]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageSource:
-    """A directory or a tar of images of one class, or of the validation split.
+    """A directory or tar with images of one class, or of the validation split.
 
     Attributes:
-      path: Of the directory, of the tar, or of the tar that holds the tar.
-      synset: Of all its images; empty where they are of many classes.
-      start: Where the tar begins in the file, bytes; None for a directory.
+      path: The directory, the tar, or the tar that holds the tar.
+      synset: Class of all its images; empty if they are of many classes.
+      start: Where the tar begins in the file, in bytes; None for a directory.
       end: Where it ends; None for the end of the file.
     """
 
@@ -265,54 +273,54 @@ class ImageSource:
     start: int | None = None
     end: int | None = None
 
-    def list(self, label: int = 0) -> list[RawImage]:
-        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
-
-        Raises:
-          InvalidInputError: It cannot be listed, or it is a damaged tar.
-        """
+    def list(self, label: int = 0) -> Listing:
+        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac)."""
         is_tar = self.start is not None
-        images = self._list_tar(label) if is_tar else self._list_directory(label)
-        return sorted(images, key=lambda image: image.filename)
+        listing = self._list_tar(label) if is_tar else self._list_directory(label)
+        listing.images.sort(key=_filename_in_bytes)
+        return listing
 
-    def _list_directory(self, label: int) -> Iterable[RawImage]:
+    def _list_directory(self, label: int) -> Listing:
+        listing = Listing([], [])
         for entry in _scan(self.path):
-            if _is_image_name(entry.name):
-                try:
-                    status = entry.stat()
-                    size, version = status.st_size, file_version(status)
-                except OSError:  # a dangling link: read, it says so
-                    size = version = 0
-                yield RawImage(self.path, entry.name, self.synset, label, size, version)
+            name = entry.name
+            if not _is_image_name(name):
+                listing.left_out.extend(_find_left_out(entry))
+                continue
+            try:
+                status = entry.stat()
+                size, version = status.st_size, file_version(status)
+                if size > MOST_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
+                    raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
+            except OSError:  # a dangling link: `shortfalls` counts it as empty
+                size = version = 0
+            image = RawImage(self.path, name, self.synset, label, size, version)
+            listing.images.append(image)
+        return listing
 
-    def _list_tar(self, label: int) -> Iterable[RawImage]:
-        images = {}  # a name that comes again replaces the first, as in extracting
-        version = tar_version(os.stat(self.path))
-        member_of: dict[str, str] = {}
-        name = f"{self.synset}.tar" if self.start else ""
-        for member in list_tar(self.path, self.start or 0, self.end, name):
-            filename = os.path.basename(member.name)
-            if _is_image_name(filename):
-                first = member_of.setdefault(filename, member.name)
-                if os.path.normpath(first) != os.path.normpath(member.name):
-                    raise InvalidInputError(
-                        f"Images of a class must have different names; found {first} "
-                        f"and {member.name} in {self.path}."
-                    )
-                images[filename] = RawImage(
-                    self.path,
-                    filename,
-                    self.synset,
-                    label,
-                    member.num_bytes,
-                    version,
-                    member.offset,
-                )
-        return images.values()
+    def _list_tar(self, label: int) -> Listing:
+        images: dict[str, RawImage] = {}
+        left_out: list[str] = []
+        source, synset = self.path, self.synset
+        version, members = list_tar(self)
+        for path, file in members.items():
+            name = os.path.basename(path)
+            if not _is_image_name(name):
+                left_out += [f"{source}/{path}"] if _looks_like_image(name) else []
+                continue
+            if name in images:
+                problem = f"must have different names; two in {source} are {name}."
+                raise InvalidInputError(f"Images of a class {problem}")
+            if file.size > MOST_IMAGE_BYTES:
+                raise InvalidInputError(f"{NOT_AN_IMAGE} {source}/{path} is not.")
+            images[name] = RawImage(
+                source, name, synset, label, file.size, version, file.offset_data
+            )
+        return Listing([*images.values()], left_out)
 
 
 def file_version(status: os.stat_result) -> int:
-    """What tells an image from a later one of its name and size: microseconds.
+    """Tells a file from a later one of the same name and size: microseconds.
 
     An int of nanoseconds would take 16 bytes more, 1.3 million times.
     """
@@ -320,12 +328,20 @@ def file_version(status: os.stat_result) -> int:
 
 
 def tar_version(status: os.stat_result) -> tuple[int, int, int]:
-    """What tells a tar from a later one of its name: inode, bytes, nanoseconds."""
+    """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _filename_in_bytes(image: RawImage) -> bytes:
+    """Orders by name, alike in all locales; faster than `os.fsencode`."""
+    return image.filename.encode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def _is_image_name(filename: str) -> bool:
     return filename.endswith(IMAGE_SUFFIX) and not filename.startswith(".")
+
+
+Classes: TypeAlias = dict[str, ImageSource]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,15 +349,17 @@ class Dataset:
     """The raw data set: its images by split, each split sorted by path.
 
     Attributes:
-      synsets: Sorted; the label of `synsets[i]` is i + 1, and 0 is left to the
-        "background" class of the models that read the shards.
+      synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
+        read the shards keep 0 for "background".
       layout: Where the images of each split are, in words.
+      left_out: Paths of images that are not read; see `shortfalls`.
     """
 
     synsets: tuple[str, ...]
     training: list[RawImage]
     validation: list[RawImage]
     layout: str
+    left_out: Sequence[str] = ()
 
     @property
     def images(self) -> Iterable[RawImage]:
@@ -356,48 +374,52 @@ EMPTY_DATASET = Dataset((), [], [], "")
 
 
 def read_dataset(raw_data_dir: str) -> Dataset:
-    """Lists and labels all images of a raw directory, reading none.
+    """Lists and labels all images of a raw directory without reading any.
 
     Raises:
-      InvalidInputError: The directory cannot give a data set; all problems at once.
+      InvalidInputError: The directory does not hold a data set; lists all problems.
     """
     problems: list[str] = []
     classes: list[ImageSource] = []
-    training: list[RawImage] = []
-    validation: list[RawImage] = []
+    left_out: list[str] = []
+    training, validation = Listing([], []), Listing([], [])
     with _no_garbage_collection():
         with _collecting(problems):
-            classes = find_classes(raw_data_dir)
+            classes, left_out = find_classes(raw_data_dir)
         with _collecting(problems):
             validation = list_validation(raw_data_dir)
         trained = {class_.synset for class_ in classes}
-        synsets = tuple(sorted(trained.union(image.synset for image in validation)))
+        validated = {image.synset for image in validation.images}
+        problems += _foreign_classes(trained, validated)
+        synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
         with _collecting(problems):
             training = _list_training(classes, label_of)
     if problems:
         raise InvalidInputError(*problems)
-    validation = [image._replace(label=label_of[image.synset]) for image in validation]
+    labelled = [i._replace(label=label_of[i.synset]) for i in validation.images]
     layout = (
-        f"training images in {_layout(training)}, "
-        f"validation images in {_layout(validation)}"
+        f"training images in {_layout(training.images)}, "
+        f"validation images in {_layout(labelled)}"
     )
-    return Dataset(synsets, training, validation, layout)
+    left_out += training.left_out + validation.left_out
+    return Dataset(synsets, training.images, labelled, layout, left_out)
 
 
 def _layout(images: Sequence[RawImage]) -> str:
-    """Says in what images lie: 'a directory', '60 directories', 'a tar'."""
+    """Says where images are: 'a directory', '60 directories', 'a tar'."""
+    one, many = (
+        ("directory", "directories") if images[0].offset is None else ("tar", "tars")
+    )
     num_sources = len({image.source for image in images})
-    if images[0].offset is None:
-        return "a directory" if num_sources == 1 else f"{num_sources:,} directories"
-    return "a tar" if num_sources == 1 else f"{num_sources:,} tars"
+    return f"a {one}" if num_sources == 1 else f"{num_sources:,} {many}"
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Holds the collector while millions of objects are made, then lets them be.
+    """Stops the collector while millions of objects are made, then exempts them.
 
-    Without it, listing 1.3 million images takes 2.5 times as long, and importing
+    Otherwise listing 1.3 million images takes 2.5 times as long, and importing
     TensorFlow 1.2 times.
     """
     gc.disable()
@@ -408,185 +430,190 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def find_classes(raw_data_dir: str) -> list[ImageSource]:
-    """Finds the source of each class, in the order of their paths.
+def find_classes(raw_data_dir: str) -> tuple[list[ImageSource], list[str]]:
+    """Finds the source of each class, in the order of their paths, and loose images.
 
-    The first of these that is there: the directories `train/<synset>`, the tars
-    `train/<synset>.tar`, the tar of such tars `ILSVRC2012_img_train.tar`.
-
-    Raises:
-      InvalidInputError: None is there, or an extraction stopped half way.
+    Takes the first of these that exists: directories `train/<synset>`, tars
+    `train/<synset>.tar`, a tar of such tars, `ILSVRC2012_img_train.tar`.
     """
     training_dir = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
-    whole_tar = os.path.join(raw_data_dir, TRAINING_TAR)
-    directories: dict[str, ImageSource] = {}
-    tars: dict[str, ImageSource] = {}
-    if os.path.isdir(training_dir) or not os.path.isfile(whole_tar):
-        for entry in _scan(training_dir):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                directories[entry.name] = ImageSource(entry.path, entry.name)
-            elif entry.name.endswith(".tar"):
-                synset = entry.name.removesuffix(".tar")
-                tars[synset] = ImageSource(entry.path, synset, start=0)
+    whole_tar = _find_tar(training_dir, TRAINING_TAR)
+    has_directory = os.path.isdir(training_dir) or not whole_tar
+    found = _scan_classes(training_dir) if has_directory else ({}, {}, [])
+    directories, tars, loose = found
+    packed, packed_loose = _classes_in_tar(whole_tar) if whole_tar else ({}, [])
+    _check_extracted(training_dir, directories, tars)
     classes = directories or tars
-    if directories:
-        _check_extracted(training_dir, directories, tars)
-    if os.path.isfile(whole_tar):
-        in_whole_tar = _classes_in_tar(whole_tar)
-        if classes:  # by name only: its images are 1.3 million
-            left = {s: c for s, c in in_whole_tar.items() if s not in classes}
-            _check_extracted(whole_tar, classes, left)
-        classes = classes or in_whole_tar
+    # Compared by name only: the images are 1.3 million.
+    absent = {synset: c for synset, c in packed.items() if synset not in classes}
+    _check_extracted(whole_tar or "", classes, absent)
+    if not (classes or packed):
+        source = ImageSource(whole_tar, start=0) if whole_tar else None
+        raise InvalidInputError(_no_images(source or ImageSource(training_dir), "*/*"))
+    loose += [] if classes else packed_loose
+    order = sorted((classes or packed).items(), key=lambda c: os.fsencode(c[0] + "/"))
+    return [source for _, source in order], loose
+
+
+def _find_tar(split_dir: str, filename: str) -> str | None:
+    """Finds the tar of a split, beside its directory or in it."""
+    raw_data_dir = os.path.dirname(split_dir)
+    paths = [os.path.join(place, filename) for place in (raw_data_dir, split_dir)]
+    return next(filter(os.path.exists, paths), None)
+
+
+def _scan_classes(split_dir: str) -> tuple[Classes, Classes, list[str]]:
+    """Finds class directories, class tars and loose images."""
+    directories: Classes = {}
+    tars: Classes = {}
+    loose: list[str] = []
+    for entry in filter(lambda entry: _is_visible(entry.name), _scan(split_dir)):
+        name, path = entry.name, entry.path
+        if os.path.isdir(path):
+            directories[name] = ImageSource(path, name)
+        elif name.endswith(".tar"):
+            if not name.startswith("ILSVRC"):  # a whole split, or another task's
+                synset = name.removesuffix(".tar")
+                tars[synset] = ImageSource(path, synset, start=0)
+        elif _looks_like_image(name):
+            loose.append(path)
+        elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
+            raise InvalidInputError(
+                f"Each class must be a directory or a tar; {path} is "
+                + ("a file." if os.path.exists(path) else "a broken link.")
+            )
+    return directories, tars, loose
+
+
+def _classes_in_tar(tar_path: str) -> tuple[Classes, list[str]]:
+    classes: Classes = {}
+    loose: list[str] = []
+    for path, file in list_tar(ImageSource(tar_path, start=0))[1].items():
+        name, start = os.path.basename(path), file.offset_data
+        if name.endswith(".tar") and _is_visible(name):
+            synset = name.removesuffix(".tar")
+            classes[synset] = ImageSource(tar_path, synset, start, start + file.size)
+        elif _looks_like_image(name):
+            loose.append(f"{tar_path}/{path}")
+    return classes, loose
+
+
+def _check_extracted(place: str, classes: Classes, packed: Classes) -> None:
+    """Refuses an extraction that stopped half way."""
     if not classes:
-        raise InvalidInputError(_no_images(training_dir, f"*/*{IMAGE_SUFFIX}"))
-    return sorted(classes.values(), key=lambda class_: class_.synset + os.sep)
-
-
-def _classes_in_tar(tar_path: str) -> dict[str, ImageSource]:
-    classes = {}
-    for member in list_tar(tar_path):
-        filename = os.path.basename(member.name)
-        if filename.endswith(".tar") and not filename.startswith("."):
-            synset = filename.removesuffix(".tar")
-            end = member.offset + member.num_bytes
-            classes[synset] = ImageSource(tar_path, synset, member.offset, end)
-    if not classes:
-        raise InvalidInputError(f"No tars match *.tar in {tar_path}.")
-    return classes
-
-
-def _check_extracted(
-    place: str,
-    classes: Mapping[str, ImageSource],
-    packed: Mapping[str, ImageSource],
-) -> None:
-    """Checks that tars were extracted all and wholly, where others were.
-
-    Raises:
-      InvalidInputError: An extraction stopped half way.
-    """
+        return
     left = [synset for synset in sorted(packed) if synset not in classes]
     for synset in sorted(packed.keys() & classes.keys()):
-        images = {image.filename for image in packed[synset].list()}
-        if images - {image.filename for image in classes[synset].list()}:
+        images = {image.filename for image in packed[synset].list().images}
+        if images - {image.filename for image in classes[synset].list().images}:
             left.append(synset)
     if left:
         raise InvalidInputError(
             f"All classes in {place} must be extracted, or none; found "
             f"{_count(len(left), 'class')} whose images are not all in directories: "
-            f"{_some(left)}. Extract these too, or remove the directories, and the "
-            "tars are read as they are."
+            f"{_some(left)}. Extract these too."
         )
 
 
 def _list_training(
     classes: Sequence[ImageSource], label_of: Mapping[str, int]
-) -> list[RawImage]:
-    """Lists the images of all classes, sorted by path.
-
-    Raises:
-      InvalidInputError: A class without images, or one that cannot be listed.
-    """
-    images: list[RawImage] = []
+) -> Listing:
+    """Lists the images of all classes, sorted by path."""
+    listing = Listing([], [])
     empty: list[ImageSource] = []
     problems: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
         listings = [threads.submit(c.list, label_of[c.synset]) for c in classes]
-    for class_, listing in zip(classes, listings, strict=True):
+    for class_, listed in zip(classes, listings, strict=True):
         with _collecting(problems):
-            if not listing.result():
-                empty.append(class_)
-            images += listing.result()
+            images, left_out = listed.result()
+            empty += [] if images else [class_]
+            listing.images.extend(images)
+            listing.left_out.extend(left_out)
     if len(problems) > 3:
         problems[3:] = [f"{len(problems) - 3:,} more classes cannot be listed."]
     if empty:
         names = _some([class_.synset for class_ in empty])
         problems.append(
             f"Each class must have images, but {len(empty):,} of "
-            f"{_count(len(classes), 'class')} have none: {names}. "
-            + _no_images(empty[0].path, f"*{IMAGE_SUFFIX}")
+            f"{_count(len(classes), 'class')} have none: {names}. {_no_images(empty[0])}"
         )
     if problems:
         raise InvalidInputError(*problems)
-    return images
+    return listing
 
 
-def list_validation(raw_data_dir: str) -> list[RawImage]:
+def list_validation(raw_data_dir: str) -> Listing:
     """Lists the validation images by name, with their synsets but without labels.
 
-    From the first of these that is there: `validation/*.JPEG`,
-    `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. The i-th is of the i-th
-    synset in `synset_labels.txt`, which only the second can do without.
-
-    Raises:
-      InvalidInputError: None is there, or the label file does not fit.
+    Takes the first of these that exists: `validation/*.JPEG`,
+    `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Line i of
+    `synset_labels.txt` is the synset of image i; only the second can do without it.
     """
     validation_dir = os.path.join(raw_data_dir, VALIDATION_DIRECTORY)
-    tar_path = os.path.join(raw_data_dir, VALIDATION_TAR)
+    tar_path = _find_tar(validation_dir, VALIDATION_TAR)
     labels_path = os.path.join(raw_data_dir, LABELS_FILE)
-    place = validation_dir
-    problems: list[str] = []
-    images: list[RawImage] = []
-    with _collecting(problems):
-        if os.path.isdir(validation_dir) or not os.path.isfile(tar_path):
-            images = ImageSource(validation_dir).list() or _list_folders(validation_dir)
-        if not images and os.path.isfile(tar_path):
-            place = tar_path
-            images = ImageSource(tar_path, start=0).list()
-        if not images:
-            problems.append(_no_images(place, f"*{IMAGE_SUFFIX}"))
+    source, (images, left_out) = ImageSource(validation_dir), Listing([], [])
     labels: list[str] = []
+    problems: list[str] = []
+    with _collecting(problems):
+        if os.path.isdir(validation_dir) or not tar_path:
+            images, left_out = source.list()
+            if not images:
+                images, left_out = _list_folders(validation_dir)
+        if tar_path and not images:
+            source = ImageSource(tar_path, start=0)
+            images, left_out = source.list()
+        if not images:
+            problems.append(_no_images(source))
     if not (images and images[0].synset) or os.path.exists(labels_path):
         with _collecting(problems):
             labels = read_labels(labels_path)
-            if images and len(labels) != len(images):
-                problems.append(
-                    f"{labels_path} has {_count(len(labels), 'label')} and {place} "
-                    f"{_count(len(images), 'image')}; they must be equal in number."
-                )
+            if images:
+                images = _with_synsets(images, labels, labels_path, source.path)
     if problems:
         raise InvalidInputError(*problems)
-    return _with_synsets(images, labels, labels_path) if labels else images
+    return Listing(images, left_out)
 
 
-def _list_folders(validation_dir: str) -> list[RawImage]:
+def _list_folders(validation_dir: str) -> Listing:
     """Lists `validation/<synset>/*.JPEG` in the order of the flat layout."""
-    images = [
-        image
-        for entry in _scan(validation_dir)
-        if entry.is_dir() and not entry.name.startswith(".")
-        for image in ImageSource(entry.path, entry.name).list()
-    ]
-    return sorted(images, key=lambda image: (image.filename, image.synset))
+    directories, _, left_out = _scan_classes(validation_dir)
+    listings = [directory.list() for directory in directories.values()]
+    images = [image for listing in listings for image in listing.images]
+    images.sort(key=lambda i: (os.fsencode(i.filename), os.fsencode(i.synset)))
+    return Listing(images, sum((one.left_out for one in listings), left_out))
 
 
 def _with_synsets(
-    images: Sequence[RawImage], labels: Sequence[str], labels_path: str
+    images: list[RawImage], labels: list[str], labels_path: str, place: str
 ) -> list[RawImage]:
+    if len(labels) != len(images):
+        raise InvalidInputError(
+            f"{labels_path} has {_count(len(labels), 'label')} and {place} "
+            f"{_count(len(images), 'image')}; they must be equal in number."
+        )
     for line, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
         if image.synset not in ("", label):
             raise InvalidInputError(
                 f"{labels_path} and the folders of {VALIDATION_DIRECTORY}/ must agree; "
-                f"line {line:,} says {label}, {image.path} is in {image.synset}."
+                f"line {line:,} says {label}, {image.path} is in {image.synset}. If "
+                "the folders are right, remove the label file; they do without it."
             )
-    return [
-        image._replace(synset=label)
-        for image, label in zip(images, labels, strict=True)
-    ]
+    return [i._replace(synset=label) for i, label in zip(images, labels, strict=True)]
 
 
 def read_labels(labels_path: str) -> list[str]:
-    """Reads the synset of each validation image, a line each.
+    """Reads the synset of each validation image, one a line.
 
-    Windows line ends, a byte order mark and a missing last newline are accepted.
+    Accepts Windows line ends, a byte order mark and a missing last newline.
 
     Raises:
       InvalidInputError: No such file, or a line that is not a single word.
     """
     try:
-        text = pathlib.Path(labels_path).read_text("utf-8-sig")
+        with open_regular(labels_path) as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInputError(
             f"{labels_path} must be text in UTF-8; found {error.object[:4]!r} at its "
@@ -598,13 +625,12 @@ def read_labels(labels_path: str) -> list[str]:
             "of each validation image, a line each, in the order of their names."
         ) from error
     lines = text.removesuffix("\n").split("\n") if text else []
-    labels = [line.strip() for line in lines]
-    bad = [i for i, label in enumerate(labels) if len(label.split()) != 1]
-    if bad:
+    labels = [os.fsdecode(line.strip().encode()) for line in lines]
+    if bad := [i for i, label in enumerate(labels) if len(label.split()) != 1]:
+        count = f" ({len(bad):,} such lines)" if len(bad) > 1 else ""
         raise InvalidInputError(
             f"Line {bad[0] + 1:,} of {labels_path} must be a single synset such as "
-            f"n01440764; found {labels[bad[0]][:60]!r}"
-            + (f" ({len(bad):,} such lines)." if len(bad) > 1 else ".")
+            f"n01440764; found {labels[bad[0]][:60]!r}{count}."
         )
     return labels
 
@@ -696,7 +722,103 @@ def _cut(split: str, images: Sequence[RawImage], num_shards: int) -> list[Shard]
 
 
 # ---------------------------------------------------------------------------------
-# 3. One image: read, checked, repaired, measured
+# 3. One image: read ahead, checked, repaired if need be
+
+
+READ_AHEAD = 32  # images opened before their turn, so also open files, a worker
+SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 ms
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenImage:
+    """An image that the disk is already fetching, or the error that prevents it."""
+
+    image: RawImage
+    file: BinaryIO | OSError
+
+    @classmethod
+    def of(cls, image: RawImage) -> OpenImage:
+        offset, num_bytes = image.offset or 0, image.num_bytes
+        try:
+            file = open_regular(_file_of(image))
+            file.seek(offset)
+        except OSError as error:
+            return cls(image, error)
+        with contextlib.suppress(OSError):  # not every file system can; 0 means all
+            descriptor, advice = file.fileno(), os.POSIX_FADV_WILLNEED
+            os.posix_fadvise(descriptor, offset, num_bytes or 1, advice)
+        return cls(image, file)
+
+    def read(self) -> bytes:
+        """Reads the image, no more than was listed, and closes its file.
+
+        Raises:
+          OSError: It cannot be read, or is not the image that was listed.
+        """
+        if isinstance(self.file, OSError):
+            raise self.file
+        in_tar = self.image.offset is not None
+        left = self.image.num_bytes + (not in_tar)  # one more shows a file that grew
+        parts = []
+        with self.file as file:
+            while left and (part := file.read(left)):  # it may return less than asked
+                parts.append(part)
+                left -= len(part)
+            status = os.fstat(file.fileno())
+        data = b"".join(parts)
+        version = tar_version(status) if in_tar else file_version(status)
+        if (len(data), version) != (self.image.num_bytes, self.image.version):
+            raise OSError(errno.ESTALE, "it has changed since the run began")
+        return data
+
+
+def _file_of(image: RawImage) -> str:
+    return image.path if image.offset is None else image.source
+
+
+# They start when the first image is submitted, and serve all shards of a worker.
+_openers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD)
+
+
+def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
+    """Opens images before their turn, so that the encoding does not wait for the disk.
+
+    Threads open them only where that is slow, as on a network disk: elsewhere, passing
+    the GIL around would slow the encoding by a fifth.
+    """
+    start = time.perf_counter()
+    for image in images[:1]:
+        with contextlib.suppress(OSError):
+            open_regular(_file_of(image)).close()
+    if time.perf_counter() - start < SLOW_OPEN_SECONDS:
+        yield from _ahead(map(OpenImage.of, images))
+    else:
+        opening = (_openers.submit(OpenImage.of, image) for image in images)
+        yield from (future.result() for future in _ahead(opening))
+
+
+def _ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields items, each of which is drawn `READ_AHEAD` items before its turn."""
+    items = iter(items)
+    drawn = collections.deque(itertools.islice(items, READ_AHEAD))
+    while drawn:
+        yield drawn.popleft()
+        drawn.extend(itertools.islice(items, 1))
+
+
+class _ImageError(ValueError):
+    """Why an image cannot be decoded, in words."""
+
+
+def problem_of(image: RawImage, error: Exception) -> str:
+    """Words whatever kept an image from its record, in a line that names its file."""
+    reason = str(error) if isinstance(error, _ImageError) else repr(error)
+    if isinstance(error, FileNotFoundError):
+        reason = "a link to nothing" if os.path.islink(image.path) else "it is gone"
+    elif isinstance(error, OSError):
+        reason = f"{error.strerror}"
+    verb = "read" if isinstance(error, OSError) else "decode"
+    return f"Cannot {verb} {image.path}: {reason}."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -706,7 +828,7 @@ class EncodedImage:
     Attributes:
       jpeg: A JPEG of 1 or 3 components.
       height, width: Pixels.
-      repaired: Whether it was a PNG or a CMYK JPEG and was encoded again.
+      repaired: Whether it was a PNG or a CMYK JPEG and had to be encoded again.
     """
 
     jpeg: bytes
@@ -720,9 +842,8 @@ class Skeleton:
     """The marker segments of a JPEG, without the entropy-coded data between them.
 
     Attributes:
-      jpeg: The segments, about 2 KB, closed by the end marker, as of an image of 8 x 8
-        pixels, so that decoding it takes no time and no memory.
-      height, width, num_components: As the image's frame header declares them.
+      jpeg: About 2 KB that declare 8 x 8 pixels: quick to decode, and of little memory.
+      height, width, num_components: What the image's frame header declares.
     """
 
     jpeg: bytes
@@ -731,87 +852,59 @@ class Skeleton:
     num_components: int
 
 
-class _ImageError(ValueError):
-    """The reason why an image cannot be used, in words."""
-
-
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
-# FF 00 is a data byte FF, FF FF is filling, FF D0 to FF D7 are restart markers
-# inside the data: all others begin a segment (ITU-T T.81, B.1.1).
+# FF 00 is a data byte FF, FF FF is filling, FF 01 and FF D0 to FF D7 stand alone and
+# change nothing: every other FF begins a segment (ITU-T T.81, B.1.1).
 _FILLING = 0xFF
-_RESTART_MARKERS = frozenset(range(0xD0, 0xD8))
+_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
 _END_MARKER = 0xD9
-_BARE_MARKER = 0x01
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
+_OVERRUN_BYTES = 1024  # libjpeg reads at most 129 bytes (a table) past a segment's end
 _MAX_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 _MAX_VALUES = 2**29  # height x width x components; TensorFlow's limit (jpeg_mem.cc)
 
 
-def encode_image(image: RawImage) -> EncodedImage:
-    """Reads an image and makes it a JPEG that every reader can decode.
+def encode_image(data: bytes) -> EncodedImage:
+    """Checks an image, and makes it a JPEG that every reader can decode.
 
     Raises:
-      _ImageError: It cannot be read, or a full decode would reject it.
+      _ImageError: A full decode would reject it.
     """
-    data = _read_image(image)
     if data.startswith(PNG_START):
-        return _encode_again(_decode_png(data))
+        width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
+        _check_values(height, width)
+        return _encode_again(data, "PNG")
     skeleton = read_skeleton(data)
     _check_values(skeleton.height, skeleton.width, max(3, skeleton.num_components))
     _check_decodes(skeleton)
     if skeleton.num_components == 4:
-        return _encode_again(_decode_cmyk(data))
+        return _encode_again(data, "CMYK JPEG")
     return EncodedImage(data, skeleton.height, skeleton.width)
-
-
-def _read_image(image: RawImage) -> bytes:
-    in_tar = image.offset is not None
-    try:
-        path = image.source if in_tar else image.path
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            if in_tar:
-                file.seek(image.offset or 0)
-            data = file.read(image.num_bytes if in_tar else -1) or b""
-    except FileNotFoundError as error:
-        is_link = os.path.islink(image.path)
-        raise _ImageError("a link to nothing" if is_link else "it is gone") from error
-    except OSError as error:
-        raise _ImageError(f"{error.strerror}") from error
-    if len(data) != image.num_bytes:
-        raise _ImageError(
-            f"it had {image.num_bytes:,} bytes when the run began and now has "
-            f"{len(data):,}"
-        )
-    return data
-
-
-def _open_without_waiting(path: str, mode: int) -> int:
-    """Opens a file, also a named pipe, for whose writer a plain open would wait."""
-    return os.open(path, mode | os.O_NONBLOCK)
 
 
 def read_skeleton(data: bytes) -> Skeleton:
     """Reads the marker segments of a JPEG.
 
-    libjpeg fails on bad segments and on a missing end, never on what stands between:
-    it fills up broken data. So the skeleton, decoded, gets the whole image's verdict
-    in an eighth of the time.
+    libjpeg fails on bad segments and on a missing end, never on the data between them:
+    it fills in what is broken. So decoding the skeleton gives the verdict on the whole
+    image in an eighth of the time.
 
     Raises:
-      _ImageError: Not a JPEG, or one without frame header or end.
+      _ImageError: It is not a JPEG, or has no frame header or no end.
     """
     if not data.startswith(JPEG_START):
-        raise _ImageError(_not_a_jpeg(data))
+        found = f"it starts with {data[:4]!r}" if data else "the file is empty"
+        raise _ImageError(f"not a JPEG: {found}")
     import numpy as np
 
     values = np.frombuffer(data, np.uint8)
     is_marker = ((values[:-1] == 0xFF) & (values[1:] != 0)).tobytes()
-    segments = [data[:2]]
+    segments = bytearray(data[:2])
     frame = b""
-    position = 2
+    last = position = 2  # where the last segment and the last marker end
     while (start := is_marker.find(1, position)) >= 0:
         position = start + 2
         marker = data[start + 1]
@@ -819,31 +912,29 @@ def read_skeleton(data: bytes) -> Skeleton:
             position = start + 1
         elif marker == _END_MARKER:
             break
-        elif marker not in _RESTART_MARKERS:
-            if marker != _BARE_MARKER:
-                # The length counts its own two bytes; one that says less is damaged,
-                # and libjpeg must see it to say so.
-                length = int.from_bytes(data[position : position + 2], "big")
-                position += max(2, length)
-            segments.append(data[start:position])
+        elif marker not in _BARE_MARKERS:
+            # The length counts its own two bytes; one that says less is damaged, and
+            # libjpeg must see it to say so.
+            length = int.from_bytes(data[position : position + 2], "big")
+            last = position = position + max(2, length)
+            segment = data[start:position]
             if marker in _FRAME_MARKERS and not frame:
-                frame = segments[-1]
-                segments[-1] = frame[:5] + struct.pack(">HH", 8, 8) + frame[9:]
+                frame = segment
+                segment = frame[:5] + struct.pack(">HH", 8, 8) + frame[9:]
+            segments += segment
     else:
         raise _ImageError("it is cut short: no end marker")
     if len(frame) < 10:
         raise _ImageError("it has no frame header")
     height, width, num_components = struct.unpack_from(">HHB", frame, 5)
-    jpeg = b"".join((*segments, data[start : start + 2]))
-    return Skeleton(jpeg, height, width, num_components)
-
-
-def _not_a_jpeg(data: bytes) -> str:
-    return f"not a JPEG (starts with {data[:4]!r})" if data else "the file is empty"
+    # A segment may hold more than its length says: libjpeg then reads on, and rejects
+    # the image only if that many bytes are there.
+    segments += data[start : start + 2] + data[last : last + _OVERRUN_BYTES]
+    return Skeleton(bytes(segments), height, width, num_components)
 
 
 def _check_values(height: int, width: int, num_components: int = 3) -> None:
-    """Refuses what a small file could blow up to gigabytes, as a full decode does."""
+    """Refuses sizes for which a small file would take gigabytes, as a full decode does."""
     declared = f"its header declares {width:,} x {height:,} pixels"
     if max(height, width) > _MAX_SIDE:
         raise _ImageError(f"{declared}; no side may have more than {_MAX_SIDE:,}")
@@ -858,8 +949,7 @@ def _check_decodes(skeleton: Skeleton) -> None:
     import tensorflow as tf
 
     def decode() -> None:
-        # Bytes, or an int where a float is meant, would be converted the slow way.
-        contents = tf.constant(skeleton.jpeg)
+        contents = tf.constant(skeleton.jpeg)  # bytes, or 1 for 1.0, would take longer
         tf.raw_ops.DecodeJpeg(contents=contents, ratio=8, acceptable_fraction=1.0)
 
     try:
@@ -868,8 +958,8 @@ def _check_decodes(skeleton: Skeleton) -> None:
         raise _ImageError(_reason_of_libjpeg(decode)) from error
 
 
-def _reason_of_libjpeg(decode: Callable[[], None]) -> str:
-    """Decodes again to catch libjpeg's reason, which it writes to stderr only."""
+def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
+    """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
     with tempfile.TemporaryFile() as caught, _stderr_to(caught.fileno()):
         with contextlib.suppress(Exception):
             decode()
@@ -891,36 +981,14 @@ def _stderr_to(file_descriptor: int) -> Iterator[None]:
         os.close(kept)
 
 
-def _decode_png(data: bytes) -> tf.Tensor:
-    """Decodes a PNG to pixels of shape (height, width, 3), uint8."""
-    import tensorflow as tf
-
-    if len(data) < 24:
-        raise _ImageError("it is a PNG cut short")
-    width, height = struct.unpack_from(">II", data, 16)
-    _check_values(height, width)
-    try:
-        return tf.io.decode_png(data, channels=3)
-    except tf.errors.InvalidArgumentError as error:
-        raise _ImageError("it is a PNG that cannot be decoded") from error
-
-
-def _decode_cmyk(data: bytes) -> tf.Tensor:
-    """Decodes a JPEG of four components to pixels of shape (height, width, 3), uint8.
-
-    TensorFlow's own conversion is what the reference's shards hold.
-    """
+def _encode_again(data: bytes, kind: str) -> EncodedImage:
+    """Makes a PNG or CMYK JPEG an RGB JPEG with the pixels of the reference's shards."""
     import tensorflow as tf
 
     try:
-        return tf.io.decode_jpeg(data, channels=3)
+        pixels = tf.io.decode_jpeg(data, channels=3)  # it decodes a PNG as well
     except tf.errors.InvalidArgumentError as error:
-        raise _ImageError("it is a CMYK JPEG that cannot be decoded") from error
-
-
-def _encode_again(pixels: tf.Tensor) -> EncodedImage:
-    import tensorflow as tf
-
+        raise _ImageError(f"it is a {kind} that cannot be decoded") from error
     jpeg = tf.io.encode_jpeg(pixels, format="rgb", quality=100).numpy()
     height, width, _ = pixels.shape
     return EncodedImage(jpeg, height, width, repaired=True)
@@ -1013,17 +1081,21 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
       BadImagesError: All bad images of the shard.
       OSError: The disk cannot hold it.
     """
+    import tensorflow  # noqa: F401  # if that fails, no image is to blame
+
     problems: list[str] = []
     num_repaired = 0
     with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
         records = RecordWriter(file)
-        for image in shard.images:
+        for opened in open_ahead(shard.images):
             try:
-                encoded = encode_image(image)
-            except _ImageError as error:
-                problems.append(f"Cannot decode {image.path}: {error}.")
+                encoded = encode_image(opened.read())
+                example = make_example(opened.image, encoded)
+            except Exception as error:  # noqa: BLE001  # of whatever kind, of one image
+                problems.append(problem_of(opened.image, error))
+                continue
             if not problems:
-                records.write(make_example(image, encoded))
+                records.write(example)
                 num_repaired += encoded.repaired
     if problems:
         raise BadImagesError(*problems)
@@ -1402,7 +1474,7 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
-        live_line.clear()
+        live_line.draw("")
 
 
 # ---------------------------------------------------------------------------------
@@ -1807,7 +1879,8 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
         f"({_size(dataset.num_bytes)}) in {options.raw_dir}: {dataset.layout}."
     )
     if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
-        for line in shortfalls(dataset):
+        shards = options.training_shards, options.validation_shards
+        for line in [*shortfalls(dataset), *empty_shards(dataset, *shards)]:
             logging.warning(line)
 
 
@@ -2173,17 +2246,6 @@ def _write_manifest(job: Job, stamps: Mapping[str, Stamp]) -> None:
 # ---------------------------------------------------------------------------------
 # 9. Command line
 
-USAGE = """\
-Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]
-
-Write ImageNet as TFRecord shards and upload them to Cloud Storage:
-  python3 imagenet_to_gcs.py --project=my-project --gcs_output_path=gs://bucket/imagenet \\
-    --raw_data_dir=$HOME/imagenet --local_scratch_dir=$HOME/imagenet/tf_records
-
-Try it without ImageNet and without a bucket:
-  python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=$HOME/fake --nogcs_upload
-"""
-
 # Line breaks, and what would reorder the text on a terminal.
 CONTROL_CHARACTERS = r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -2430,48 +2492,39 @@ def _locked(options: Options) -> Iterator[None]:
     if options.dry_run:
         yield
         return
-    name = ".lock"
-    if options.task_count > 1:
-        name += f"-{options.task}-of-{options.task_count}"
-    scratch_dir = options.scratch_dir
-    os.makedirs(scratch_dir, exist_ok=True)
-    with _lock_file(os.path.join(scratch_dir, name)) as file:
-        others = [n for n in os.listdir(scratch_dir) if _excludes(name, n)]
-        for path in (os.path.join(scratch_dir, other) for other in others):
-            with _lock_file(path):
-                pass
+    scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
+    scratch_dir.mkdir(parents=True, exist_ok=True)
+    path = scratch_dir / f".lock-{options.task}-of-{count}"
+    with _lock_file(path):
+        for other in scratch_dir.glob(".lock-*-of-*"):
+            if not other.name.endswith(f"-of-{count}"):
+                with _lock_file(other):
+                    pass
         try:
             yield
         except InvalidInputError:  # leave nothing where nothing was done
-            os.unlink(file.name)
+            path.unlink()
             with contextlib.suppress(OSError):  # there are shards
-                os.rmdir(scratch_dir)
+                scratch_dir.rmdir()
             raise
 
 
-def _excludes(name: str, other: str) -> bool:
-    """Whether two locks are of task counts that may not share a directory."""
-    counts = [re.fullmatch(r"\.lock(?:-\d+-of-(\d+))?", n) for n in (name, other)]
-    return all(counts) and len({match[1] for match in counts if match}) > 1
-
-
 @contextlib.contextmanager
-def _lock_file(path: str) -> Iterator[BinaryIO]:
-    flags_of_open = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    file_descriptor = os.open(path, flags_of_open, 0o666)
-    with open(file_descriptor, "rb+", buffering=0) as file:
+def _lock_file(path: pathlib.Path) -> Iterator[None]:
+    mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"Another run is writing to {os.path.dirname(path)}: wait until it ends, "
-                "or choose another --local_scratch_dir."
+                f"Another run is writing to {path.parent}: wait until it ends, or choose "
+                "another --local_scratch_dir."
             ) from None
         except OSError as error:  # some network file systems cannot
             logging.warning(
                 f"Cannot lock {path} ({error.strerror}): do not run two at once."
             )
-        yield file
+        yield
 
 
 def convert_to_tf_records(
@@ -2574,27 +2627,17 @@ class LiveLine:
     """A line at the bottom of a terminal that is redrawn in place.
 
     Attributes:
-      is_on: Whether stderr is a terminal, and this the command.
+      is_on: Whether this is the command, and stderr a terminal.
     """
 
-    def __init__(self) -> None:
-        self.is_on = False
-        self._is_drawn = False
+    is_on = False
 
     def draw(self, text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        self._write(f"\r{text[:width]}\x1b[K")
-        self._is_drawn = True
-
-    def clear(self) -> None:
-        if self._is_drawn:
-            self._write("\r\x1b[K")
-            self._is_drawn = False
-
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        """Draws the line, cut to the width of the terminal; clears it if empty."""
+        if self.is_on:
+            width = shutil.get_terminal_size().columns - 1
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 live_line = LiveLine()
@@ -2607,7 +2650,7 @@ class _LogFormatter(python_logging.Formatter):
     """
 
     def format(self, record: python_logging.LogRecord) -> str:
-        live_line.clear()
+        live_line.draw("")
         level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
         return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}" + re.sub(
             CONTROL_CHARACTERS, lambda c: repr(c[0])[1:-1], record.getMessage()
@@ -2650,131 +2693,134 @@ def _exit(status: int, *errors: str) -> NoReturn:
     os._exit(status)
 
 
-def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """Answers --help and --version in a few lines, or parses the flags."""
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Answers --help and --version, or parses the flags."""
     if {"-h", "-help", "--help"} & set(arguments[1:]):
-        print(f"{USAGE}\n{FLAGS.module_help(sys.modules[__name__])}")
+        print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
+        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)
     if "--version" in arguments[1:]:
         print(f"imagenet_to_gcs.py {__version__}")
         sys.exit(0)
-    return list(app.parse_flags_with_usage(list(arguments)))
+    return app.parse_flags_with_usage(arguments)
 
 
 # ---------------------------------------------------------------------------------
 # A. Tars: the images of archives that were never extracted
 
 
-TAR_BLOCK_BYTES = 512
 MOST_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
-COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
+MOST_TAR_METADATA = 2**20  # bytes of a long name, or of other data about a member
+NOT_TARS = {
+    b"\x1f\x8b": "it is compressed; decompress it with gzip -d first",
+    b"BZh": "it is compressed; decompress it with bzip2 -d first",
+    b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
+    b"<": "it is not a tar but a web page; log in, and download it again",
+}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file in a tar.
+# What follows mode and owner in the header of a plain file: size, time, checksum,
+# type, and no prefix of its name; the name comes first, in 100 bytes.
+PLAIN_HEADER = re.compile(
+    rb"([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})\0 [0\0].{188}\0.{166}", re.DOTALL
+)
 
-    Attributes:
-      offset: Of its first byte, from the start of the file that holds the tar.
-      mtime: Seconds since 1970.
+
+class TarHeader(tarfile.TarInfo):
+    """A member of a tar, whose header is read twice as fast if it is a plain file's.
+
+    https://www.gnu.org/software/tar/manual/html_node/Standard.html
     """
 
-    name: str
-    offset: int
-    num_bytes: int
-    mtime: int
+    __slots__ = ()
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> TarHeader:
+        plain = PLAIN_HEADER.fullmatch(buf, 124)
+        name = buf[:100].partition(b"\0")[0]
+        if plain and not name.endswith(b"/"):
+            # Half of Adler-32 is the sum of the bytes and 1, modulo 65,521.
+            total = zlib.adler32(buf[156:], zlib.adler32(buf[:148])) & 0xFFFF
+            if total == (int(plain[2], 8) - 8 * ord(" ") + 1) % 65521:
+                header = cls(str(name, encoding, errors))
+                header.size = int(plain[1], 8)
+                return header
+        header = super().frombuf(buf, encoding, errors)
+        is_metadata = header.type in b"gxXKL"
+        if header.size < 0 or is_metadata and header.size > MOST_TAR_METADATA:
+            raise tarfile.ReadError
+        return header
 
 
 def list_tar(
-    path: str, start: int = 0, end: int | None = None, name: str = ""
-) -> list[TarMember]:
+    source: ImageSource,
+) -> tuple[tuple[int, int, int], dict[str, tarfile.TarInfo]]:
     """Lists the files in a tar, or in a tar within a file, by their headers.
 
-    Links, and names that would lead out of a directory, are left out. Plain headers
-    (https://www.gnu.org/software/tar/manual/html_node/Standard.html) are read here,
-    six times as fast as by `tarfile`; a tar with any others is left to that.
+    Links to other members are these members under another name, as in extracting, and
+    a name that comes again replaces the first.
 
-    Args:
-      start, end: Where the tar begins and ends in the file, bytes.
-      name: Of a tar within the file.
-
-    Raises:
-      InvalidInputError: Not a tar, a compressed one, or one that is cut short.
+    Returns:
+      The tar's version, and its files by normalized name.
     """
+    within = f" ({source.synset}.tar within it)" if source.start else ""
     try:
-        with open(path, "rb", buffering=0) as file:
-            end = os.fstat(file.fileno()).st_size if end is None else end
-            members = _read_headers(file, start, end)
-            if members is None:
-                members = _read_headers_with_tarfile(file, start, end)
-    except (OSError, ValueError, tarfile.TarError) as error:
+        with open_regular(source.path) as file:
+            status = os.fstat(file.fileno())
+            end = status.st_size if source.end is None else source.end
+            found = _read_headers(file, source.start or 0, end)
+            return tar_version(status), _resolve_links(found)
+    except (OSError, ValueError, tarfile.TarError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        is_damaged = not isinstance(error, OSError) and "decompress" not in reason
         raise InvalidInputError(
-            f"Cannot list the tar {path}"
-            + (f" ({name} within it)" if name else "")
-            + f": {reason}."
-            + (" Download it again, and compare its checksum." if is_damaged else "")
+            f"Cannot list the tar {source.path}{within}: {reason}."
         ) from error
-    return [
-        member
-        for member in members
-        if not member.name.startswith("/") and ".." not in member.name.split("/")
+
+
+def _read_headers(file: BinaryIO, start: int, end: int) -> dict[str, tarfile.TarInfo]:
+    found: dict[str, tarfile.TarInfo] = {}
+    position = file.seek(start)
+    try:
+        with tarfile.TarFile(fileobj=file, tarinfo=TarHeader) as tar:
+            for member in tar:
+                if member.size < 0 or tar.offset <= position:  # would never end
+                    break
+                position = tar.offset
+                if position > end:
+                    break
+                name = _normalized(member.name)
+                if member.islnk():
+                    member = found.get(_normalized(member.linkname), member)
+                found[name] = member
+    except tarfile.ReadError:
+        pass  # `_check_end` says what is wrong at this position
+    _check_end(file, position, end)
+    return found
+
+
+def _normalized(name: str) -> str:
+    return os.path.normpath(name).lstrip("/") if "/" in name else name
+
+
+def _resolve_links(found: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
+    """Puts files in the place of symbolic links, and refuses other odd images."""
+    odd = [
+        name
+        for name, member in found.items()
+        if not member.isreg() or member.issparse() or name.startswith("../")
     ]
-
-
-def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | None:
-    """Reads the headers of a tar of plain files; None where it has others."""
-    members: list[TarMember] = []
-    position = start
-    while True:
-        header = os.pread(file.fileno(), TAR_BLOCK_BYTES, position)
-        if position + TAR_BLOCK_BYTES > end or len(header) < TAR_BLOCK_BYTES:
-            raise ValueError("it is cut short")
-        if header == bytes(TAR_BLOCK_BYTES):
-            _check_end(file, position, end)
-            return members
-        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        if _octal(header[148:156]) != checksum:
-            raise ValueError(_not_a_tar(header, position))
-        is_plain = header[156] in b"0\0" and header[345] == 0
-        if not is_plain or header[124] >= 0x80 or header[136] >= 0x80:
-            return None
-        num_bytes, mtime = _octal(header[124:136]), _octal(header[136:148])
-        if num_bytes is None or mtime is None:
-            raise ValueError(_not_a_tar(header, position))
-        name = os.fsdecode(header[:100].split(b"\0")[0])
-        position += TAR_BLOCK_BYTES
-        if not name.endswith("/"):  # a directory of Unix V7's tar
-            members.append(TarMember(name, position, num_bytes, mtime))
-        position += math.ceil(num_bytes / TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-
-
-def _octal(field: bytes) -> int | None:
-    digits = field.strip(b" \0")
-    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
-
-
-def _not_a_tar(header: bytes, position: int) -> str:
-    for name, magic in COMPRESSED_STARTS.items():
-        if header.startswith(magic):
-            return f"it is compressed; decompress it with {name} -d first"
-    return f"it is damaged, or not a tar, at byte {position:,}"
-
-
-def _read_headers_with_tarfile(file: BinaryIO, start: int, end: int) -> list[TarMember]:
-    file.seek(start)
-    members = []
-    with tarfile.TarFile(fileobj=file) as tar:
-        for member in tar:
-            if member.isreg() and not member.issparse():
-                members.append(
-                    TarMember(
-                        member.name, member.offset_data, member.size, int(member.mtime)
-                    )
-                )
-        _check_end(file, tar.offset, end)
-    return members
+    for name in odd:
+        member = found.pop(name)
+        target = os.path.join(os.path.dirname(name), member.linkname)
+        file = found.get(_normalized(target)) if member.issym() else None
+        if file and file.isreg():
+            found[name] = file
+        elif _is_visible(name) and name.endswith((IMAGE_SUFFIX, ".tar")):
+            raise ValueError(
+                f"{name} in it is neither a plain file nor a link to one in it; "
+                "extract it instead"
+            )
+    return found
 
 
 def _check_end(file: BinaryIO, position: int, end: int) -> None:
@@ -2782,23 +2828,57 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
 
     tarfile takes a damaged or missing header for the end; a piece missing from a
     download is a hole of zeros, which looks like an end.
-
-    Raises:
-      ValueError: It does not.
     """
-    rest = os.pread(
-        file.fileno(), max(0, min(end - position, MOST_TAR_FILLING + 1)), position
-    )
-    if len(rest) < TAR_BLOCK_BYTES:
-        raise ValueError("it is cut short")
-    if any(rest[:TAR_BLOCK_BYTES]):
-        raise ValueError(_not_a_tar(rest, position))
-    if any(rest) or len(rest) > MOST_TAR_FILLING:
-        raise ValueError(f"it is damaged: empty at byte {position:,}, before its end")
+    num_bytes = max(0, min(end - position, MOST_TAR_FILLING + 1))
+    rest = os.pread(file.fileno(), num_bytes, min(position, end))
+    problem = ""
+    for start, words in NOT_TARS.items():
+        if rest.lstrip().startswith(start):
+            raise ValueError(words)
+    if len(rest) < tarfile.BLOCKSIZE:
+        problem = "it is cut short"
+    elif any(rest[: tarfile.BLOCKSIZE]):
+        problem = f"it is damaged, or not a tar, at byte {position:,}"
+    elif any(rest) or len(rest) > MOST_TAR_FILLING:
+        problem = (
+            f"it is damaged, or several tars in one: empty at byte {position:,}, "
+            "before its end"
+        )
+    if problem:
+        raise ValueError(f"{problem}. Download it again, and compare its checksum")
 
 
 # ---------------------------------------------------------------------------------
 # B. Wrong raw directories, in words
+
+
+RENAMED_SUFFIXES = (".jpeg", ".jpg", ".png")  # a PNG is encoded again, as a JPEG
+OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
+FOREIGN_NAMES = (  # left by operating systems and network disks, with more after them
+    *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
+    *("System Volume Information", "__MACOSX", "lost+found"),
+)
+
+
+def _is_visible(name: str) -> bool:
+    return not os.path.basename(name).startswith(FOREIGN_NAMES)
+
+
+def _looks_like_image(name: str) -> bool:
+    suffixes = RENAMED_SUFFIXES + OTHER_SUFFIXES
+    return name.lower().endswith(suffixes) and _is_visible(name)
+
+
+def _find_left_out(entry: os.DirEntry[str]) -> list[str]:
+    """Finds images that are not read: with another suffix, or deeper down."""
+    if _looks_like_image(entry.name):
+        return [entry.path]
+    paths = []
+    if _is_visible(entry.name) and os.path.isdir(entry.path):
+        for place, directories, names in os.walk(entry.path):
+            directories[:] = filter(_is_visible, directories)
+            paths += [f"{place}/{name}" for name in names if _looks_like_image(name)]
+    return paths
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -2820,86 +2900,137 @@ def _no_directory(directory: str) -> str:
         for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
     ]
     kaggle_dir = next(filter(os.path.isdir, kaggle_dirs), None)
-    if kaggle_dir:
+    if os.path.islink(directory):
+        found = f"a link to {os.readlink(directory)}, which does not exist"
+    elif kaggle_dir:
         found = f"{kaggle_dir} (Kaggle's layout): README says which links it takes"
     elif split == VALIDATION_DIRECTORY and os.path.isdir(f"{raw_data_dir}/val"):
         found = f"{raw_data_dir}/val: rename it to {VALIDATION_DIRECTORY}"
     else:
         found = _some(sorted(os.listdir(raw_data_dir))) or "nothing"
     tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
-    return f"No directory {directory}, and no {tar} beside it. Found {found}."
-
-
-def _no_images(place: str, pattern: str) -> str:
-    """Words a directory or tar without images with what is in it instead."""
-    if os.path.isfile(place):
-        return f"No images match {pattern} in {place}."
-    names = [entry.name for entry in _scan(place)]
-    suffixes = collections.Counter(
-        os.path.splitext(name)[1] for name in names if not name.startswith(".")
+    return (
+        f"No directory {directory}, and no {tar} beside it. Found {found}. "
+        "Both splits are required."
     )
-    advice = {
-        ".tar": f"move what is not extracted up beside {TRAINING_DIRECTORY}/",
-        ".jpg": f"rename them to *{IMAGE_SUFFIX}",
-        ".jpeg": f"rename them to *{IMAGE_SUFFIX}",
-        ".JPG": f"rename them to *{IMAGE_SUFFIX}",
-        IMAGE_SUFFIX: "move each into a directory named after its synset",
-    }
-    for suffix, remedy in advice.items():
-        if suffixes[suffix]:
-            files = _count(suffixes[suffix], f"{suffix} file")
-            return f"No images match {place}/{pattern}. Found {files} there: {remedy}."
-    found = _some(sorted(names)) or "nothing"
-    return f"No images match {place}/{pattern}. Found {found} there."
+
+
+def _no_images(source: ImageSource, below: str = "*") -> str:
+    """Words a directory or tar without images with what is in it instead."""
+    pattern = f"{below}{IMAGE_SUFFIX}"
+    if source.start is None:
+        where, entries = f"{source.path}/{pattern}", _scan(source.path)
+        names = [entry.name for entry in entries if _is_visible(entry.name)]
+        images = [path for entry in entries for path in _find_left_out(entry)]
+        is_loose = below != "*"
+        remedy = "into a directory named after its synset" if is_loose else "one up"
+        remedy = f"move each {remedy}"
+    else:
+        where, names = f"{pattern} in {source.path}", [*list_tar(source)[1]]
+        images = list(filter(_looks_like_image, names))
+        remedy = f"extract each into {TRAINING_DIRECTORY}/<synset>/"
+    found = images or [name for name in names if name.endswith(".tar")]
+    if not found:
+        found_names = _some(sorted(names)) or "nothing"
+        return f"No images match {where}. Found {found_names} there."
+    suffix = os.path.splitext(found[0])[1]
+    if suffix == ".tar":
+        remedy = "extract them there"
+    elif suffix != IMAGE_SUFFIX:
+        verb = "rename" if suffix.lower() in RENAMED_SUFFIXES else "convert"
+        remedy = f"{verb} them to *{IMAGE_SUFFIX}"
+    files = _count(sum(name.endswith(suffix) for name in found), f"{suffix} file")
+    return f"No images match {where}. Found {files} there: {remedy}."
+
+
+def _foreign_classes(trained: set[str], validated: set[str]) -> list[str]:
+    """Words validation classes that must be wrong: they would move every label."""
+    foreign = sorted(validated - trained)
+    most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
+    if not (trained and validated) or len(foreign) <= most:
+        return []
+    problem = (
+        "Validation images must be of the classes of the training images, such as "
+        f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of {LABELS_FILE} is "
+        "the synset of the i-th validation image; README, step 2, says where to get it."
+    )
+    return [problem]
 
 
 def shortfalls(dataset: Dataset) -> list[str]:
-    """Words what need not keep a run from beginning, but is not so in ImageNet."""
+    """Words what may be as it is, but is not so in ImageNet."""
     lines = []
-    empty = [image for image in dataset.images if not image.num_bytes]
-    if empty:
+    if left_out := dataset.left_out:
+        kinds = sorted(
+            collections.Counter(os.path.splitext(p)[1] for p in left_out).items()
+        )
+        lines.append(
+            f"{_count(len(left_out), 'image')} left out "
+            f"({', '.join(f'{number:,} *{kind}' for kind, number in kinds)}), such as "
+            f"{left_out[0]}: only *{IMAGE_SUFFIX} directly in "
+            f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
+        )
+    if empty := [image for image in dataset.images if not image.num_bytes]:
         lines.append(
             f"{_count(len(empty), 'image')} of no bytes (empty files, links to nothing), "
             f"the first {empty[0].path}: no shard that would hold one is written."
         )
-    trained = {image.synset for image in dataset.training}
-    untrained = [synset for synset in dataset.synsets if synset not in trained]
-    if untrained:
-        lines.append(
-            f"{len(untrained):,} of {_count(len(dataset.synsets), 'synset')} have "
-            f"validation images but no training images: {_some(untrained)}."
-        )
+    trained = collections.Counter(image.synset for image in dataset.training)
+    validated = collections.Counter(image.synset for image in dataset.validation)
+    lines += _unpaired(dataset, validated, "validation", trained, "training")
+    if 2 * len(validated) > len(trained):  # else there are few, as for a trial
+        lines += _unpaired(dataset, trained, "training", validated, "validation")
     if len(dataset.synsets) == IMAGENET_SYNSETS:
-        lines += _short_split(
-            dataset.training,
-            "training",
-            IMAGENET_TRAINING_IMAGES,
-            IMAGENET_SMALLEST_CLASS,
-        )
-        lines += _short_split(
-            dataset.validation, "validation", IMAGENET_VALIDATION_IMAGES, 50
-        )
+        lines += _short_split(trained, "training", IMAGENET_TRAINING_IMAGES, 732)
+        lines += _short_split(validated, "validation", IMAGENET_VALIDATION_IMAGES, 50)
     return lines
 
 
-def _short_split(
-    images: Sequence[RawImage], split: str, num_expected: int, smallest_class: int
+Sizes: TypeAlias = Mapping[str, int]  # images of each synset
+
+
+def _unpaired(
+    dataset: Dataset, has: Sizes, split: str, lacks: Sizes, other: str
 ) -> list[str]:
-    if len(images) == num_expected:
-        return []
-    sizes = collections.Counter(image.synset for image in images)
-    short = [
-        f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest_class
+    """Words classes that only one split has: each takes a label."""
+    labels = {synset: i for i, synset in enumerate(dataset.synsets, start=1)}
+    only = [
+        f"{s} (label {i})" for s, i in labels.items() if s in has and s not in lacks
     ]
-    named = (
-        f" Classes of fewer than {smallest_class}: {_some(short, 10)}." if short else ""
+    line = (
+        f"{len(only):,} of {_count(len(labels), 'synset')} have {split} images but no "
+        f"{other} images: {_some(only)}."
     )
-    return [
-        (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {len(images):,} "
-            f"({len(images) - num_expected:+,}).{named}"
-        )
-    ]
+    return [line] if only else []
+
+
+def _short_split(
+    sizes: Sizes, split: str, num_expected: int, smallest: int
+) -> list[str]:
+    """Words a split that is not ImageNet-1k's, whose smallest class is known."""
+    found = sum(sizes.values())
+    short = [f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest]
+    classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
+    line = (
+        f"ImageNet-1k has {num_expected:,} {split} images, found {found:,} "
+        f"({found - num_expected:+,}).{classes}"
+    )
+    return [line] if found != num_expected else []
+
+
+def empty_shards(dataset: Dataset, *num_shards: int) -> list[str]:
+    """Words how many shards of each split get no image; see `plan_shards`."""
+    lines = []
+    splits = {"training": dataset.training, "validation": dataset.validation}
+    for number, (split, images) in zip(num_shards, splits.items(), strict=True):
+        size = max(1, math.ceil(len(images) / number))
+        if num_empty := number - math.ceil(len(images) / size):
+            lines.append(
+                f"{num_empty:,} of {_count(number, f'{split} shard')} will be empty, for "
+                f"there are {_count(len(images), f'{split} image')}; a smaller "
+                f"--{split}_shards avoids that."
+            )
+    return lines
 
 
 def _count(number: int, noun: str) -> str:

@@ -268,7 +268,7 @@ def make_raw(
     """
     raw = Path(directory)
     names = [f"n{1440764 + 37 * index:08d}" for index in range(synsets)]
-    labels = random.Random(1).choices(names, k=validation)
+    labels = [names[i % synsets] for i in range(validation)]
     paths = [f"train/{s}/{s}_{i}.JPEG" for s in names for i in range(1, training + 1)]
     paths += [
         f"validation/ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, validation + 1)

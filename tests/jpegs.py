@@ -2,16 +2,11 @@
 
 Everything is a pure function of its seed:
 
-    jpegs.photograph(7)                     # a PIL image, 500 x 375
-    jpegs.jpeg("progressive", 7)            # its bytes, about 80 KB
+    jpegs.jpeg("progressive", 7)            # 500 x 375, about 80 KB
     jpegs.jpeg("baseline", 7, 64, 48)       # about 3 KB, for fast tests
-    jpegs.png(7)
     jpegs.damage("zeroed_tail", data, 7)    # never equal to data
-
-`KINDS` names the kinds of JPEG that must be accepted, `DAMAGE` those of damage.
 """
 
-import functools
 import io
 import struct
 from collections.abc import Callable, Iterator
@@ -29,9 +24,7 @@ EOI = b"\xff\xd9"
 SOS = 0xDA
 COM = 0xFE
 
-# Bytes at the start of a file that hold its tables and sizes, for most JPEGs.
-HEADER_BYTES = 700
-BLOCK_BYTES = 4096
+HEADER_BYTES = 700  # they hold the tables and sizes of most JPEGs
 
 
 # ---------------------------------------------------------------- photographs
@@ -97,7 +90,7 @@ def jpeg(
 
     The size is ignored by the kinds that are named after theirs.
     """
-    return KINDS[kind](seed, width, height, quality)
+    return KINDS[kind](seed, *FIXED_SIZES.get(kind, (width, height)), quality)
 
 
 def png(seed: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
@@ -121,38 +114,10 @@ def _kind(mode: str = "RGB", **options: Any) -> Callable[[int, int, int, int], b
     return encode
 
 
-def _sized(width: int, height: int) -> Callable[[int, int, int, int], bytes]:
-    """Makes a kind of fixed size."""
-
-    def encode(seed: int, _width: int, _height: int, quality: int) -> bytes:
-        return _save(photograph(seed, width, height), quality=quality)
-
-    return encode
-
-
 def _exif_thumbnail(seed: int, width: int, height: int, quality: int) -> bytes:
     image = photograph(seed, width, height)
-    thumbnail = image.copy()
-    thumbnail.thumbnail((160, 120))
-    return _save(image, quality=quality, exif=_exif(_save(thumbnail, quality=75)))
-
-
-def _exif(thumbnail: bytes) -> bytes:
-    """Builds an EXIF block: the image's directory, and that of a JPEG thumbnail.
-
-    TIFF, little-endian. Offsets count from `II`: 8 the first directory (2 + 12 + 4
-    bytes), 26 the second (2 + 3 x 12 + 4 bytes), 68 the thumbnail. Tags: 274
-    orientation (1 is upright), 259 compression (6 is JPEG), 513 offset and 514 length
-    of the thumbnail.
-    """
-    first = struct.pack("<HHHIHHI", 1, 274, 3, 1, 1, 0, 26)
-    second = struct.pack("<H", 3)
-    second += struct.pack("<HHIHH", 259, 3, 1, 6, 0)
-    second += struct.pack("<HHII", 513, 4, 1, 68)
-    second += struct.pack("<HHII", 514, 4, 1, len(thumbnail))
-    second += struct.pack("<I", 0)
-    tiff = struct.pack("<2sHI", b"II", 42, 8) + first + second + thumbnail
-    return b"Exif\x00\x00" + tiff
+    thumbnail = _save(image.resize((160, 120)), quality=75)
+    return _save(image, quality=quality, exif=b"Exif\x00\x00" + thumbnail)
 
 
 def _icc_with_markers(seed: int, width: int, height: int, quality: int) -> bytes:
@@ -192,6 +157,8 @@ def _trailing_image(seed: int, width: int, height: int, quality: int) -> bytes:
     return data + jpeg("progressive", seed + 1, 160, 120, quality)
 
 
+FIXED_SIZES = {"1x1": (1, 1), "3x17": (3, 17)}
+
 KINDS: dict[str, Callable[[int, int, int, int], bytes]] = {
     "baseline": _kind(),
     "progressive": _kind(progressive=True),
@@ -211,8 +178,7 @@ KINDS: dict[str, Callable[[int, int, int, int], bytes]] = {
     "fill_bytes": _fill_bytes,
     "trailing_bytes": _trailing_bytes,
     "trailing_image": _trailing_image,
-    "1x1": _sized(1, 1),
-    "3x17": _sized(3, 17),
+    **dict.fromkeys(FIXED_SIZES, _kind()),
 }
 """Kinds of JPEG by name; all are undamaged."""
 
@@ -234,21 +200,16 @@ def header_segments(data: bytes) -> Iterator[bytes]:
 
 
 def damage(kind: str, data: bytes, seed: int) -> bytes:
-    """Damages an image in the way that `DAMAGE` names; the result differs from it.
-
-    Args:
-      kind: a name of `DAMAGE`.
-      data: the image, of 100 bytes or more.
-      seed: chooses the place and the bytes.
-    """
-    if len(data) < 100:
-        raise ValueError(f"{len(data)} bytes are too few to damage")
+    """Damages an image in the way that `DAMAGE` names; the result differs from it."""
     generator = np.random.default_rng(seed)
     for _ in range(100):
         damaged = DAMAGE[kind](data, generator)
         if damaged != data:
             return damaged
     raise ValueError(f"{kind} changes nothing in these {len(data):,} bytes")
+
+
+Damage = Callable[[bytes, np.random.Generator], bytes]
 
 
 def _below(generator: np.random.Generator, limit: int) -> int:
@@ -259,118 +220,80 @@ def _header(data: bytes) -> int:
     return min(HEADER_BYTES, len(data) - 2)
 
 
-def _block(data: bytes) -> int:
-    """Returns 4 KiB, or half of a smaller image."""
-    return min(BLOCK_BYTES, len(data) // 2)
+def _cut(limit: Callable[[bytes], int]) -> Damage:
+    return lambda data, generator: data[: _below(generator, limit(data))]
 
 
-def _replace(data: bytes, start: int, new: bytes, old_size: int | None = None) -> bytes:
-    size = len(new) if old_size is None else old_size
-    return data[:start] + new + data[start + size :]
+def _flip_bit(limit: Callable[[bytes], int]) -> Damage:
+    def flip(data: bytes, generator: np.random.Generator) -> bytes:
+        position = _below(generator, limit(data))
+        flipped = data[position] ^ (1 << _below(generator, 8))
+        return data[:position] + bytes([flipped]) + data[position + 1 :]
+
+    return flip
 
 
-def _truncated(data: bytes, generator: np.random.Generator) -> bytes:
-    return data[: _below(generator, len(data))]
+def _overwrite(
+    new: Callable[[np.random.Generator, int], bytes],
+    size: int,
+    limit: Callable[[bytes], int] = len,
+    times: int = 1,
+) -> Damage:
+    """Puts something in the place of so many bytes, or of half of a smaller image."""
+
+    def overwrite(data: bytes, generator: np.random.Generator) -> bytes:
+        for _ in range(times):
+            num_bytes = min(size, len(data) // 2)
+            start = _below(generator, limit(data) - num_bytes)
+            content = new(generator, num_bytes)
+            data = data[:start] + content + data[start + num_bytes :]
+        return data
+
+    return overwrite
 
 
-def _truncated_header(data: bytes, generator: np.random.Generator) -> bytes:
-    return data[: _below(generator, _header(data))]
+def _noise(generator: np.random.Generator, size: int) -> bytes:
+    return generator.bytes(size)
 
 
-def _last_two_bytes_cut(data: bytes, _generator: np.random.Generator) -> bytes:
-    return data[:-2]
+def _zeros(_generator: np.random.Generator, size: int) -> bytes:
+    return bytes(size)
 
 
-def _flip_bit(data: bytes, generator: np.random.Generator, limit: int) -> bytes:
-    position = _below(generator, limit)
-    flipped = data[position] ^ (1 << _below(generator, 8))
-    return _replace(data, position, bytes([flipped]))
-
-
-def _bit_flipped(data: bytes, generator: np.random.Generator) -> bytes:
-    return _flip_bit(data, generator, len(data))
-
-
-def _header_bit(data: bytes, generator: np.random.Generator) -> bytes:
-    return _flip_bit(data, generator, _header(data))
-
-
-def _header_byte(data: bytes, generator: np.random.Generator) -> bytes:
-    return _replace(data, _below(generator, _header(data)), generator.bytes(1))
-
-
-def _header_bytes(data: bytes, generator: np.random.Generator) -> bytes:
-    for _ in range(8):
-        data = _header_byte(data, generator)
-    return data
-
-
-def _header_zeroed(data: bytes, generator: np.random.Generator) -> bytes:
-    size = 1 + _below(generator, 16)
-    start = _below(generator, _header(data) - size)
-    return _replace(data, start, bytes(size))
-
-
-def _header_deleted(data: bytes, generator: np.random.Generator) -> bytes:
-    size = 1 + _below(generator, 16)
-    return _replace(data, _below(generator, _header(data) - size), b"", size)
-
-
-def _zeroed(data: bytes, generator: np.random.Generator) -> bytes:
-    size = _block(data)
-    return _replace(data, _below(generator, len(data) - size), bytes(size))
+def _nothing(_generator: np.random.Generator, _size: int) -> bytes:
+    return b""
 
 
 def _zeroed_tail(data: bytes, generator: np.random.Generator) -> bytes:
     start = _below(generator, len(data))
-    return _replace(data, start, bytes(len(data) - start))
-
-
-def _noise_64(data: bytes, generator: np.random.Generator) -> bytes:
-    start = _below(generator, len(data) - 64)
-    return _replace(data, start, generator.bytes(64))
-
-
-def _noise_4096(data: bytes, generator: np.random.Generator) -> bytes:
-    size = _block(data)
-    return _replace(data, _below(generator, len(data) - size), generator.bytes(size))
-
-
-def _deleted_4096(data: bytes, generator: np.random.Generator) -> bytes:
-    size = _block(data)
-    return _replace(data, _below(generator, len(data) - size), b"", size)
+    return data[:start] + bytes(len(data) - start)
 
 
 def _other_tail(data: bytes, generator: np.random.Generator) -> bytes:
-    other = _other_image(_below(generator, 8))
+    kind = ("baseline", "progressive", "grey", "restart_markers")[_below(generator, 4)]
+    other = jpeg(kind, 1_000_000, 200, 150)
     return data[: _below(generator, len(data))] + other[_below(generator, len(other)) :]
-
-
-@functools.cache
-def _other_image(number: int) -> bytes:
-    kind = ("baseline", "progressive", "grey", "restart_markers")[number % 4]
-    return jpeg(kind, 1_000_000 + number, 200, 150)
 
 
 def _appended(data: bytes, generator: np.random.Generator) -> bytes:
     return data + generator.bytes(1 + _below(generator, 1000))
 
 
-DAMAGE: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
-    "truncated": _truncated,
-    "truncated_header": _truncated_header,
-    "last_two_bytes_cut": _last_two_bytes_cut,
-    "bit_flipped": _bit_flipped,
-    "header_bit": _header_bit,
-    "header_byte": _header_byte,
-    "header_bytes": _header_bytes,
-    "header_zeroed": _header_zeroed,
-    "header_deleted": _header_deleted,
-    "zeroed_4096": _zeroed,
+DAMAGE: dict[str, Damage] = {
+    "truncated": _cut(len),
+    "truncated_header": _cut(_header),
+    "last_two_bytes_cut": lambda data, _: data[:-2],
+    "bit_flipped": _flip_bit(len),
+    "header_bit": _flip_bit(_header),
+    "header_byte": _overwrite(_noise, 1, _header),
+    "header_bytes": _overwrite(_noise, 1, _header, times=8),
+    "header_zeroed": _overwrite(_zeros, 12, _header),
+    "header_deleted": _overwrite(_nothing, 12, _header),
+    "zeroed_4096": _overwrite(_zeros, 4096),
     "zeroed_tail": _zeroed_tail,
-    "noise_64": _noise_64,
-    "noise_4096": _noise_4096,
-    "deleted_4096": _deleted_4096,
+    "noise_64": _overwrite(_noise, 64),
+    "noise_4096": _overwrite(_noise, 4096),
+    "deleted_4096": _overwrite(_nothing, 4096),
     "other_tail": _other_tail,
     "appended": _appended,
 }
