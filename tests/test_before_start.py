@@ -106,8 +106,8 @@ def with_directory(name: str) -> Callable[[Path], Path]:
 
 def with_lock(scratch: Path) -> Path:
     scratch.mkdir(parents=True)
-    (scratch / ".lock").touch(mode=0o444)
-    return scratch / ".lock"
+    (scratch / ".lock-0-of-1").touch(mode=0o444)
+    return scratch / ".lock-0-of-1"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     )
     assert done.status == 0
     num_bytes = sum(path.stat().st_size for path in raw.rglob("*.JPEG"))
-    found, would_write = done.lines
+    found, *warnings, would_write = done.lines
+    assert all(line.startswith("WARNING: ") for line in warnings)
     assert found == (
         "Found 12 training images in 4 synsets and 4 validation images "
         f"({num_bytes / 1000:.1f} KB) in {raw}: training images in 4 directories, "

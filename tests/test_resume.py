@@ -567,6 +567,7 @@ def test_shard_is_found_when_its_bytes_were_changed(
     """It is written again by this run, or named and written again by the next."""
     scratch = copy_tree(small.scratch, tmp_path / "scratch")
     path = flip_byte(scratch, keep_time)
+    (scratch / "manifest.json").unlink()
     flags = [*small.flags(scratch), *SMALL_SHARDS]
     flags += UPLOAD if gcs_upload else ["--nogcs_upload"]
     done = run_command(*flags, env=emulator.environment)

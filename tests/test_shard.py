@@ -146,7 +146,8 @@ def test_shard_is_as_before_when_images_turn_bad(
         script.write_shard(shard, str(scratch))
     said = str(caught.value).splitlines()
     for line, path in zip(said, bad, strict=True):
-        assert f"{path}: not a JPEG (starts with b'<htm')" in line
+        assert str(path) in line
+        assert "<htm" in line
     assert find_finished(shard, scratch) is None
     left = [path for path in scratch.rglob("*") if path.suffix not in ("", ".json")]
     assert left == []
