@@ -164,13 +164,13 @@ def too_large(width: int, height: int, num_components: int = 3) -> str:
 
 
 REFUSED = {
-    "empty": (b"", "not a JPEG: the file is empty"),
-    "zeros": (bytes(5_000), r"not a JPEG: it starts with b'\x00\x00\x00\x00'"),
+    "empty": (b"", "the file is empty"),
+    "zeros": (bytes(5_000), r"not a JPEG (starts with b'\x00\x00\x00\x00')"),
     "third byte": (
         BASELINE[:2] + b"\x00" + BASELINE[3:],
-        r"not a JPEG: it starts with b'\xff\xd8\x00\xe0'",
+        r"not a JPEG (starts with b'\xff\xd8\x00\xe0')",
     ),
-    "2 bytes": (b"\xff\xd8", r"not a JPEG: it starts with b'\xff\xd8'"),
+    "2 bytes": (b"\xff\xd8", r"not a JPEG (starts with b'\xff\xd8')"),
     "cut": (BASELINE[:1_500], CUT_SHORT),
     "half an end": (BASELINE[:-1], CUT_SHORT),
     "only the ends": (BASELINE[:2] + BASELINE[-2:], NO_FRAME),
