@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
 #   "absl-py>=2.1.0",
 #   "google-cloud-storage>=3.4.1",
@@ -13,6 +13,10 @@
 
     python3 imagenet_to_gcs.py --project=$PROJECT --gcs_output_path=$DATA_DIR \\
       --raw_data_dir=$IMAGENET_HOME --local_scratch_dir=$IMAGENET_HOME/tf_records
+
+Without ImageNet and without a bucket, try it on generated images:
+
+    python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=$HOME/fake --nogcs_upload
 
 What goes in, under --raw_data_dir:
 
@@ -61,9 +65,11 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging as python_logging
@@ -74,6 +80,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -83,9 +90,11 @@ import tarfile
 import tempfile
 import threading
 import time
+import urllib.parse
 import warnings
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("imagenet_to_gcs.py needs Python 3.10 or newer.")
@@ -99,7 +108,6 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import numpy
-    from google.api_core import retry
     from google.cloud import storage
 
 __version__ = "2.0.0"
@@ -208,30 +216,27 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 
 
 IMAGE_SUFFIX = ".JPEG"
+MOST_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no more
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
-LISTING_THREADS = 2  # for cold disks; with 8, a listing from memory is 1.7 x as slow
+NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
+LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
 # The size of ImageNet-1k (ILSVRC 2012), https://image-net.org/challenges/LSVRC/2012
 IMAGENET_SYNSETS = 1000
 IMAGENET_TRAINING_IMAGES = 1_281_167
 IMAGENET_VALIDATION_IMAGES = 50_000
-IMAGENET_SMALLEST_CLASS = 732  # training images; the largest has 1,300
 
 
 class RawImage(NamedTuple):
-    """One image of the raw data set, not yet read.
-
-    There are 1.3 million, and each goes to a worker: a tuple takes a third of a
-    dataclass's time to make, and half of it to pickle.
+    """One image, not yet read; a tuple, for 1.3 million are made and sent to workers.
 
     Attributes:
-      source: The directory or the tar that holds it.
+      source: The directory or tar that holds it.
       filename: Base name, `n01440764_18.JPEG`.
       synset: WordNet id of its class, `n01440764`.
       label: 1-based rank of the synset among all synsets; 0 until it is known.
-      num_bytes: Size of the image.
-      version: Of its file, or of the tar that holds it; see `file_version`.
+      version: Of its file (`file_version`), or of the tar it is in (`tar_version`).
       offset: Of its first byte in the tar; None for a file in a directory.
     """
 
@@ -248,14 +253,21 @@ class RawImage(NamedTuple):
         return os.path.join(self.source, self.filename)
 
 
+class Listing(NamedTuple):
+    """The images in one place, by name, and the paths of those that are left out."""
+
+    images: list[RawImage]
+    left_out: list[str]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageSource:
-    """A directory or a tar of images of one class, or of the validation split.
+    """A directory or tar with images of one class, or of the validation split.
 
     Attributes:
-      path: Of the directory, of the tar, or of the tar that holds the tar.
-      synset: Of all its images; empty where they are of many classes.
-      start: Where the tar begins in the file, bytes; None for a directory.
+      path: The directory, the tar, or the tar that holds the tar.
+      synset: Class of all its images; empty if they are of many classes.
+      start: Where the tar begins in the file, in bytes; None for a directory.
       end: Where it ends; None for the end of the file.
     """
 
@@ -264,54 +276,54 @@ class ImageSource:
     start: int | None = None
     end: int | None = None
 
-    def list(self, label: int = 0) -> list[RawImage]:
-        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
-
-        Raises:
-          InvalidInputError: It cannot be listed, or it is a damaged tar.
-        """
+    def list(self, label: int = 0) -> Listing:
+        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac)."""
         is_tar = self.start is not None
-        images = self._list_tar(label) if is_tar else self._list_directory(label)
-        return sorted(images, key=lambda image: image.filename)
+        listing = self._list_tar(label) if is_tar else self._list_directory(label)
+        listing.images.sort(key=_filename_in_bytes)
+        return listing
 
-    def _list_directory(self, label: int) -> Iterable[RawImage]:
+    def _list_directory(self, label: int) -> Listing:
+        listing = Listing([], [])
         for entry in _scan(self.path):
-            if _is_image_name(entry.name):
-                try:
-                    status = entry.stat()
-                    size, version = status.st_size, file_version(status)
-                except OSError:  # a dangling link: read, it says so
-                    size = version = 0
-                yield RawImage(self.path, entry.name, self.synset, label, size, version)
+            name = entry.name
+            if not _is_image_name(name):
+                listing.left_out.extend(_find_left_out(entry))
+                continue
+            try:
+                status = entry.stat()
+                size, version = status.st_size, file_version(status)
+                if size > MOST_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
+                    raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
+            except OSError:  # a dangling link: `shortfalls` counts it as empty
+                size = version = 0
+            image = RawImage(self.path, name, self.synset, label, size, version)
+            listing.images.append(image)
+        return listing
 
-    def _list_tar(self, label: int) -> Iterable[RawImage]:
-        images = {}  # a name that comes again replaces the first, as in extracting
-        version = tar_version(os.stat(self.path))
-        member_of: dict[str, str] = {}
-        name = f"{self.synset}.tar" if self.start else ""
-        for member in list_tar(self.path, self.start or 0, self.end, name):
-            filename = os.path.basename(member.name)
-            if _is_image_name(filename):
-                first = member_of.setdefault(filename, member.name)
-                if os.path.normpath(first) != os.path.normpath(member.name):
-                    raise InvalidInputError(
-                        f"Images of a class must have different names; found {first} "
-                        f"and {member.name} in {self.path}."
-                    )
-                images[filename] = RawImage(
-                    self.path,
-                    filename,
-                    self.synset,
-                    label,
-                    member.num_bytes,
-                    version,
-                    member.offset,
-                )
-        return images.values()
+    def _list_tar(self, label: int) -> Listing:
+        images: dict[str, RawImage] = {}
+        left_out: list[str] = []
+        source, synset = self.path, self.synset
+        version, members = list_tar(self)
+        for path, file in members.items():
+            name = os.path.basename(path)
+            if not _is_image_name(name):
+                left_out += [f"{source}/{path}"] if _looks_like_image(name) else []
+                continue
+            if name in images:
+                problem = f"must have different names; two in {source} are {name}."
+                raise InvalidInputError(f"Images of a class {problem}")
+            if file.size > MOST_IMAGE_BYTES:
+                raise InvalidInputError(f"{NOT_AN_IMAGE} {source}/{path} is not.")
+            images[name] = RawImage(
+                source, name, synset, label, file.size, version, file.offset_data
+            )
+        return Listing([*images.values()], left_out)
 
 
 def file_version(status: os.stat_result) -> int:
-    """What tells an image from a later one of its name and size: microseconds.
+    """Tells a file from a later one of the same name and size: microseconds.
 
     An int of nanoseconds would take 16 bytes more, 1.3 million times.
     """
@@ -319,12 +331,20 @@ def file_version(status: os.stat_result) -> int:
 
 
 def tar_version(status: os.stat_result) -> tuple[int, int, int]:
-    """What tells a tar from a later one of its name: inode, bytes, nanoseconds."""
+    """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _filename_in_bytes(image: RawImage) -> bytes:
+    """Orders by name, alike in all locales; faster than `os.fsencode`."""
+    return image.filename.encode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def _is_image_name(filename: str) -> bool:
     return filename.endswith(IMAGE_SUFFIX) and not filename.startswith(".")
+
+
+Classes: TypeAlias = dict[str, ImageSource]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,15 +352,17 @@ class Dataset:
     """The raw data set: its images by split, each split sorted by path.
 
     Attributes:
-      synsets: Sorted; the label of `synsets[i]` is i + 1, and 0 is left to the
-        "background" class of the models that read the shards.
+      synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
+        read the shards keep 0 for "background".
       layout: Where the images of each split are, in words.
+      left_out: Paths of images that are not read; see `shortfalls`.
     """
 
     synsets: tuple[str, ...]
     training: list[RawImage]
     validation: list[RawImage]
     layout: str
+    left_out: Sequence[str] = ()
 
     @property
     def images(self) -> Iterable[RawImage]:
@@ -355,48 +377,52 @@ EMPTY_DATASET = Dataset((), [], [], "")
 
 
 def read_dataset(raw_data_dir: str) -> Dataset:
-    """Lists and labels all images of a raw directory, reading none.
+    """Lists and labels all images of a raw directory without reading any.
 
     Raises:
-      InvalidInputError: The directory cannot give a data set; all problems at once.
+      InvalidInputError: The directory does not hold a data set; lists all problems.
     """
     problems: list[str] = []
     classes: list[ImageSource] = []
-    training: list[RawImage] = []
-    validation: list[RawImage] = []
+    left_out: list[str] = []
+    training, validation = Listing([], []), Listing([], [])
     with _no_garbage_collection():
         with _collecting(problems):
-            classes = find_classes(raw_data_dir)
+            classes, left_out = find_classes(raw_data_dir)
         with _collecting(problems):
             validation = list_validation(raw_data_dir)
         trained = {class_.synset for class_ in classes}
-        synsets = tuple(sorted(trained.union(image.synset for image in validation)))
+        validated = {image.synset for image in validation.images}
+        problems += _foreign_classes(trained, validated)
+        synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
         with _collecting(problems):
             training = _list_training(classes, label_of)
     if problems:
         raise InvalidInputError(*problems)
-    validation = [image._replace(label=label_of[image.synset]) for image in validation]
+    labelled = [i._replace(label=label_of[i.synset]) for i in validation.images]
     layout = (
-        f"training images in {_layout(training)}, "
-        f"validation images in {_layout(validation)}"
+        f"training images in {_layout(training.images)}, "
+        f"validation images in {_layout(labelled)}"
     )
-    return Dataset(synsets, training, validation, layout)
+    left_out += training.left_out + validation.left_out
+    return Dataset(synsets, training.images, labelled, layout, left_out)
 
 
 def _layout(images: Sequence[RawImage]) -> str:
-    """Says in what images lie: 'a directory', '60 directories', 'a tar'."""
+    """Says where images are: 'a directory', '60 directories', 'a tar'."""
+    one, many = (
+        ("directory", "directories") if images[0].offset is None else ("tar", "tars")
+    )
     num_sources = len({image.source for image in images})
-    if images[0].offset is None:
-        return "a directory" if num_sources == 1 else f"{num_sources:,} directories"
-    return "a tar" if num_sources == 1 else f"{num_sources:,} tars"
+    return f"a {one}" if num_sources == 1 else f"{num_sources:,} {many}"
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Holds the collector while millions of objects are made, then lets them be.
+    """Stops the collector while millions of objects are made, then exempts them.
 
-    Without it, listing 1.3 million images takes 2.5 times as long, and importing
+    Otherwise listing 1.3 million images takes 2.5 times as long, and importing
     TensorFlow 1.2 times.
     """
     gc.disable()
@@ -407,185 +433,190 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def find_classes(raw_data_dir: str) -> list[ImageSource]:
-    """Finds the source of each class, in the order of their paths.
+def find_classes(raw_data_dir: str) -> tuple[list[ImageSource], list[str]]:
+    """Finds the source of each class, in the order of their paths, and loose images.
 
-    The first of these that is there: the directories `train/<synset>`, the tars
-    `train/<synset>.tar`, the tar of such tars `ILSVRC2012_img_train.tar`.
-
-    Raises:
-      InvalidInputError: None is there, or an extraction stopped half way.
+    Takes the first of these that exists: directories `train/<synset>`, tars
+    `train/<synset>.tar`, a tar of such tars, `ILSVRC2012_img_train.tar`.
     """
     training_dir = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
-    whole_tar = os.path.join(raw_data_dir, TRAINING_TAR)
-    directories: dict[str, ImageSource] = {}
-    tars: dict[str, ImageSource] = {}
-    if os.path.isdir(training_dir) or not os.path.isfile(whole_tar):
-        for entry in _scan(training_dir):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                directories[entry.name] = ImageSource(entry.path, entry.name)
-            elif entry.name.endswith(".tar"):
-                synset = entry.name.removesuffix(".tar")
-                tars[synset] = ImageSource(entry.path, synset, start=0)
+    whole_tar = _find_tar(training_dir, TRAINING_TAR)
+    has_directory = os.path.isdir(training_dir) or not whole_tar
+    found = _scan_classes(training_dir) if has_directory else ({}, {}, [])
+    directories, tars, loose = found
+    packed, packed_loose = _classes_in_tar(whole_tar) if whole_tar else ({}, [])
+    _check_extracted(training_dir, directories, tars)
     classes = directories or tars
-    if directories:
-        _check_extracted(training_dir, directories, tars)
-    if os.path.isfile(whole_tar):
-        in_whole_tar = _classes_in_tar(whole_tar)
-        if classes:  # by name only: its images are 1.3 million
-            left = {s: c for s, c in in_whole_tar.items() if s not in classes}
-            _check_extracted(whole_tar, classes, left)
-        classes = classes or in_whole_tar
+    # Compared by name only: the images are 1.3 million.
+    absent = {synset: c for synset, c in packed.items() if synset not in classes}
+    _check_extracted(whole_tar or "", classes, absent)
+    if not (classes or packed):
+        source = ImageSource(whole_tar, start=0) if whole_tar else None
+        raise InvalidInputError(_no_images(source or ImageSource(training_dir), "*/*"))
+    loose += [] if classes else packed_loose
+    order = sorted((classes or packed).items(), key=lambda c: os.fsencode(c[0] + "/"))
+    return [source for _, source in order], loose
+
+
+def _find_tar(split_dir: str, filename: str) -> str | None:
+    """Finds the tar of a split, beside its directory or in it."""
+    raw_data_dir = os.path.dirname(split_dir)
+    paths = [os.path.join(place, filename) for place in (raw_data_dir, split_dir)]
+    return next(filter(os.path.exists, paths), None)
+
+
+def _scan_classes(split_dir: str) -> tuple[Classes, Classes, list[str]]:
+    """Finds class directories, class tars and loose images."""
+    directories: Classes = {}
+    tars: Classes = {}
+    loose: list[str] = []
+    for entry in filter(lambda entry: _is_visible(entry.name), _scan(split_dir)):
+        name, path = entry.name, entry.path
+        if os.path.isdir(path):
+            directories[name] = ImageSource(path, name)
+        elif name.endswith(".tar"):
+            if not name.startswith("ILSVRC"):  # a whole split, or another task's
+                synset = name.removesuffix(".tar")
+                tars[synset] = ImageSource(path, synset, start=0)
+        elif _looks_like_image(name):
+            loose.append(path)
+        elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
+            raise InvalidInputError(
+                f"Each class must be a directory or a tar; {path} is "
+                + ("a file." if os.path.exists(path) else "a broken link.")
+            )
+    return directories, tars, loose
+
+
+def _classes_in_tar(tar_path: str) -> tuple[Classes, list[str]]:
+    classes: Classes = {}
+    loose: list[str] = []
+    for path, file in list_tar(ImageSource(tar_path, start=0))[1].items():
+        name, start = os.path.basename(path), file.offset_data
+        if name.endswith(".tar") and _is_visible(name):
+            synset = name.removesuffix(".tar")
+            classes[synset] = ImageSource(tar_path, synset, start, start + file.size)
+        elif _looks_like_image(name):
+            loose.append(f"{tar_path}/{path}")
+    return classes, loose
+
+
+def _check_extracted(place: str, classes: Classes, packed: Classes) -> None:
+    """Refuses an extraction that stopped half way."""
     if not classes:
-        raise InvalidInputError(_no_images(training_dir, f"*/*{IMAGE_SUFFIX}"))
-    return sorted(classes.values(), key=lambda class_: class_.synset + os.sep)
-
-
-def _classes_in_tar(tar_path: str) -> dict[str, ImageSource]:
-    classes = {}
-    for member in list_tar(tar_path):
-        filename = os.path.basename(member.name)
-        if filename.endswith(".tar") and not filename.startswith("."):
-            synset = filename.removesuffix(".tar")
-            end = member.offset + member.num_bytes
-            classes[synset] = ImageSource(tar_path, synset, member.offset, end)
-    if not classes:
-        raise InvalidInputError(f"No tars match *.tar in {tar_path}.")
-    return classes
-
-
-def _check_extracted(
-    place: str,
-    classes: Mapping[str, ImageSource],
-    packed: Mapping[str, ImageSource],
-) -> None:
-    """Checks that tars were extracted all and wholly, where others were.
-
-    Raises:
-      InvalidInputError: An extraction stopped half way.
-    """
+        return
     left = [synset for synset in sorted(packed) if synset not in classes]
     for synset in sorted(packed.keys() & classes.keys()):
-        images = {image.filename for image in packed[synset].list()}
-        if images - {image.filename for image in classes[synset].list()}:
+        images = {image.filename for image in packed[synset].list().images}
+        if images - {image.filename for image in classes[synset].list().images}:
             left.append(synset)
     if left:
         raise InvalidInputError(
             f"All classes in {place} must be extracted, or none; found "
             f"{_count(len(left), 'class')} whose images are not all in directories: "
-            f"{_some(left)}. Extract these too, or remove the directories, and the "
-            "tars are read as they are."
+            f"{_some(left)}. Extract these too."
         )
 
 
 def _list_training(
     classes: Sequence[ImageSource], label_of: Mapping[str, int]
-) -> list[RawImage]:
-    """Lists the images of all classes, sorted by path.
-
-    Raises:
-      InvalidInputError: A class without images, or one that cannot be listed.
-    """
-    images: list[RawImage] = []
+) -> Listing:
+    """Lists the images of all classes, sorted by path."""
+    listing = Listing([], [])
     empty: list[ImageSource] = []
     problems: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
         listings = [threads.submit(c.list, label_of[c.synset]) for c in classes]
-    for class_, listing in zip(classes, listings, strict=True):
+    for class_, listed in zip(classes, listings, strict=True):
         with _collecting(problems):
-            if not listing.result():
-                empty.append(class_)
-            images += listing.result()
+            images, left_out = listed.result()
+            empty += [] if images else [class_]
+            listing.images.extend(images)
+            listing.left_out.extend(left_out)
     if len(problems) > 3:
         problems[3:] = [f"{len(problems) - 3:,} more classes cannot be listed."]
     if empty:
         names = _some([class_.synset for class_ in empty])
         problems.append(
             f"Each class must have images, but {len(empty):,} of "
-            f"{_count(len(classes), 'class')} have none: {names}. "
-            + _no_images(empty[0].path, f"*{IMAGE_SUFFIX}")
+            f"{_count(len(classes), 'class')} have none: {names}. {_no_images(empty[0])}"
         )
     if problems:
         raise InvalidInputError(*problems)
-    return images
+    return listing
 
 
-def list_validation(raw_data_dir: str) -> list[RawImage]:
+def list_validation(raw_data_dir: str) -> Listing:
     """Lists the validation images by name, with their synsets but without labels.
 
-    From the first of these that is there: `validation/*.JPEG`,
-    `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. The i-th is of the i-th
-    synset in `synset_labels.txt`, which only the second can do without.
-
-    Raises:
-      InvalidInputError: None is there, or the label file does not fit.
+    Takes the first of these that exists: `validation/*.JPEG`,
+    `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Line i of
+    `synset_labels.txt` is the synset of image i; only the second can do without it.
     """
     validation_dir = os.path.join(raw_data_dir, VALIDATION_DIRECTORY)
-    tar_path = os.path.join(raw_data_dir, VALIDATION_TAR)
+    tar_path = _find_tar(validation_dir, VALIDATION_TAR)
     labels_path = os.path.join(raw_data_dir, LABELS_FILE)
-    place = validation_dir
-    problems: list[str] = []
-    images: list[RawImage] = []
-    with _collecting(problems):
-        if os.path.isdir(validation_dir) or not os.path.isfile(tar_path):
-            images = ImageSource(validation_dir).list() or _list_folders(validation_dir)
-        if not images and os.path.isfile(tar_path):
-            place = tar_path
-            images = ImageSource(tar_path, start=0).list()
-        if not images:
-            problems.append(_no_images(place, f"*{IMAGE_SUFFIX}"))
+    source, (images, left_out) = ImageSource(validation_dir), Listing([], [])
     labels: list[str] = []
+    problems: list[str] = []
+    with _collecting(problems):
+        if os.path.isdir(validation_dir) or not tar_path:
+            images, left_out = source.list()
+            if not images:
+                images, left_out = _list_folders(validation_dir)
+        if tar_path and not images:
+            source = ImageSource(tar_path, start=0)
+            images, left_out = source.list()
+        if not images:
+            problems.append(_no_images(source))
     if not (images and images[0].synset) or os.path.exists(labels_path):
         with _collecting(problems):
             labels = read_labels(labels_path)
-            if images and len(labels) != len(images):
-                problems.append(
-                    f"{labels_path} has {_count(len(labels), 'label')} and {place} "
-                    f"{_count(len(images), 'image')}; they must be equal in number."
-                )
+            if images:
+                images = _with_synsets(images, labels, labels_path, source.path)
     if problems:
         raise InvalidInputError(*problems)
-    return _with_synsets(images, labels, labels_path) if labels else images
+    return Listing(images, left_out)
 
 
-def _list_folders(validation_dir: str) -> list[RawImage]:
+def _list_folders(validation_dir: str) -> Listing:
     """Lists `validation/<synset>/*.JPEG` in the order of the flat layout."""
-    images = [
-        image
-        for entry in _scan(validation_dir)
-        if entry.is_dir() and not entry.name.startswith(".")
-        for image in ImageSource(entry.path, entry.name).list()
-    ]
-    return sorted(images, key=lambda image: (image.filename, image.synset))
+    directories, _, left_out = _scan_classes(validation_dir)
+    listings = [directory.list() for directory in directories.values()]
+    images = [image for listing in listings for image in listing.images]
+    images.sort(key=lambda i: (os.fsencode(i.filename), os.fsencode(i.synset)))
+    return Listing(images, sum((one.left_out for one in listings), left_out))
 
 
 def _with_synsets(
-    images: Sequence[RawImage], labels: Sequence[str], labels_path: str
+    images: list[RawImage], labels: list[str], labels_path: str, place: str
 ) -> list[RawImage]:
+    if len(labels) != len(images):
+        raise InvalidInputError(
+            f"{labels_path} has {_count(len(labels), 'label')} and {place} "
+            f"{_count(len(images), 'image')}; they must be equal in number."
+        )
     for line, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
         if image.synset not in ("", label):
             raise InvalidInputError(
                 f"{labels_path} and the folders of {VALIDATION_DIRECTORY}/ must agree; "
-                f"line {line:,} says {label}, {image.path} is in {image.synset}."
+                f"line {line:,} says {label}, {image.path} is in {image.synset}. If "
+                "the folders are right, remove the label file; they do without it."
             )
-    return [
-        image._replace(synset=label)
-        for image, label in zip(images, labels, strict=True)
-    ]
+    return [i._replace(synset=label) for i, label in zip(images, labels, strict=True)]
 
 
 def read_labels(labels_path: str) -> list[str]:
-    """Reads the synset of each validation image, a line each.
+    """Reads the synset of each validation image, one a line.
 
-    Windows line ends, a byte order mark and a missing last newline are accepted.
+    Accepts Windows line ends, a byte order mark and a missing last newline.
 
     Raises:
       InvalidInputError: No such file, or a line that is not a single word.
     """
     try:
-        text = pathlib.Path(labels_path).read_text("utf-8-sig")
+        with open_regular(labels_path) as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInputError(
             f"{labels_path} must be text in UTF-8; found {error.object[:4]!r} at its "
@@ -597,13 +628,12 @@ def read_labels(labels_path: str) -> list[str]:
             "of each validation image, a line each, in the order of their names."
         ) from error
     lines = text.removesuffix("\n").split("\n") if text else []
-    labels = [line.strip() for line in lines]
-    bad = [i for i, label in enumerate(labels) if len(label.split()) != 1]
-    if bad:
+    labels = [os.fsdecode(line.strip().encode()) for line in lines]
+    if bad := [i for i, label in enumerate(labels) if len(label.split()) != 1]:
+        count = f" ({len(bad):,} such lines)" if len(bad) > 1 else ""
         raise InvalidInputError(
             f"Line {bad[0] + 1:,} of {labels_path} must be a single synset such as "
-            f"n01440764; found {labels[bad[0]][:60]!r}"
-            + (f" ({len(bad):,} such lines)." if len(bad) > 1 else ".")
+            f"n01440764; found {labels[bad[0]][:60]!r}{count}."
         )
     return labels
 
@@ -1447,7 +1477,7 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
-        live_line.clear()
+        live_line.draw("")
 
 
 # ---------------------------------------------------------------------------------
@@ -1455,12 +1485,16 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
 
 
 UPLOAD_THREADS = 8  # the client's connection pool holds 10
-UPLOAD_CHUNK_BYTES = 5 * 2**20  # twice in memory for each thread
-LARGEST_KEPT_BUFFER = 2**25  # bytes; glibc allows no more
-MOST_KEPT_MEMORY = 2**26  # bytes at the end of each of malloc's arenas
+UPLOAD_CHUNK_BYTES = 5 * 2**20  # in memory for each thread
+SMALL_UPLOAD_BYTES = 8 * 2**20  # up to here the client uploads in one request
+CONNECT_SECONDS = 10
+START_SECONDS = 120  # how long to wait for a fault to pass before the first image
+UPLOAD_SECONDS = 600  # and for each request of an upload
+WARNING_SECONDS = 10
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
-M_TRIM_THRESHOLD = -1  # malloc.h
-M_MMAP_THRESHOLD = -3
+LISTED_FIELDS = (
+    "name,size,crc32c,metadata,retentionExpirationTime,temporaryHold,eventBasedHold"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1479,26 +1513,26 @@ class GcsPath:
 
     @classmethod
     def parse(cls, text: str) -> GcsPath:
-        """Reads `gs://bucket` or `gs://bucket/directory`, with or without a last `/`.
+        """Parses `gs://bucket` or `gs://bucket/directory`, with or without a final `/`.
 
         Raises:
-          InvalidInputError: Anything else.
+          InvalidInputError: It is anything else.
         """
-        match = re.fullmatch(r"gs://([^/]*)(?:/(.*))?", text)
+        match = re.fullmatch(r"gs://([^/]*)/?(.*)", text)
+        bucket, directory = match.groups() if match else ("", "")
         if not match:
             problem = "must start with gs://, as in gs://bucket/directory"
-        elif not _BUCKET_NAME.fullmatch(match[1]):
+        elif not _BUCKET_NAME.fullmatch(bucket):
             problem = (
                 "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', "
-                f"'_' and '.'; found {match[1]!r}"
+                f"'_' and '.'; found {bucket!r}"
             )
         else:
-            directory = (match[2] or "").strip("/")
-            return cls(match[1], directory)
+            return cls(bucket, directory.strip("/"))
         raise InvalidInputError(f"--gcs_output_path={text} {problem}.")
 
     def name_of(self, filename: str) -> str:
-        """The name within the bucket of a file in the directory."""
+        """Names a file of the directory as the bucket does: `directory/filename`."""
         return "/".join(filter(None, [self.directory, filename]))
 
 
@@ -1506,22 +1540,15 @@ class GcsPath:
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
-def _listed(blob: storage.Blob) -> Stamp:
-    """What the bucket knows of an object; its digest holds if its bytes are as written."""
-    metadata = blob.metadata or {}
-    is_as_written = metadata.get("crc32c") == blob.crc32c
-    digest = metadata.get("digest", "") if is_as_written else ""
-    return Stamp(digest, 0, blob.size or 0, blob.crc32c)
-
-
 class Destination:
-    """The directory of a bucket, and the client that reaches it.
+    """A directory in a bucket, and the client that reaches it.
+
+    It never calls the client's `get_bucket`, which needs `storage.buckets.get`: the
+    roles for objects do not include that.
 
     Attributes:
-      is_listed: Whether the last listing was granted.
-
-    The client's `get_bucket` is never called: it needs `storage.buckets.get`, which
-    the roles for objects do not have.
+      is_listed: Whether the last listing was permitted.
+      held: Why an object of the last listing cannot be replaced, by base name.
     """
 
     def __init__(
@@ -1530,35 +1557,46 @@ class Destination:
         project: str | None,
         client: storage.Client | None = None,
     ):
-        _keep_freed_memory()
-        # Else the client asks for the bucket's metadata too, in a thread of its own.
+        # Otherwise the client also asks for the bucket's metadata, in its own thread.
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "1")
+        for library in ("google", "urllib3"):  # each of their retries is a warning
+            python_logging.getLogger(library).setLevel(python_logging.ERROR)
         from google.cloud import storage
 
         self.path = path
         self.is_listed = True
+        self.held: dict[str, str] = {}
+        self._next_warning = 0.0
         with self._explained(""):
-            self._client = client or storage.Client(project=project)
+            create = self._patiently(START_SECONDS)(storage.Client)
+            self._client = client or create(project=project)
             self._bucket = self._client.bucket(path.bucket)
-            _ = self._client._http  # is made without a lock: now, before the threads
+            _ = self._client._http  # created without a lock: do it before the threads
+        self._payer = project or self._client.project
 
     def check_access(self) -> None:
-        """Begins an upload and drops it: that needs what an upload needs.
+        """Starts an upload and cancels it, which takes the permissions of an upload."""
+        from google.api_core import exceptions
 
-        Raises:
-          RunError: It was refused; with what to grant.
-        """
-        blob = self._bucket.blob(self.path.name_of(MANIFEST_FILE))
         with self._explained(MANIFEST_FILE):
-            url = blob.create_resumable_upload_session(timeout=60, retry=_retry(60))
-            self._client._http.delete(url, timeout=60)
+            try:
+                self._start_and_cancel()
+            except exceptions.BadRequest as error:
+                if "requester pays" not in str(error):
+                    raise
+                # To bill a project takes a permission in it: only where it must be.
+                self._bucket = self._client.bucket(self.path.bucket, self._payer)
+                self._start_and_cancel()
+
+    def _start_and_cancel(self) -> None:
+        blob = self._bucket.blob(self.path.name_of(MANIFEST_FILE))
+        patiently = self._patiently(START_SECONDS)
+        timeout = (CONNECT_SECONDS, 60)
+        url = blob.create_resumable_upload_session(timeout=timeout, retry=patiently)
+        patiently(self._client._http.delete)(url, timeout=timeout)
 
     def list_objects(self) -> dict[str, Stamp] | None:
-        """Lists the destination by base name; None where listing is not granted.
-
-        Raises:
-          RunError: It failed for another reason.
-        """
+        """Lists the destination by base name; None if listing is not permitted."""
         from google.api_core import exceptions
 
         prefix = self.path.directory + "/" if self.path.directory else ""
@@ -1567,90 +1605,69 @@ class Destination:
                 self._bucket,
                 prefix=prefix,
                 delimiter="/",
-                fields="items(name,size,crc32c,metadata),nextPageToken",
-                timeout=60,
-                retry=_retry(60),
+                fields=f"items({LISTED_FIELDS}),nextPageToken",
+                timeout=(CONNECT_SECONDS, 60),
+                retry=self._patiently(START_SECONDS),
             )
             try:
-                return {blob.name.removeprefix(prefix): _listed(blob) for blob in blobs}
+                listed = {blob.name.removeprefix(prefix): blob for blob in blobs}
             except exceptions.Forbidden:
                 self.is_listed = False
                 return None
+        self.held = {name: why for name, blob in listed.items() if (why := _hold(blob))}
+        return {name: _stamp_of(blob) for name, blob in listed.items()}
 
     def upload(self, path: str, stamp: Stamp) -> None:
-        """Uploads a shard, and from its start again where the client has given up.
+        """Uploads a file, from its start again if the client has given up.
 
-        The client's own retries cover 408, 429, 5xx and lost connections within one
-        request; not a lost session (410) or an answer that does not fit.
-
-        Raises:
-          RunError: It is not there, or not as it should be.
+        The client itself retries one request; not a lost upload (404 or 410), nor an
+        answer that does not match.
         """
-        from google.api_core import exceptions
-        from google.auth.exceptions import DefaultCredentialsError, RefreshError
-
-        refused = (
-            DefaultCredentialsError,
-            exceptions.Forbidden,
-            exceptions.NotFound,
-            exceptions.Unauthorized,
-            RefreshError,
-            TypeError,  # a client that does not know an argument
-        )
         name = os.path.basename(path)
         with self._explained(name):
             for seconds in RETRY_SECONDS:
                 try:
                     return self._upload_once(path, stamp)
-                except refused:
-                    raise
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:
+                    if is_final(error):
+                        raise
                     check_undamaged(path, stamp)
                     logging.warning(
                         f"Uploading {name} again in {_duration(seconds)}: "
-                        f"{_said(error)}."
+                        f"{words_of(error)}."
                     )
                     time.sleep(seconds)
             self._upload_once(path, stamp)
 
     def _upload_once(self, path: str, stamp: Stamp) -> None:
-        blob = self._bucket.blob(
-            self.path.name_of(os.path.basename(path)), chunk_size=UPLOAD_CHUNK_BYTES
-        )
+        name = self.path.name_of(os.path.basename(path))
+        blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
-        blob.upload_from_filename(
-            path,
-            content_type="application/octet-stream",
-            timeout=300,  # for each chunk: 0.02 MB/s at least
-            checksum="crc32c",
-            crc32c_checksum_value=stamp.crc32c,
-            retry=_retry(600),
-        )
-        # The client passes the checksum on for files above 8 MiB only.
-        if not _listed(blob).same_bytes(stamp):
+        is_small = stamp.num_bytes <= SMALL_UPLOAD_BYTES
+        with open_regular(path) if is_small else _ChunkReader(path) as file:
+            blob.upload_from_file(
+                file,
+                size=stamp.num_bytes,
+                content_type="application/octet-stream",
+                timeout=(CONNECT_SECONDS, 300),  # for each chunk: 0.02 MB/s at least
+                # The service refuses other bytes than of this checksum. For small files
+                # the client computes it, for others it passes on what it is told.
+                checksum="crc32c" if is_small else None,
+                crc32c_checksum_value=stamp.crc32c,
+                retry=self._patiently(UPLOAD_SECONDS),
+            )
+        stored = _stamp_of(blob)
+        if not stored.same_bytes(stamp):
             raise ValueError(
-                f"the bucket holds {blob.size:,} bytes of crc32c {blob.crc32c}, not "
-                f"{stamp.num_bytes:,} of {stamp.crc32c}"
+                f"the bucket holds {stored.num_bytes:,} bytes of crc32c "
+                f"{stored.crc32c}, not {stamp.num_bytes:,} of {stamp.crc32c}"
             )
 
-    def foreign_problem(self, foreign: Sequence[str]) -> str:
-        return (
-            f"{self.path} contains train-* or validation-* objects from elsewhere, which "
-            f"models would also read: {_some(foreign)}. Delete them, or choose another "
-            "directory."
-        )
-
-    def held_problems(self, names: Iterable[str]) -> Iterator[str]:
-        yield from ()
-
     def delete(self, filename: str, must: bool) -> None:
-        """Deletes a file of the directory, if it is there.
+        """Deletes a file of the directory if it is there.
 
         Args:
-          must: Whether it is known to be there. Else, not to be allowed to is no error.
-
-        Raises:
-          RunError: It could not be deleted.
+          must: Whether it is known to be there; otherwise a refusal is no error.
         """
         from google.api_core import exceptions
 
@@ -1659,90 +1676,106 @@ class Destination:
             no_error.append(exceptions.Forbidden)
         with self._explained(filename), contextlib.suppress(*no_error):
             self._bucket.blob(self.path.name_of(filename)).delete(
-                timeout=60, retry=_retry(60)
+                timeout=(CONNECT_SECONDS, 60), retry=self._patiently(START_SECONDS)
+            )
+
+    def _patiently(
+        self, seconds: float
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Makes the `retry` of a request: it waits so long for a fault to pass."""
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        retry = DEFAULT_RETRY.with_predicate(may_pass).with_timeout(seconds)
+        retry = retry.with_delay(initial=1, maximum=10, multiplier=2)
+
+        def patiently(request: Callable[..., Any]) -> Callable[..., Any]:
+            warn = functools.partial(self._warn, time.monotonic(), seconds)
+            return retry(request, on_error=warn)  # type: ignore[no-any-return]
+
+        return patiently
+
+    def _warn(self, start: float, seconds: float, error: BaseException) -> None:
+        """Says what a request waits for: after 10 s, for all threads once a minute."""
+        now = time.monotonic()
+        if now >= max(start + WARNING_SECONDS, self._next_warning):
+            self._next_warning = now + 60
+            logging.warning(
+                f"Waiting up to {_duration(seconds)} for {self.path}: "
+                f"{words_of(error)}."
             )
 
     @contextlib.contextmanager
     def _explained(self, filename: str) -> Iterator[None]:
-        """Puts the client's errors in one line, with what to do.
-
-        Raises:
-          RunError: In place of any error of the client.
-        """
-        from google.api_core import exceptions
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-
-        place = f"{self.path}/{filename}".removesuffix("/")
-        login = "Run `gcloud auth application-default login`"
-        role = "Grant roles/storage.objectUser on the bucket to the account of this run"
-        bucket = f"gs://{self.path.bucket}"
-        causes: list[tuple[Any, str, str]] = [
-            (
-                DefaultCredentialsError,
-                f"No credentials for {place}",
-                f"{login}, or attach a service account to the VM.",
-            ),
-            (
-                (GoogleAuthError, exceptions.Unauthorized),
-                f"The login for {place} is not valid",
-                f"{login} again.",
-            ),
-            (
-                exceptions.Forbidden,
-                f"Access to {place} is denied",
-                f"{role}; a VM also needs the access scope cloud-platform.",
-            ),
-            (
-                exceptions.NotFound,
-                f"No bucket for {place}",
-                f"Create it: gcloud storage buckets create {bucket}",
-            ),
-            (
-                Exception,
-                f"Cloud Storage failed at {place}",
-                "Run the same command again: it goes on from here.",
-            ),
-        ]
+        """Turns any error but that of a missing file into one line."""
         try:
             yield
-        except RunError:
+        except (RunError, FileNotFoundError):
             raise
         except Exception as error:
-            what, remedy = next(c[1:] for c in causes if isinstance(error, c[0]))
-            raise RunError(f"{what}: {_said(error)}. {remedy}") from error
+            place = f"{self.path}/{filename}".removesuffix("/")
+            raise RunError(explain(error, place, f"gs://{self.path.bucket}")) from error
 
 
-def _keep_freed_memory() -> None:
-    """Has malloc keep the buffers of an upload for the next one (mallopt(3)).
+class _ChunkReader(io.BufferedReader):
+    """Reads a file for the client, which asks for a chunk at a time, into one buffer.
 
-    It does so in the whole process. Given back to the kernel, which clears them each
-    time, they would take half of the processor time of an upload.
+    With `bytes` the client would hold two chunks a thread, each cleared by the kernel:
+    8 threads took 120 MB then, and a fifth more processor time; now they take 41 MB.
     """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BUFFER)
-    libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT_MEMORY)
+
+    def __init__(self, path: str):
+        super().__init__(open_regular(path))  # type: ignore[arg-type]
+        self._chunk = memoryview(bytearray(UPLOAD_CHUNK_BYTES))
+
+    def read(self, size: int | None = -1) -> Any:
+        return self._chunk[: self.readinto(self._chunk[:size])]
 
 
-def _retry(seconds: float) -> retry.Retry:
-    """Retries one request on 408, 429, 5xx and lost connections for so long."""
-    from google.cloud.storage.retry import DEFAULT_RETRY
+def _stamp_of(blob: storage.Blob) -> Stamp:
+    """What the bucket says of an object; its digest only if the bytes are as written.
 
-    patient: retry.Retry = DEFAULT_RETRY.with_timeout(seconds)
-    return patient
+    Some servers leave a size of 0 out.
+    """
+    metadata = blob.metadata or {}
+    is_as_written = metadata.get("crc32c") == blob.crc32c
+    digest = metadata.get("digest", "") if is_as_written else ""
+    return Stamp(digest, 0, blob.size or 0, blob.crc32c or "", 0)
 
 
-def _said(error: BaseException) -> str:
-    """What an error of the client says, in one line without the URL and the JSON."""
-    cause = getattr(error, "cause", None) or error  # of a RetryError: the last error
-    response = getattr(cause, "response", None)
-    try:
-        text = response.json()["error"]["message"]  # type: ignore[union-attr]
-    except Exception:  # no response, or none of that shape  # noqa: BLE001
-        text = str(cause)
-    code = getattr(cause, "code", "")
-    text = f"{code:d} {text}" if isinstance(code, int) else text or repr(cause)
-    words = " ".join(text.split())
-    return words[:300].rstrip(".")
+def _hold(blob: storage.Blob) -> str:
+    """Says what keeps an object from being replaced or deleted; empty if nothing."""
+    until = blob.retention_expiration_time
+    is_retained = until and until.timestamp() > time.time()
+    holds = [
+        (blob.temporary_hold, "temporary hold"),
+        (blob.event_based_hold, "event-based hold"),
+        (is_retained, f"retained until {until and until.isoformat(' ', 'seconds')}"),
+    ]
+    return ", ".join(why for is_held, why in holds if is_held)
+
+
+def held_problem(path: GcsPath, held: Mapping[str, str]) -> str:
+    """Words that a run must replace objects that cannot be (some of `held`)."""
+    some = _some([f"{name} ({why})" for name, why in sorted(held.items())])
+    return (
+        f"{path} must not hold back what this run has to replace; found {some}. Release "
+        "the holds, or choose another directory."
+    )
+
+
+def foreign_problem(path: GcsPath, names: Sequence[str]) -> str:
+    """Words that models would read other objects too, and how to delete just those."""
+    pattern = r"(\w+-)(\d{5})(-of-(\d{5}))"
+    globs = {  # not of an index beyond the count: that may be the count of this run
+        re.sub(pattern, lambda m: f"{m[1]}*{m[3]}" if m[2] < m[4] else m[0], name)
+        for name in names
+    }
+    objects = " ".join(shlex.quote(f"{path}/{glob}") for glob in sorted(globs))
+    remedy = "Delete them" + f" (gcloud storage rm {objects})" * (len(globs) <= 10)
+    return (
+        f"{path} contains train-* or validation-* objects from elsewhere, which models "
+        f"would also read: {_some(sorted(names))}. {remedy}, or choose another directory."
+    )
 
 
 # ---------------------------------------------------------------------------------
@@ -1852,7 +1885,8 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
         f"({_size(dataset.num_bytes)}) in {options.raw_dir}: {dataset.layout}."
     )
     if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
-        for line in shortfalls(dataset):
+        shards = options.training_shards, options.validation_shards
+        for line in [*shortfalls(dataset), *empty_shards(dataset, *shards)]:
             logging.warning(line)
 
 
@@ -1890,10 +1924,13 @@ def _bucket_problems(job: Job) -> Iterator[str]:
     if not job.destination:
         return
     if foreign := _foreign(job.objects or (), job.shards):
-        yield job.destination.foreign_problem(foreign)
+        yield foreign_problem(job.destination.path, foreign)
     to_replace = [shard.name for shard in job.work.to_write]
     to_replace += [shard.name for shard, _ in job.work.to_upload]
-    yield from job.destination.held_problems([*to_replace, MANIFEST_FILE])
+    to_replace += [MANIFEST_FILE] * bool(job.num_missing)
+    held = {n: why for n, why in job.destination.held.items() if n in to_replace}
+    if held:
+        yield held_problem(job.destination.path, held)
 
 
 def _shard_files(scratch_dir: str) -> Iterable[pathlib.Path]:
@@ -2079,7 +2116,7 @@ def _check_finished(
     if job.destination:
         objects = check_uploaded(job.destination, stamps)
         if foreign := _foreign(objects, job.shards):
-            raise RunError(job.destination.foreign_problem(foreign))
+            raise RunError(foreign_problem(job.destination.path, foreign))
     stamps = _find_done(job.options, job.shards, objects, stamps)
     if len(stamps) == len(job.shards) and not job.destination:
         _check_local(job, stamps, written)
@@ -2217,17 +2254,6 @@ def _write_manifest(job: Job, stamps: Mapping[str, Stamp]) -> None:
 
 # ---------------------------------------------------------------------------------
 # 9. Command line
-
-USAGE = """\
-Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]
-
-Write ImageNet as TFRecord shards and upload them to Cloud Storage:
-  python3 imagenet_to_gcs.py --project=my-project --gcs_output_path=gs://bucket/imagenet \\
-    --raw_data_dir=$HOME/imagenet --local_scratch_dir=$HOME/imagenet/tf_records
-
-Try it without ImageNet and without a bucket:
-  python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=$HOME/fake --nogcs_upload
-"""
 
 # Line breaks, and what would reorder the text on a terminal.
 CONTROL_CHARACTERS = r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
@@ -2475,48 +2501,39 @@ def _locked(options: Options) -> Iterator[None]:
     if options.dry_run:
         yield
         return
-    name = ".lock"
-    if options.task_count > 1:
-        name += f"-{options.task}-of-{options.task_count}"
-    scratch_dir = options.scratch_dir
-    os.makedirs(scratch_dir, exist_ok=True)
-    with _lock_file(os.path.join(scratch_dir, name)) as file:
-        others = [n for n in os.listdir(scratch_dir) if _excludes(name, n)]
-        for path in (os.path.join(scratch_dir, other) for other in others):
-            with _lock_file(path):
-                pass
+    scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
+    scratch_dir.mkdir(parents=True, exist_ok=True)
+    path = scratch_dir / f".lock-{options.task}-of-{count}"
+    with _lock_file(path):
+        for other in scratch_dir.glob(".lock-*-of-*"):
+            if not other.name.endswith(f"-of-{count}"):
+                with _lock_file(other):
+                    pass
         try:
             yield
         except InvalidInputError:  # leave nothing where nothing was done
-            os.unlink(file.name)
+            path.unlink()
             with contextlib.suppress(OSError):  # there are shards
-                os.rmdir(scratch_dir)
+                scratch_dir.rmdir()
             raise
 
 
-def _excludes(name: str, other: str) -> bool:
-    """Whether two locks are of task counts that may not share a directory."""
-    counts = [re.fullmatch(r"\.lock(?:-\d+-of-(\d+))?", n) for n in (name, other)]
-    return all(counts) and len({match[1] for match in counts if match}) > 1
-
-
 @contextlib.contextmanager
-def _lock_file(path: str) -> Iterator[BinaryIO]:
-    flags_of_open = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    file_descriptor = os.open(path, flags_of_open, 0o666)
-    with open(file_descriptor, "rb+", buffering=0) as file:
+def _lock_file(path: pathlib.Path) -> Iterator[None]:
+    mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"Another run is writing to {os.path.dirname(path)}: wait until it ends, "
-                "or choose another --local_scratch_dir."
+                f"Another run is writing to {path.parent}: wait until it ends, or choose "
+                "another --local_scratch_dir."
             ) from None
         except OSError as error:  # some network file systems cannot
             logging.warning(
                 f"Cannot lock {path} ({error.strerror}): do not run two at once."
             )
-        yield file
+        yield
 
 
 def convert_to_tf_records(
@@ -2619,27 +2636,17 @@ class LiveLine:
     """A line at the bottom of a terminal that is redrawn in place.
 
     Attributes:
-      is_on: Whether stderr is a terminal, and this the command.
+      is_on: Whether this is the command, and stderr a terminal.
     """
 
-    def __init__(self) -> None:
-        self.is_on = False
-        self._is_drawn = False
+    is_on = False
 
     def draw(self, text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        self._write(f"\r{text[:width]}\x1b[K")
-        self._is_drawn = True
-
-    def clear(self) -> None:
-        if self._is_drawn:
-            self._write("\r\x1b[K")
-            self._is_drawn = False
-
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        """Draws the line, cut to the width of the terminal; clears it if empty."""
+        if self.is_on:
+            width = shutil.get_terminal_size().columns - 1
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 live_line = LiveLine()
@@ -2652,7 +2659,7 @@ class _LogFormatter(python_logging.Formatter):
     """
 
     def format(self, record: python_logging.LogRecord) -> str:
-        live_line.clear()
+        live_line.draw("")
         level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
         return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}" + re.sub(
             CONTROL_CHARACTERS, lambda c: repr(c[0])[1:-1], record.getMessage()
@@ -2695,131 +2702,134 @@ def _exit(status: int, *errors: str) -> NoReturn:
     os._exit(status)
 
 
-def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """Answers --help and --version in a few lines, or parses the flags."""
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Answers --help and --version, or parses the flags."""
     if {"-h", "-help", "--help"} & set(arguments[1:]):
-        print(f"{USAGE}\n{FLAGS.module_help(sys.modules[__name__])}")
+        print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
+        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)
     if "--version" in arguments[1:]:
         print(f"imagenet_to_gcs.py {__version__}")
         sys.exit(0)
-    return list(app.parse_flags_with_usage(list(arguments)))
+    return app.parse_flags_with_usage(arguments)
 
 
 # ---------------------------------------------------------------------------------
 # A. Tars: the images of archives that were never extracted
 
 
-TAR_BLOCK_BYTES = 512
 MOST_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
-COMPRESSED_STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ"}
+MOST_TAR_METADATA = 2**20  # bytes of a long name, or of other data about a member
+NOT_TARS = {
+    b"\x1f\x8b": "it is compressed; decompress it with gzip -d first",
+    b"BZh": "it is compressed; decompress it with bzip2 -d first",
+    b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
+    b"<": "it is not a tar but a web page; log in, and download it again",
+}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file in a tar.
+# What follows mode and owner in the header of a plain file: size, time, checksum,
+# type, and no prefix of its name; the name comes first, in 100 bytes.
+PLAIN_HEADER = re.compile(
+    rb"([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})\0 [0\0].{188}\0.{166}", re.DOTALL
+)
 
-    Attributes:
-      offset: Of its first byte, from the start of the file that holds the tar.
-      mtime: Seconds since 1970.
+
+class TarHeader(tarfile.TarInfo):
+    """A member of a tar, whose header is read twice as fast if it is a plain file's.
+
+    https://www.gnu.org/software/tar/manual/html_node/Standard.html
     """
 
-    name: str
-    offset: int
-    num_bytes: int
-    mtime: int
+    __slots__ = ()
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> TarHeader:
+        plain = PLAIN_HEADER.fullmatch(buf, 124)
+        name = buf[:100].partition(b"\0")[0]
+        if plain and not name.endswith(b"/"):
+            # Half of Adler-32 is the sum of the bytes and 1, modulo 65,521.
+            total = zlib.adler32(buf[156:], zlib.adler32(buf[:148])) & 0xFFFF
+            if total == (int(plain[2], 8) - 8 * ord(" ") + 1) % 65521:
+                header = cls(str(name, encoding, errors))
+                header.size = int(plain[1], 8)
+                return header
+        header = super().frombuf(buf, encoding, errors)
+        is_metadata = header.type in b"gxXKL"
+        if header.size < 0 or is_metadata and header.size > MOST_TAR_METADATA:
+            raise tarfile.ReadError
+        return header
 
 
 def list_tar(
-    path: str, start: int = 0, end: int | None = None, name: str = ""
-) -> list[TarMember]:
+    source: ImageSource,
+) -> tuple[tuple[int, int, int], dict[str, tarfile.TarInfo]]:
     """Lists the files in a tar, or in a tar within a file, by their headers.
 
-    Links, and names that would lead out of a directory, are left out. Plain headers
-    (https://www.gnu.org/software/tar/manual/html_node/Standard.html) are read here,
-    six times as fast as by `tarfile`; a tar with any others is left to that.
+    Links to other members are these members under another name, as in extracting, and
+    a name that comes again replaces the first.
 
-    Args:
-      start, end: Where the tar begins and ends in the file, bytes.
-      name: Of a tar within the file.
-
-    Raises:
-      InvalidInputError: Not a tar, a compressed one, or one that is cut short.
+    Returns:
+      The tar's version, and its files by normalized name.
     """
+    within = f" ({source.synset}.tar within it)" if source.start else ""
     try:
-        with open(path, "rb", buffering=0) as file:
-            end = os.fstat(file.fileno()).st_size if end is None else end
-            members = _read_headers(file, start, end)
-            if members is None:
-                members = _read_headers_with_tarfile(file, start, end)
-    except (OSError, ValueError, tarfile.TarError) as error:
+        with open_regular(source.path) as file:
+            status = os.fstat(file.fileno())
+            end = status.st_size if source.end is None else source.end
+            found = _read_headers(file, source.start or 0, end)
+            return tar_version(status), _resolve_links(found)
+    except (OSError, ValueError, tarfile.TarError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        is_damaged = not isinstance(error, OSError) and "decompress" not in reason
         raise InvalidInputError(
-            f"Cannot list the tar {path}"
-            + (f" ({name} within it)" if name else "")
-            + f": {reason}."
-            + (" Download it again, and compare its checksum." if is_damaged else "")
+            f"Cannot list the tar {source.path}{within}: {reason}."
         ) from error
-    return [
-        member
-        for member in members
-        if not member.name.startswith("/") and ".." not in member.name.split("/")
+
+
+def _read_headers(file: BinaryIO, start: int, end: int) -> dict[str, tarfile.TarInfo]:
+    found: dict[str, tarfile.TarInfo] = {}
+    position = file.seek(start)
+    try:
+        with tarfile.TarFile(fileobj=file, tarinfo=TarHeader) as tar:
+            for member in tar:
+                if member.size < 0 or tar.offset <= position:  # would never end
+                    break
+                position = tar.offset
+                if position > end:
+                    break
+                name = _normalized(member.name)
+                if member.islnk():
+                    member = found.get(_normalized(member.linkname), member)
+                found[name] = member
+    except tarfile.ReadError:
+        pass  # `_check_end` says what is wrong at this position
+    _check_end(file, position, end)
+    return found
+
+
+def _normalized(name: str) -> str:
+    return os.path.normpath(name).lstrip("/") if "/" in name else name
+
+
+def _resolve_links(found: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
+    """Puts files in the place of symbolic links, and refuses other odd images."""
+    odd = [
+        name
+        for name, member in found.items()
+        if not member.isreg() or member.issparse() or name.startswith("../")
     ]
-
-
-def _read_headers(file: BinaryIO, start: int, end: int) -> list[TarMember] | None:
-    """Reads the headers of a tar of plain files; None where it has others."""
-    members: list[TarMember] = []
-    position = start
-    while True:
-        header = os.pread(file.fileno(), TAR_BLOCK_BYTES, position)
-        if position + TAR_BLOCK_BYTES > end or len(header) < TAR_BLOCK_BYTES:
-            raise ValueError("it is cut short")
-        if header == bytes(TAR_BLOCK_BYTES):
-            _check_end(file, position, end)
-            return members
-        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        if _octal(header[148:156]) != checksum:
-            raise ValueError(_not_a_tar(header, position))
-        is_plain = header[156] in b"0\0" and header[345] == 0
-        if not is_plain or header[124] >= 0x80 or header[136] >= 0x80:
-            return None
-        num_bytes, mtime = _octal(header[124:136]), _octal(header[136:148])
-        if num_bytes is None or mtime is None:
-            raise ValueError(_not_a_tar(header, position))
-        name = os.fsdecode(header[:100].split(b"\0")[0])
-        position += TAR_BLOCK_BYTES
-        if not name.endswith("/"):  # a directory of Unix V7's tar
-            members.append(TarMember(name, position, num_bytes, mtime))
-        position += math.ceil(num_bytes / TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-
-
-def _octal(field: bytes) -> int | None:
-    digits = field.strip(b" \0")
-    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
-
-
-def _not_a_tar(header: bytes, position: int) -> str:
-    for name, magic in COMPRESSED_STARTS.items():
-        if header.startswith(magic):
-            return f"it is compressed; decompress it with {name} -d first"
-    return f"it is damaged, or not a tar, at byte {position:,}"
-
-
-def _read_headers_with_tarfile(file: BinaryIO, start: int, end: int) -> list[TarMember]:
-    file.seek(start)
-    members = []
-    with tarfile.TarFile(fileobj=file) as tar:
-        for member in tar:
-            if member.isreg() and not member.issparse():
-                members.append(
-                    TarMember(
-                        member.name, member.offset_data, member.size, int(member.mtime)
-                    )
-                )
-        _check_end(file, tar.offset, end)
-    return members
+    for name in odd:
+        member = found.pop(name)
+        target = os.path.join(os.path.dirname(name), member.linkname)
+        file = found.get(_normalized(target)) if member.issym() else None
+        if file and file.isreg():
+            found[name] = file
+        elif _is_visible(name) and name.endswith((IMAGE_SUFFIX, ".tar")):
+            raise ValueError(
+                f"{name} in it is neither a plain file nor a link to one in it; "
+                "extract it instead"
+            )
+    return found
 
 
 def _check_end(file: BinaryIO, position: int, end: int) -> None:
@@ -2827,23 +2837,57 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
 
     tarfile takes a damaged or missing header for the end; a piece missing from a
     download is a hole of zeros, which looks like an end.
-
-    Raises:
-      ValueError: It does not.
     """
-    rest = os.pread(
-        file.fileno(), max(0, min(end - position, MOST_TAR_FILLING + 1)), position
-    )
-    if len(rest) < TAR_BLOCK_BYTES:
-        raise ValueError("it is cut short")
-    if any(rest[:TAR_BLOCK_BYTES]):
-        raise ValueError(_not_a_tar(rest, position))
-    if any(rest) or len(rest) > MOST_TAR_FILLING:
-        raise ValueError(f"it is damaged: empty at byte {position:,}, before its end")
+    num_bytes = max(0, min(end - position, MOST_TAR_FILLING + 1))
+    rest = os.pread(file.fileno(), num_bytes, min(position, end))
+    problem = ""
+    for start, words in NOT_TARS.items():
+        if rest.lstrip().startswith(start):
+            raise ValueError(words)
+    if len(rest) < tarfile.BLOCKSIZE:
+        problem = "it is cut short"
+    elif any(rest[: tarfile.BLOCKSIZE]):
+        problem = f"it is damaged, or not a tar, at byte {position:,}"
+    elif any(rest) or len(rest) > MOST_TAR_FILLING:
+        problem = (
+            f"it is damaged, or several tars in one: empty at byte {position:,}, "
+            "before its end"
+        )
+    if problem:
+        raise ValueError(f"{problem}. Download it again, and compare its checksum")
 
 
 # ---------------------------------------------------------------------------------
 # B. Wrong raw directories, in words
+
+
+RENAMED_SUFFIXES = (".jpeg", ".jpg", ".png")  # a PNG is encoded again, as a JPEG
+OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
+FOREIGN_NAMES = (  # left by operating systems and network disks, with more after them
+    *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
+    *("System Volume Information", "__MACOSX", "lost+found"),
+)
+
+
+def _is_visible(name: str) -> bool:
+    return not os.path.basename(name).startswith(FOREIGN_NAMES)
+
+
+def _looks_like_image(name: str) -> bool:
+    suffixes = RENAMED_SUFFIXES + OTHER_SUFFIXES
+    return name.lower().endswith(suffixes) and _is_visible(name)
+
+
+def _find_left_out(entry: os.DirEntry[str]) -> list[str]:
+    """Finds images that are not read: with another suffix, or deeper down."""
+    if _looks_like_image(entry.name):
+        return [entry.path]
+    paths = []
+    if _is_visible(entry.name) and os.path.isdir(entry.path):
+        for place, directories, names in os.walk(entry.path):
+            directories[:] = filter(_is_visible, directories)
+            paths += [f"{place}/{name}" for name in names if _looks_like_image(name)]
+    return paths
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -2865,86 +2909,137 @@ def _no_directory(directory: str) -> str:
         for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
     ]
     kaggle_dir = next(filter(os.path.isdir, kaggle_dirs), None)
-    if kaggle_dir:
+    if os.path.islink(directory):
+        found = f"a link to {os.readlink(directory)}, which does not exist"
+    elif kaggle_dir:
         found = f"{kaggle_dir} (Kaggle's layout): README says which links it takes"
     elif split == VALIDATION_DIRECTORY and os.path.isdir(f"{raw_data_dir}/val"):
         found = f"{raw_data_dir}/val: rename it to {VALIDATION_DIRECTORY}"
     else:
         found = _some(sorted(os.listdir(raw_data_dir))) or "nothing"
     tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
-    return f"No directory {directory}, and no {tar} beside it. Found {found}."
-
-
-def _no_images(place: str, pattern: str) -> str:
-    """Words a directory or tar without images with what is in it instead."""
-    if os.path.isfile(place):
-        return f"No images match {pattern} in {place}."
-    names = [entry.name for entry in _scan(place)]
-    suffixes = collections.Counter(
-        os.path.splitext(name)[1] for name in names if not name.startswith(".")
+    return (
+        f"No directory {directory}, and no {tar} beside it. Found {found}. "
+        "Both splits are required."
     )
-    advice = {
-        ".tar": f"move what is not extracted up beside {TRAINING_DIRECTORY}/",
-        ".jpg": f"rename them to *{IMAGE_SUFFIX}",
-        ".jpeg": f"rename them to *{IMAGE_SUFFIX}",
-        ".JPG": f"rename them to *{IMAGE_SUFFIX}",
-        IMAGE_SUFFIX: "move each into a directory named after its synset",
-    }
-    for suffix, remedy in advice.items():
-        if suffixes[suffix]:
-            files = _count(suffixes[suffix], f"{suffix} file")
-            return f"No images match {place}/{pattern}. Found {files} there: {remedy}."
-    found = _some(sorted(names)) or "nothing"
-    return f"No images match {place}/{pattern}. Found {found} there."
+
+
+def _no_images(source: ImageSource, below: str = "*") -> str:
+    """Words a directory or tar without images with what is in it instead."""
+    pattern = f"{below}{IMAGE_SUFFIX}"
+    if source.start is None:
+        where, entries = f"{source.path}/{pattern}", _scan(source.path)
+        names = [entry.name for entry in entries if _is_visible(entry.name)]
+        images = [path for entry in entries for path in _find_left_out(entry)]
+        is_loose = below != "*"
+        remedy = "into a directory named after its synset" if is_loose else "one up"
+        remedy = f"move each {remedy}"
+    else:
+        where, names = f"{pattern} in {source.path}", [*list_tar(source)[1]]
+        images = list(filter(_looks_like_image, names))
+        remedy = f"extract each into {TRAINING_DIRECTORY}/<synset>/"
+    found = images or [name for name in names if name.endswith(".tar")]
+    if not found:
+        found_names = _some(sorted(names)) or "nothing"
+        return f"No images match {where}. Found {found_names} there."
+    suffix = os.path.splitext(found[0])[1]
+    if suffix == ".tar":
+        remedy = "extract them there"
+    elif suffix != IMAGE_SUFFIX:
+        verb = "rename" if suffix.lower() in RENAMED_SUFFIXES else "convert"
+        remedy = f"{verb} them to *{IMAGE_SUFFIX}"
+    files = _count(sum(name.endswith(suffix) for name in found), f"{suffix} file")
+    return f"No images match {where}. Found {files} there: {remedy}."
+
+
+def _foreign_classes(trained: set[str], validated: set[str]) -> list[str]:
+    """Words validation classes that must be wrong: they would move every label."""
+    foreign = sorted(validated - trained)
+    most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
+    if not (trained and validated) or len(foreign) <= most:
+        return []
+    problem = (
+        "Validation images must be of the classes of the training images, such as "
+        f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of {LABELS_FILE} is "
+        "the synset of the i-th validation image; README, step 2, says where to get it."
+    )
+    return [problem]
 
 
 def shortfalls(dataset: Dataset) -> list[str]:
-    """Words what need not keep a run from beginning, but is not so in ImageNet."""
+    """Words what may be as it is, but is not so in ImageNet."""
     lines = []
-    empty = [image for image in dataset.images if not image.num_bytes]
-    if empty:
+    if left_out := dataset.left_out:
+        kinds = sorted(
+            collections.Counter(os.path.splitext(p)[1] for p in left_out).items()
+        )
+        lines.append(
+            f"{_count(len(left_out), 'image')} left out "
+            f"({', '.join(f'{number:,} *{kind}' for kind, number in kinds)}), such as "
+            f"{left_out[0]}: only *{IMAGE_SUFFIX} directly in "
+            f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
+        )
+    if empty := [image for image in dataset.images if not image.num_bytes]:
         lines.append(
             f"{_count(len(empty), 'image')} of no bytes (empty files, links to nothing), "
             f"the first {empty[0].path}: no shard that would hold one is written."
         )
-    trained = {image.synset for image in dataset.training}
-    untrained = [synset for synset in dataset.synsets if synset not in trained]
-    if untrained:
-        lines.append(
-            f"{len(untrained):,} of {_count(len(dataset.synsets), 'synset')} have "
-            f"validation images but no training images: {_some(untrained)}."
-        )
+    trained = collections.Counter(image.synset for image in dataset.training)
+    validated = collections.Counter(image.synset for image in dataset.validation)
+    lines += _unpaired(dataset, validated, "validation", trained, "training")
+    if 2 * len(validated) > len(trained):  # else there are few, as for a trial
+        lines += _unpaired(dataset, trained, "training", validated, "validation")
     if len(dataset.synsets) == IMAGENET_SYNSETS:
-        lines += _short_split(
-            dataset.training,
-            "training",
-            IMAGENET_TRAINING_IMAGES,
-            IMAGENET_SMALLEST_CLASS,
-        )
-        lines += _short_split(
-            dataset.validation, "validation", IMAGENET_VALIDATION_IMAGES, 50
-        )
+        lines += _short_split(trained, "training", IMAGENET_TRAINING_IMAGES, 732)
+        lines += _short_split(validated, "validation", IMAGENET_VALIDATION_IMAGES, 50)
     return lines
 
 
-def _short_split(
-    images: Sequence[RawImage], split: str, num_expected: int, smallest_class: int
+Sizes: TypeAlias = Mapping[str, int]  # images of each synset
+
+
+def _unpaired(
+    dataset: Dataset, has: Sizes, split: str, lacks: Sizes, other: str
 ) -> list[str]:
-    if len(images) == num_expected:
-        return []
-    sizes = collections.Counter(image.synset for image in images)
-    short = [
-        f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest_class
+    """Words classes that only one split has: each takes a label."""
+    labels = {synset: i for i, synset in enumerate(dataset.synsets, start=1)}
+    only = [
+        f"{s} (label {i})" for s, i in labels.items() if s in has and s not in lacks
     ]
-    named = (
-        f" Classes of fewer than {smallest_class}: {_some(short, 10)}." if short else ""
+    line = (
+        f"{len(only):,} of {_count(len(labels), 'synset')} have {split} images but no "
+        f"{other} images: {_some(only)}."
     )
-    return [
-        (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {len(images):,} "
-            f"({len(images) - num_expected:+,}).{named}"
-        )
-    ]
+    return [line] if only else []
+
+
+def _short_split(
+    sizes: Sizes, split: str, num_expected: int, smallest: int
+) -> list[str]:
+    """Words a split that is not ImageNet-1k's, whose smallest class is known."""
+    found = sum(sizes.values())
+    short = [f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest]
+    classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
+    line = (
+        f"ImageNet-1k has {num_expected:,} {split} images, found {found:,} "
+        f"({found - num_expected:+,}).{classes}"
+    )
+    return [line] if found != num_expected else []
+
+
+def empty_shards(dataset: Dataset, *num_shards: int) -> list[str]:
+    """Words how many shards of each split get no image; see `plan_shards`."""
+    lines = []
+    splits = {"training": dataset.training, "validation": dataset.validation}
+    for number, (split, images) in zip(num_shards, splits.items(), strict=True):
+        size = max(1, math.ceil(len(images) / number))
+        if num_empty := number - math.ceil(len(images) / size):
+            lines.append(
+                f"{num_empty:,} of {_count(number, f'{split} shard')} will be empty, for "
+                f"there are {_count(len(images), f'{split} image')}; a smaller "
+                f"--{split}_shards avoids that."
+            )
+    return lines
 
 
 def _count(number: int, noun: str) -> str:
@@ -3170,6 +3265,154 @@ def _draw_shape(
     coverage = np.clip((1 - distance) * 20, 0, 1)[..., None]
     stripes = 1 + 0.2 * np.sin(u * rng.uniform(3, 30))[..., None]
     pixels[window] += coverage * (_colour(rng) * stripes - pixels[window])
+
+
+# ---------------------------------------------------------------------------------
+# E. Errors of Cloud Storage: which of them pass, and what they say
+
+
+CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
+
+# Patterns for `_read`, which gives the classes of an error, its status and its words.
+_LASTING = (
+    r"SSLCertVerificationError|407 Proxy"  # though they look like lost connections
+)
+_PASSING = (
+    r"HTTP (408|429|5\d\d)|Metadata server unavailable|temporarily_unavailable|"
+    r"internal_failure|server_error|Internal Server Error|Bad Gateway|Service Unavail"
+)
+_FINAL = (
+    rf"{_LASTING}|GoogleAuthError|Unauthorized|Forbidden|\bNotFound\b|"
+    r"PreconditionFailed|BadRequest(?!.*CRC32C)|"  # a file can be damaged on its way
+    r"TypeError"  # of a client that does not know an argument
+)
+_KINDS = {
+    r"DefaultCredentialsError": "No credentials for",
+    r"GoogleAuthError|Unauthorized": "Cannot log in for",
+    r"Forbidden": "Access denied to",
+    r"\bNotFound\b": "No bucket for",
+    r"": "Cloud Storage failed at",
+}
+_REMEDIES = {  # only where the error itself proves what is missing
+    r"Invalid JWT.*timeframe": "Set the clock of this machine.",
+    r"iam\.serviceAccounts\.getAccessToken": (
+        "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
+        "account that impersonates it."
+    ),
+    r"expired or revoked|invalid_rapt|Reauthentication": (
+        "Run `gcloud auth application-default login` again."
+    ),
+    r"default credentials were not found": (
+        "Run `gcloud auth application-default login`, or attach a service account to "
+        "the VM."
+    ),
+    r"SSLCertVerificationError": (
+        "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
+        "the file of its certificate."
+    ),
+    r"407 Proxy": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
+    r"serviceusage\.services\.use": (
+        "Grant roles/serviceusage.serviceUsageConsumer on the project to the account "
+        "of this run."
+    ),
+    r"Forbidden.*\bscope": (
+        "Stop the VM and run: gcloud compute instances set-service-account NAME "
+        "--scopes=cloud-platform"
+    ),
+    r"Forbidden.* storage\.objects\.": (
+        "Grant roles/storage.objectUser on {bucket} to the account of this run."
+    ),
+    r"\bNotFound\b": "Create it: gcloud storage buckets create {bucket}",
+}
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    facts, _ = _read(error)
+    return not re.search(_LASTING, facts) and (
+        bool(re.search(_PASSING, facts))
+        or any(
+            DEFAULT_RETRY._predicate(each) or getattr(each, "retryable", False)
+            for each in _chain(error)
+        )
+    )
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether uploading the same file again would fail in the same way."""
+    return not may_pass(error) and bool(re.search(_FINAL, _read(error)[0]))
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, in one line without URLs and JSON, without a final period."""
+    return _read(error)[1]
+
+
+def explain(error: BaseException, place: str, bucket: str) -> str:
+    """Puts an error in one line: what failed, why, and what to do if that is known."""
+    facts, words = _read(error)
+    what = next(kind for pattern, kind in _KINDS.items() if re.search(pattern, facts))
+    path = os.environ.get(CREDENTIALS)
+    if path and ("GoogleAuthError" in facts or path in words):
+        words += f" ({CREDENTIALS}={path})"
+    known = [line for pattern, line in _REMEDIES.items() if re.search(pattern, facts)]
+    if not is_final(error):
+        known = ["Rerun the same command to resume."]
+    remedy = "".join(known[:1]).replace("{bucket}", bucket)
+    return f"{what} {place}: {words}. {remedy}".rstrip()
+
+
+def _read(error: BaseException) -> tuple[str, str]:
+    """What is known of an error, for the patterns above, and what it says."""
+    chain = list(_chain(error))
+    classes = {cls.__name__ for each in chain for cls in type(each).__mro__}
+    responses = [getattr(each, "response", None) for each in chain]
+    response = next((r for r in responses if r is not None), None)
+    status = getattr(response, "status_code", 0)
+    message = getattr(response, "reason", "") if status >= 400 else ""
+    # The service's own words; google.auth has them in the arguments.
+    for text in [getattr(response, "text", ""), *(a for e in chain for a in e.args)]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            answer = (text if isinstance(text, dict) else json.loads(text))["error"]
+            status, message = answer["code"], answer["message"]
+            break
+    if not message:
+        words = _words_without_answer(chain)
+    else:
+        words = message if message.startswith(str(status)) else f"{status} {message}"
+    words = " ".join(words.split()).rstrip(".")
+    if status in (404, 410) and "upload_id=" in getattr(response, "url", ""):
+        classes = {"LostUpload"}  # no bucket is missing
+    return f"{' '.join(classes)} HTTP {status} {words}", words
+
+
+def _words_without_answer(chain: Sequence[BaseException]) -> str:
+    """What the innermost error says, and what could not be reached."""
+    cause = chain[-1]
+    text = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "")
+    text = text or str(next(iter(cause.args), "")) or repr(cause)
+    text = re.sub(r"(?s)<[^>]*>|https?://\S+|Response( details)?:.*|{.*", " ", text)
+    for each in chain:
+        if request := getattr(each, "request", None):
+            return (
+                f"cannot reach {urllib.parse.urlsplit(request.url).hostname} ({text})"
+            )
+    return text
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those within it, outermost first: each library wraps in its way."""
+    while error is not None:
+        yield error
+        wrapped = (
+            getattr(error, "cause", None),  # google.api_core
+            getattr(error, "reason", None),  # urllib3
+            *error.args,  # requests, google.auth
+            error.__cause__,
+        )
+        error = next((e for e in wrapped if isinstance(e, BaseException)), None)
 
 
 if __name__ == "__main__":

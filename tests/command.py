@@ -52,6 +52,10 @@ class Finished:
         prefix = "ERROR: "
         return [e.removeprefix(prefix) for e in self.lines if e.startswith(prefix)]
 
+    def says(self, text: str) -> bool:
+        """Whether a line of the log, with its level, matches a regular expression."""
+        return any(re.search(text, line) for line in self.lines)
+
     @property
     def imported(self) -> set[str]:
         """Modules that were imported, where `IMPORTS` was in the environment."""

@@ -1,9 +1,11 @@
 """What the tests share: a Cloud Storage, and small raw ImageNets."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import contract
 import pytest
@@ -47,3 +49,9 @@ def sample() -> Path:
     if not directory.is_dir():
         pytest.skip("needs the ImageNet sample")
     return directory
+
+
+def golden_records(sample: Path) -> dict[str, list[Any]]:
+    """What the reference makes of the sample: the records of each shard."""
+    lines = (sample.parent / "imagenet_sample_records.jsonl").read_text().splitlines()
+    return dict(json.loads(line) for line in lines)

@@ -5,24 +5,28 @@
         subprocess.run([...], env={**os.environ, **emulator.environment})
         assert emulator.objects()["imagenet/train-00000-of-01024"] == ...
 
-The answers come from gcp-storage-emulator, which keeps everything in memory. This file
-puts many threads and the faults in front of it, and corrects what a client of the real
-service could notice: a chunk sent twice is stored once, a finished upload still answers
-with its object (both follow a lost connection), an upload of which nothing has arrived
-has no `Range`, a session can be cancelled (499), a listing comes in pages of 1,000
-objects with only the `fields` asked for, errors carry the JSON that the client takes
-its message from, connections are kept alive, and a dying client leaves nothing behind.
+As a process, `python tests/emulator.py --bytes_per_second=1e8` prints its URL, takes
+uploads and throws their bytes away, until it is killed.
+
+It does what a client of the real service could notice: a chunk sent twice is stored
+once, a finished upload still answers with its object (both follow a lost connection),
+a session can be cancelled (499), a wrong crc32c is refused (400), a listing comes in
+pages of 1,000 objects with only the `fields` asked for, and errors carry the JSON that
+the client takes its message from. It also issues tokens, as Google's token endpoint,
+the metadata server of a VM and the impersonation of a service account do.
 
 NOTE: permissions and `if_generation_match` are not checked: inject a `Status`.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
-import io
+import itertools
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import sys
@@ -30,21 +34,18 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from email.message import Message
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
+from ssl import SSLContext
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from gcp_storage_emulator.exceptions import BadRequest
-from gcp_storage_emulator.handlers import buckets, objects
-from gcp_storage_emulator.server import HANDLERS, Response
-from gcp_storage_emulator.server import Request as EmulatorRequest
-from gcp_storage_emulator.storage import Storage
+import google_crc32c
 
-Kind = Literal["session", "chunk", "multipart", "list", "get", "delete", "other"]
+Kind = Literal[
+    "session", "chunk", "multipart", "list", "get", "delete", "token", "other"
+]
 UPLOAD_KINDS = ("session", "chunk", "multipart")
 
 PIECE_SIZE = 64 * 1024  # bytes of a body read, and throttled, at a time
@@ -56,15 +57,28 @@ PAGE_SIZE = 1000  # objects in a page of a listing
 
 @dataclass(frozen=True)
 class Status:
-    """Answers with an error, 400 to 599, and does nothing else."""
+    """Answers with an error, 400 to 599, and does nothing else.
+
+    Attributes:
+        message: By default the status's name.
+        reason: By default made of the status's name. Of a token: `invalid_grant`, say.
+    """
 
     status: int
-    message: str = ""  # of the client's exception; by default the status's name
+    message: str = ""
+    reason: str = ""
 
 
-@dataclass(frozen=True)
 class Reset:
     """Resets the connection (TCP RST) after 64 KiB of the body at most."""
+
+
+class LostResponse:
+    """Carries the request out, then resets the connection instead of answering."""
+
+
+class ShortRange:
+    """Stores half of a resumable upload's chunk, and answers so (308)."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +86,6 @@ class Stall:
     """Carries the request out, then waits before it answers."""
 
     seconds: float
-
-
-@dataclass(frozen=True)
-class ShortRange:
-    """Stores half of a resumable upload's chunk, and answers so (308)."""
-
-
-@dataclass(frozen=True)
-class LostResponse:
-    """Carries the request out, then resets the connection instead of answering."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class WrongContent:
     answer_looks_right: bool = False
 
 
-Fault = Status | Reset | Stall | ShortRange | LostResponse | WrongContent
+Fault = Status | Reset | LostResponse | ShortRange | Stall | WrongContent
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ class Request:
 
     A `session` starts a resumable upload, a `chunk` is a PUT of one (data, or the
     question how far it got), a `multipart` is an upload in one POST, a `get` is of an
-    object or its metadata. To cancel a session is `other`.
+    object's metadata, a `token` is of anything to log in with. To cancel a session is
+    `other`.
     """
 
     method: str
@@ -112,6 +117,10 @@ class Request:
     kind: Kind
     name: str
     status: int | None = None  # of the answer; None if there was none, or not yet
+
+    @property
+    def query(self) -> dict[str, str]:
+        return {key: v[0] for key, v in parse_qs(urlsplit(self.path).query).items()}
 
 
 @dataclass
@@ -138,112 +147,66 @@ class _Injection:
 # ----------------------------------------------------------------- the emulated service
 
 
-class _Storage(Storage):  # type: ignore[misc]
-    """The emulator's storage in memory, with resumable uploads like the real ones."""
-
-    def __init__(self, bucket: str) -> None:
-        super().__init__(use_memory_fs=True)
-        self.arrived: dict[str, bytearray] = {}  # by upload id
-        buckets.create_bucket(bucket, self)
-        # Else each object deleted stays in memory.
-        self.buckets[bucket]["softDeletePolicy"] = {"retentionDurationSeconds": "0"}
-
-    def _write_config_to_file(self) -> None:
-        """Saves nothing: to serialise all objects at each request takes minutes."""
-
-    def get_resumable_byte_count(self, file_id: str) -> int:
-        return len(self.arrived.get(file_id, b""))
-
-    def add_to_resumable_upload(
-        self, file_id: str, content: bytes, total_size: int | None, expected_start: int
-    ) -> bytes | None:
-        """Appends what is new in a chunk: it may come again if the answer was lost."""
-        data = self.arrived.setdefault(file_id, bytearray())
-        if expected_start > len(data):
-            raise BadRequest(f"Chunk starts at {expected_start}, expected {len(data)}")
-        data += content[len(data) - expected_start :]
-        if total_size is None or len(data) < total_size:
-            return None
-        return bytes(data)
-
-    def damage(self, bucket: str, name: str, truncate: bool = False) -> dict[str, Any]:
-        """Changes an object's bytes, if it has any, and returns its new resource."""
-        data = bytearray(self.get_file(bucket, name))
-        if truncate:
-            del data[len(data) // 2 :]
-        elif data:
-            data[len(data) // 2] ^= 0xFF
-        hashes = {"crc32c": None, "md5Hash": None, "etag": None}
-        resource: dict[str, Any] = objects._checksums(
-            bytes(data),
-            {**self.get_file_obj(bucket, name), **hashes, "size": str(len(data))},
-        )
-        self.create_file(bucket, name, bytes(data), resource)
-        return resource
+def crc32c_of(data: bytes) -> str:
+    """The checksum of an object, as Cloud Storage says it."""
+    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
 
 
-class _Answer(Response):  # type: ignore[misc]
-    """The emulator's answer to a request, before it is sent."""
+@dataclass
+class _Upload:
+    """What has arrived of an object; without `data` where bytes are thrown away."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    resource: dict[str, Any]
+    num_bytes: int = 0
+    data: bytearray = field(default_factory=bytearray)
+    finished: bool = False
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return self._headers  # type: ignore[no-any-return]
+
+@dataclass
+class _Answer:
+    status: int
+    content: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def body(self) -> bytes:
-        content: str | bytes = self._content
-        return content.encode() if isinstance(content, str) else content
-
-    def refuse(self, status: int, message: str = "") -> None:
-        """Makes it an error like the real service's."""
-        phrase = http.client.responses.get(status, "Client Closed Request")
-        message = message or phrase
-        reason = phrase[0].lower() + phrase[1:].replace(" ", "")
-        error = {"message": message, "domain": "global", "reason": reason}
-        self.status = status
-        self.json({"error": {"code": status, "message": message, "errors": [error]}})
+        return b"" if self.content is None else json.dumps(self.content).encode()
 
 
-def _list_page(
-    listing: dict[str, Any], query: Mapping[str, list[str]]
-) -> dict[str, Any]:
-    """Cuts a page out of a complete listing, and the fields asked for out of it.
+def _refusal(error: Status, kind: str = "") -> _Answer:
+    """An error like the real service's; those of a token have another shape."""
+    phrase = http.client.responses.get(error.status, "Client Closed Request")
+    message = error.message or phrase
+    reason = error.reason or phrase[0].lower() + phrase[1:].replace(" ", "")
+    if kind == "token" and error.reason:
+        return _Answer(error.status, {"error": reason, "error_description": message})
+    one = {"message": message, "domain": "global", "reason": reason}
+    content = {"code": error.status, "message": message, "errors": [one]}
+    return _Answer(error.status, {"error": content})
 
-    `fields` is as in `items(name,size),nextPageToken`. A page's token is the last name
+
+def _list_page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """Cuts a page out of a listing, and out of that the `fields` asked for.
+
+    These are as in `items(name,size),nextPageToken`. A page's token is the last name
     of the page before.
     """
-    after = query.get("pageToken", [""])[0]
-    items = [item for item in listing["items"] if item["name"] > after]
-    size = min(int(query.get("maxResults", [PAGE_SIZE])[0]), PAGE_SIZE)
-    listing["items"] = items[:size]
-    if len(items) > size:
-        listing["nextPageToken"] = items[size - 1]["name"]
-    fields = query.get("fields", [""])[0]
-    kept: dict[str, str] = dict(re.findall(r"(\w+)(?:\(([^)]*)\))?", fields))
-    if kept.get("items"):
-        keys = set(kept["items"].split(","))
-        listing["items"] = [
-            {key: item[key] for key in keys & item.keys()} for item in listing["items"]
-        ]
-    return {key: listing[key] for key in listing if key in kept or not kept}
-
-
-def _keep_half(headers: Message, body: bytes) -> bytes:
-    """Cuts a chunk short, with its `Content-Range: bytes START-END/TOTAL`.
-
-    A chunk of less than 512 KiB becomes the question how far the upload got.
-    """
-    match = re.fullmatch(r"bytes (\d+)-\d+/(.+)", headers.get("Content-Range", ""))
-    if match is None:
-        return body
-    start, total = int(match[1]), match[2]
-    kept = body[: len(body) // 2 // CHUNK_UNIT * CHUNK_UNIT]
-    span = f"{start}-{start + len(kept) - 1}/{total}" if kept else "*/*"
-    headers.replace_header("Content-Range", f"bytes {span}")
-    return kept
+    prefix, after = query.get("prefix", ""), query.get("pageToken", "")
+    beyond = query.get("delimiter") or "\0"
+    items = [
+        item
+        for item in items
+        if item["name"].startswith(prefix)
+        and item["name"] > after
+        and beyond not in item["name"].removeprefix(prefix)
+    ]
+    size = min(int(query.get("maxResults", PAGE_SIZE)), PAGE_SIZE)
+    fields = query.get("fields", "items,nextPageToken")
+    kept = dict(re.findall(r"(\w+)(?:\(([^)]*)\))?", fields))
+    keys = set(kept["items"].split(",")) - {""}
+    page = [{k: v for k, v in i.items() if not keys or k in keys} for i in items[:size]]
+    more = {"nextPageToken": items[size - 1]["name"]} if len(items) > size else {}
+    return {"items": page, **(more if "nextPageToken" in kept else {})}
 
 
 # ------------------------------------------------------------------------- the server
@@ -257,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def __init__(self, emulator: Emulator, *args: Any) -> None:
         self.emulator = emulator
+        self.body, self.length = bytearray(), 0
         super().__init__(*args)
 
     def setup(self) -> None:
@@ -273,24 +237,34 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self._read(min(length, PIECE_SIZE))
-        index, fault = self.emulator._begin(self._identify(bytes(body)))
+        request = self._identify(bytes(body))
+        index, fault = self.emulator._begin(request)
         if isinstance(fault, Reset):
             self._reset()
             return
-        body += self._read(length - len(body))
-        if len(body) < length:  # the client died
+        if self.emulator.keep or request.kind not in UPLOAD_KINDS:
+            body += self._read(length - len(body))
+            num_bytes = len(body)
+        else:
+            num_bytes = len(body) + self._discard(length - len(body))
+        if num_bytes < length:  # the client died
             self.close_connection = True
             return
-        answer = self.emulator._answer(self, index, fault, bytes(body))
+        self.body, self.length = body, length
+        answer = self.emulator._answer(self, request, fault)
         stall = fault.seconds if isinstance(fault, Stall) else 0.0
         self.emulator._closing.wait(self.emulator.latency + stall)
         if isinstance(fault, LostResponse):
             self._reset()
         else:
-            self.emulator._end(index, int(answer.status))
+            self.emulator._end(index, answer.status)
             self._send(answer)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _serve
+    do_GET = do_POST = do_PUT = do_DELETE = _serve
+
+    def do_CONNECT(self) -> None:
+        """Is a proxy that lets nobody through."""
+        self._send(_refusal(Status(407)))
 
     def _read(self, length: int) -> bytearray:
         """Reads as much of the body, or less if the connection ends."""
@@ -303,33 +277,52 @@ class _Handler(BaseHTTPRequestHandler):
             self.emulator._throttle(len(piece))
         return data
 
+    def _discard(self, length: int) -> int:
+        """Reads the body, the most of it uncopied: on 2 processors that counts."""
+        if not length:
+            return 0
+        here = self.rfile.read(min(length, len(self.rfile.peek())))  # type: ignore[attr-defined]
+        num_bytes = len(here)
+        nowhere = bytearray(2**20)
+        while num_bytes < length:
+            left = min(length - num_bytes, len(nowhere))
+            piece = self.connection.recv_into(nowhere, left, socket.MSG_TRUNC)
+            if not piece:
+                break
+            num_bytes += piece
+            self.emulator._throttle(piece)
+        return num_bytes
+
     def _identify(self, start_of_body: bytes) -> Request:
         """Tells what the request is about; the body's first 64 KiB are enough."""
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
+        request = Request(self.command, self.path, "other", "")
+        url, query = urlsplit(self.path), request.query
         _, is_object, quoted_name = url.path.partition("/o/")
-        name = unquote(quoted_name)
         kind: Kind = "other"
-        if "upload_id" in query:
+        name = unquote(quoted_name)
+        if not url.path.startswith(("/storage/", "/upload/")):
+            kind, name = "token", url.path
+        elif "upload_id" in query:
             kind = "chunk" if self.command == "PUT" else "other"
-            name = self.emulator._name_of_upload(query["upload_id"][0])
+            name = self.emulator._name_of_upload(query["upload_id"])
         elif "uploadType" in query:
-            kind = "multipart" if query["uploadType"] == ["multipart"] else "session"
+            kind = "multipart" if query["uploadType"] == "multipart" else "session"
             text = start_of_body or b"{}"
             if kind == "multipart":  # its first part is the JSON
                 text = text.partition(b"\r\n\r\n")[2].partition(b"\r\n--")[0]
-            name = query["name"][0] if "name" in query else json.loads(text)["name"]
+            name = query.get("name") or json.loads(text)["name"]
         elif is_object:
             kinds: dict[str, Kind] = {"GET": "get", "DELETE": "delete"}
             kind = kinds.get(self.command, "other")
         elif url.path.endswith("/o") and self.command == "GET":
             kind = "list"
-        return Request(self.command, self.path, kind, name)
+        return replace(request, kind=kind, name=name)
 
     def _send(self, answer: _Answer) -> None:
-        self.send_response(int(answer.status))
+        self.send_response(answer.status)
         for key, value in answer.headers.items():
             self.send_header(key, value)
+        self.send_header("Content-Type", "application/json; charset=UTF-8")
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
         self.wfile.write(answer.body)
@@ -347,7 +340,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # the default 5 delays the sixth client by a second
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that died
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that died
             super().handle_error(request, client_address)
 
 
@@ -356,24 +349,38 @@ class Emulator:
 
     Attributes:
         bucket: The only bucket there is; any other answers 404.
+        keep: Whether to keep what is uploaded. Else an object has its size, and the
+            crc32c that its metadata tell.
+        requester_pays: Whether each request must say which project pays.
+        leaves_out_zero: Whether a resource has no `size` where it is 0.
         bytes_per_second: Limits the upload of all connections together; None does not.
         latency: Seconds before each answer.
     """
 
-    def __init__(self, bucket: str = "bucket") -> None:
+    def __init__(
+        self, bucket: str = "bucket", keep: bool = True, tls: SSLContext | None = None
+    ) -> None:
         self.bucket = bucket
+        self.keep = keep
+        self.requester_pays = False
+        self.leaves_out_zero = False
         self.bytes_per_second: float | None = None
         self.latency = 0.0
         self._lock = threading.RLock()  # over all below; never held while waiting
-        self._storage = _Storage(bucket)
+        self._resources: dict[str, dict[str, Any]] = {}  # by name
+        self._contents: dict[str, bytes] = {}
+        self._uploads: dict[str, _Upload] = {}  # by upload id
+        self._upload_ids = itertools.count(1)
         self._requests: list[Request] = []
         self._injections: list[_Injection] = []
-        self._finished: dict[str, dict[str, Any]] = {}  # by upload id, the object
         self._wrong_content: dict[str, WrongContent] = {}  # by object, until complete
         self._next_piece = 0.0  # time.monotonic() at which the throttle lets it pass
         self._connections: set[socket.socket] = set()
         self._closing = threading.Event()
         self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self._scheme = "https" if tls else "http"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.02,), daemon=True
         )
@@ -393,7 +400,7 @@ class Emulator:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -440,38 +447,44 @@ class Emulator:
     def objects(self) -> dict[str, bytes]:
         """Returns the content of each object."""
         with self._lock:
-            return {
-                name: self._storage.get_file(self.bucket, name)
-                for name in self._storage.objects.get(self.bucket, {})
-            }
+            return dict(self._contents)
 
     def metadata(self, name: str) -> dict[str, str]:
         """Returns an object's custom metadata."""
         with self._lock:
-            resource = self._storage.get_file_obj(self.bucket, name)
-            return dict(resource.get("metadata") or {})
+            return dict(self._resources[name].get("metadata") or {})
 
     def put(
-        self, name: str, data: bytes, metadata: Mapping[str, str] | None = None
+        self,
+        name: str,
+        data: bytes,
+        metadata: Mapping[str, str] | None = None,
+        **fields: Any,
     ) -> None:
-        """Places an object as somebody else would; no request is recorded."""
-        custom = {"metadata": dict(metadata)} if metadata else None
-        resource = objects._make_object_resource(
-            self.url, self.bucket, name, "text/plain", str(len(data)), custom
-        )
+        """Places an object as somebody else would; no request is recorded.
+
+        Args:
+            **fields: Of its resource, such as `temporaryHold`.
+        """
         with self._lock:
-            resource = objects._checksums(data, resource)
-            self._storage.create_file(self.bucket, name, data, resource)
+            resource = {"name": name, "metadata": dict(metadata or {}), **fields}
+            self._store(_Upload(resource, len(data), bytearray(data)))
 
     def delete(self, name: str) -> None:
         """Deletes an object as somebody else would."""
         with self._lock:
-            self._storage.delete_file(self.bucket, name)
+            del self._resources[name], self._contents[name]
 
     def corrupt(self, name: str, *, truncate: bool = False) -> None:
         """Changes a byte of an object, or drops its second half; its crc32c follows."""
         with self._lock:
-            self._storage.damage(self.bucket, name, truncate)
+            data = bytearray(self._contents[name])
+            if truncate:
+                del data[len(data) // 2 :]
+            elif data:
+                data[len(data) // 2] ^= 0xFF
+            resource = {**self._resources[name], "crc32c": None}
+            self._store(_Upload(resource, len(data), data))
 
     # What follows is called by the connections' threads.
 
@@ -490,74 +503,114 @@ class Emulator:
             self._requests[index] = replace(self._requests[index], status=status)
 
     def _answer(
-        self, handler: _Handler, index: int, fault: Fault | None, body: bytes
+        self, handler: _Handler, request: Request, fault: Fault | None
     ) -> _Answer:
         """Carries a request out, unless the fault is that it is not."""
-        answer = _Answer()
         if isinstance(fault, Status):
-            answer.refuse(fault.status, fault.message)
-            return answer
-        if isinstance(fault, ShortRange):
-            body = _keep_half(handler.headers, body)
+            return _refusal(fault, request.kind)
+        if request.kind == "token":
+            return _token(request)
+        if f"/b/{self.bucket}/o" not in request.path:
+            return _refusal(Status(404, "The specified bucket does not exist."))
+        if self.requester_pays and "userProject" not in request.query:
+            said = "Bucket is a requester pays bucket but no user project provided."
+            return _refusal(Status(400, said, "required"))
         with self._lock:
-            request = self._requests[index]
-            query = parse_qs(urlsplit(request.path).query)
-            upload_id = query.get("upload_id", [""])[0]
-            if upload_id and request.method == "DELETE":
-                self._storage.resumable.pop(upload_id, None)
-                self._storage.arrived.pop(upload_id, None)
-                answer.refuse(499)
-            elif upload_id in self._finished:
-                answer.json(self._finished[upload_id])
-            else:
-                self._route(handler, body, answer)
-                self._correct(request, query, answer)
+            if request.kind == "multipart":
+                return self._answer_multipart(handler)
+            if request.kind == "session":
+                return self._answer_session(request, bytes(handler.body))
+            if "upload_id" in request.query:
+                if isinstance(fault, ShortRange):
+                    handler.length = handler.length // 2 // CHUNK_UNIT * CHUNK_UNIT
+                return self._answer_chunk(handler, request)
+            if request.kind == "list":
+                items = [self._resources[name] for name in sorted(self._resources)]
+                return _Answer(200, _list_page(items, request.query))
+            if request.name not in self._resources:
+                return _refusal(Status(404, f"No such object: {request.name}"))
+            answer = _Answer(200, self._resources[request.name])
+            if request.kind == "delete":
+                self.delete(request.name)
+                answer = _Answer(204)
+            return answer
+
+    def _answer_multipart(self, handler: _Handler) -> _Answer:
+        """Stores an object that came with its metadata in one request."""
+        boundary, _, _ = bytes(handler.body).partition(b"\r\n")
+        _, metadata, _ = bytes(handler.body).split(b"\r\n\r\n", 2)
+        start = handler.body.index(metadata) + len(metadata + b"\r\n\r\n")
+        num_bytes = handler.length - start - len(b"\r\n" + boundary + b"--")
+        resource = json.loads(metadata.partition(b"\r\n--")[0])
+        data = handler.body[start : start + num_bytes]
+        return self._store(_Upload(resource, num_bytes, data))
+
+    def _answer_session(self, request: Request, body: bytes) -> _Answer:
+        upload_id = str(next(self._upload_ids))
+        resource = {**json.loads(body or b"{}"), "name": request.name}
+        self._uploads[upload_id] = _Upload(resource)
+        url = f"{self.url}{request.path}&upload_id={upload_id}"
+        return _Answer(200, {}, {"Location": url})
+
+    def _answer_chunk(self, handler: _Handler, request: Request) -> _Answer:
+        """Appends what is new in a chunk: it may come again if the answer was lost."""
+        upload_id = request.query["upload_id"]
+        upload = self._uploads.get(upload_id)
+        if request.method == "DELETE":
+            self._uploads.pop(upload_id, None)
+            return _refusal(Status(499))
+        if not upload:
+            return _refusal(Status(404))
+        if upload.finished:
+            return _Answer(200, self._resources[request.name])
+        text = handler.headers["Content-Range"]
+        match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", text)
+        assert match, text
+        start = int(match[1]) if match[1] else upload.num_bytes
+        if start > upload.num_bytes:
+            said = f"Chunk starts at {start}, expected {upload.num_bytes}"
+            return _refusal(Status(400, said))
+        if self.keep:
+            upload.data += handler.body[upload.num_bytes - start : handler.length]
+        upload.num_bytes = max(upload.num_bytes, start + handler.length)
+        if upload.num_bytes == int(match[2]):
+            upload.finished = True
+            return self._store(upload)
+        arrived = {"Range": f"bytes=0-{upload.num_bytes - 1}"}
+        return _Answer(308, None, arrived if upload.num_bytes else {})
+
+    def _store(self, upload: _Upload) -> _Answer:
+        """Makes an object of what has arrived, and answers with its resource."""
+        data, resource = bytes(upload.data), upload.resource
+        upload.data = bytearray()
+        name, declared = resource["name"], resource.get("crc32c")
+        resource["size"] = str(upload.num_bytes)
+        if self.leaves_out_zero and not upload.num_bytes:
+            del resource["size"]
+        if self.keep:
+            resource["crc32c"] = crc32c_of(data)
+        else:
+            data = b""
+            resource["crc32c"] = resource["metadata"]["crc32c"]
+        if declared and declared != resource["crc32c"]:
+            said = (
+                f'Provided CRC32C "{declared}" doesn\'t match calculated CRC32C '
+                f'"{resource["crc32c"]}".'
+            )
+            return _refusal(Status(400, said, "invalid"))
+        resource["generation"] = str(time.time_ns())
+        self._resources[name], self._contents[name] = resource, data
+        answer = _Answer(200, dict(resource))
+        if fault := self._wrong_content.pop(name, None):
+            self.corrupt(name)
+            if not fault.answer_looks_right:
+                answer.content = self._resources[name]
         return answer
-
-    def _route(self, handler: _Handler, body: bytes, answer: _Answer) -> None:
-        """Has gcp-storage-emulator answer."""
-        sent = SimpleNamespace(
-            path=handler.path,
-            headers=handler.headers,
-            rfile=io.BytesIO(body),
-            server=self._server,
-        )
-        request = EmulatorRequest(sent, handler.command)
-        for pattern, methods in HANDLERS:
-            match = re.fullmatch(pattern, request.path)
-            if match and handler.command in methods:
-                request.set_match(match)
-                methods[handler.command](request, answer, self._storage)
-                return
-        answer.refuse(501)
-
-    def _correct(
-        self, request: Request, query: dict[str, list[str]], answer: _Answer
-    ) -> None:
-        """Makes an answer of gcp-storage-emulator one of the real service."""
-        if answer.status >= 400 and not answer.body:
-            answer.refuse(int(answer.status))
-        elif answer.status == 308 and answer.headers["Range"] == "bytes=0-0":
-            del answer.headers["Range"]
-        elif answer.status == 200 and request.kind == "list":
-            answer.json(_list_page(json.loads(answer.body), query))
-        elif answer.status == 200 and request.kind in ("chunk", "multipart"):
-            fault = self._wrong_content.pop(request.name, None)
-            if fault is not None:
-                resource = self._storage.damage(self.bucket, request.name)
-                if not fault.answer_looks_right:
-                    answer.json(resource)
-            if request.kind == "chunk":
-                upload_id = query["upload_id"][0]
-                self._finished[upload_id] = json.loads(answer.body)
-                self._storage.arrived.pop(upload_id, None)
 
     def _name_of_upload(self, upload_id: str) -> str:
         with self._lock:
-            for uploads in (self._storage.resumable, self._finished):
-                if upload_id in uploads:
-                    return str(uploads[upload_id]["name"])
-            return ""
+            upload = self._uploads.get(upload_id)
+            return upload.resource["name"] if upload else ""
 
     def _throttle(self, num_bytes: int) -> None:
         """Waits until the bytes may pass, in turn with the other connections."""
@@ -568,3 +621,26 @@ class Emulator:
             self._next_piece = max(self._next_piece, time.monotonic()) + seconds
             pause = self._next_piece - time.monotonic()
         self._closing.wait(pause)
+
+
+def _token(request: Request) -> _Answer:
+    """Logs anybody in: at the token endpoint, the metadata server, or as another."""
+    if request.name.endswith("universe-domain"):
+        return _Answer(404)
+    content = {
+        "access_token": "token",
+        "accessToken": "token",
+        "email": "me@example.com",
+        "expires_in": 3600,
+        "expireTime": "2100-01-01T00:00:00Z",
+        "scopes": [],
+    }
+    return _Answer(200, content, {"Metadata-Flavor": "Google"})
+
+
+if __name__ == "__main__":
+    with Emulator(keep=False) as emulator:
+        if len(sys.argv) > 1:
+            emulator.bytes_per_second = float(sys.argv[1].partition("=")[2]) or None
+        print(emulator.url, flush=True)
+        signal.pause()

@@ -1,20 +1,34 @@
 """Section 6: all shards, written by any number of processes."""
 
+import contextlib
+import fcntl
 import hashlib
-import json
 import os
+import pty
 import re
 import signal
+import struct
+import subprocess
 import sys
+import termios
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import contract
-import jpegs
 import pytest
-from command import IMPORTS, REPOSITORY, Finished, run_code, run_command
+from command import (
+    IMPORTS,
+    REPOSITORY,
+    SCRIPT,
+    UPLOAD,
+    Finished,
+    environment,
+    run_code,
+    run_command,
+)
+from conftest import golden_records
+from emulator import Emulator
 from processes import Run, finished_shards, wait_for
 
 import imagenet_to_gcs as script
@@ -22,11 +36,11 @@ import imagenet_to_gcs as script
 SHARDS = ("--training_shards=9", "--validation_shards=3")  # two of them are empty
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Reads all files, the hidden ones too, by their path in the directory."""
+def visible(directory: Path) -> dict[str, bytes]:
+    """Reads all files but the hidden ones, by their path in the directory."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
+        for path in sorted(directory.rglob("[!.]*"))
         if path.is_file()
     }
 
@@ -55,28 +69,19 @@ def runs(mixed_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_shards_are_the_contracts(runs: Runs, mixed_raw: Path, workers: int) -> None:
+def test_shards_are_the_contracts_whatever_the_number_of_workers(
+    runs: Runs, mixed_raw: Path, workers: int
+) -> None:
     finished, scratch = runs[workers]
     assert finished.status == 0, finished.stderr
     contract.assert_shards(contract.local_shards(scratch), mixed_raw, 9, 3)
-
-
-@pytest.mark.parametrize("workers", [2, 3])
-def test_bytes_are_equal_when_the_number_of_workers_is_not(
-    runs: Runs, workers: int
-) -> None:
-    """Those of the stamps and of the manifest too."""
-    assert files_of(runs[workers][1]) == files_of(runs[1][1])
-
-
-def test_only_shards_are_visible_when_the_run_is_done(runs: Runs) -> None:
-    names = {path for path in files_of(runs[2][1]) if "/." not in f"/{path}"}
-    assert names == {
+    assert visible(scratch) == visible(runs[1][1])
+    assert set(visible(scratch)) == {
         "manifest.json",
         *(f"train/train-{i:05d}-of-00009" for i in range(9)),
         *(f"validation/validation-{i:05d}-of-00003" for i in range(3)),
     }
-    assert not [name for name in files_of(runs[2][1]) if name.endswith(".tmp")]
+    assert not list(scratch.rglob(".*.tmp"))
 
 
 def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
@@ -108,10 +113,7 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
     for line, pattern in zip(finished.lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
     assert finished.stdout == ""
-
-
-def test_log_line_begins_with_its_time(runs: Runs) -> None:
-    for line in runs[2][0].stderr.splitlines():
+    for line in finished.stderr.splitlines():
         assert re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d [A-Z]", line)
         assert line.isprintable()
 
@@ -136,8 +138,7 @@ def test_sample_is_the_references(sample: Path, tmp_path: Path) -> None:
     )
     shards = contract.local_shards(tmp_path)
     contract.assert_shards(shards, sample)
-    lines = (sample.parent / "imagenet_sample_records.jsonl").read_text().splitlines()
-    golden = dict(json.loads(line) for line in lines)
+    golden = golden_records(sample)
     assert len(golden) == 1_152
     found = {name: contract.read_shard(data) for name, data in shards.items()}
     assert golden == {
@@ -161,28 +162,16 @@ def test_sample_is_the_references(sample: Path, tmp_path: Path) -> None:
 
 CONVERT = """if True:
     import sys
-    from absl import logging
     import imagenet_to_gcs
-    logging.set_verbosity(logging.INFO)
-    imagenet_to_gcs.PROGRESS_SECONDS = 0.1
     if __name__ == "__main__":
         paths = imagenet_to_gcs.convert_to_tf_records(sys.argv[1], sys.argv[2])
         print(len(paths[0]), len(paths[1]), *paths[0], *paths[1], sep="\\n")
 """
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path, Path]:
-    """What a program that imports the script gets; the script's own shards."""
-    raw = contract.make_raw(tmp_path_factory.mktemp("converted") / "raw")
-    scratch = raw.parent / "new" / "scratch"
-    return run_code(CONVERT, str(raw), str(scratch)), raw, scratch
-
-
-def test_convert_to_tf_records_returns_the_paths(
-    converted: tuple[Finished, Path, Path],
-) -> None:
-    finished, raw, scratch = converted
+def test_convert_to_tf_records_returns_the_paths(raw: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "new" / "scratch"
+    finished = run_code(CONVERT, str(raw), str(scratch))
     assert finished.status == 0, finished.stderr
     names = contract.expected_shards(raw)
     paths = [str(scratch / name.partition("-")[0] / name) for name in names]
@@ -195,22 +184,21 @@ THREADS = """if True:
     import imagenet_to_gcs
     if __name__ == "__main__":
         for scratch in sys.argv[2:]:
-            arguments = sys.argv[1], scratch
-            run = imagenet_to_gcs.convert_to_tf_records
-            thread = threading.Thread(target=run, args=arguments)
+            arguments = {"gcs_upload": False, "training_shards": 9}
+            arguments |= {"local_scratch_dir": scratch, "validation_shards": 3}
+            run = imagenet_to_gcs.run
+            thread = threading.Thread(target=run, args=sys.argv[1:2], kwargs=arguments)
             thread.start()
             thread.join()
 """
 
 
-def test_convert_to_tf_records_runs_in_one_thread_after_another(
-    raw: Path, tmp_path: Path
-) -> None:
-    scratches = [str(tmp_path / name) for name in ("one", "two", "three")]
-    finished = run_code(THREADS, str(raw), *scratches)
+def test_program_runs_it_in_one_thread_after_another(raw: Path, tmp_path: Path) -> None:
+    scratches = [tmp_path / name for name in ("one", "two", "three")]
+    finished = run_code(THREADS, str(raw), *map(str, scratches))
     assert "Error" not in finished.stderr
     for scratch in scratches:
-        contract.assert_shards(contract.local_shards(Path(scratch)), raw)
+        contract.assert_shards(contract.local_shards(scratch), raw, 9, 3)
 
 
 def test_no_process_is_left_when_a_program_is_killed(raw: Path, tmp_path: Path) -> None:
@@ -227,177 +215,106 @@ def test_no_process_is_left_when_a_program_is_killed(raw: Path, tmp_path: Path) 
     assert len(finished_shards(scratch)) < 1_152
 
 
-def test_progress_is_logged_while_it_runs(
-    converted: tuple[Finished, Path, Path],
-) -> None:
-    line = re.compile(
-        r"[\d,]+ of 1,152 shards, \d+ of 16 images \(\d+%\), \d+ images/s, "
-        r"[\d.]+ (bytes|KB)/s(, \d+ s left)?\."
-    )
-    assert line.search(converted[0].stderr)
-
-
-def test_convert_to_tf_records_raises_when_the_directory_is_missing(
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        script.convert_to_tf_records(str(tmp_path / "raw"), str(tmp_path / "scratch"))
-    assert str(caught.value) == (
-        f"--raw_data_dir={tmp_path}/raw must be a directory with train/, validation/ "
-        "and synset_labels.txt; there is none of that name."
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_bad_images_are_all_named_and_the_other_shards_written(
-    tmp_path: Path,
-) -> None:
-    raw = contract.make_raw(tmp_path / "raw", synsets=4, training=4, validation=4)
-    huge = jpegs.jpeg("baseline", 0, 64, 48)
-    frame = huge.index(b"\xff\xc0\x00\x11\x08") + 5
-    bad = {
-        "train/n01440764/n01440764_1.JPEG": (b"", "the file is empty"),
-        "train/n01440764/n01440764_2.JPEG": (
-            b"<html>",
-            "not a JPEG (starts with b'<htm')",
-        ),
-        "train/n01440801/n01440801_3.JPEG": (
-            huge[:frame] + b"\xff\xdc" * 2 + huge[frame + 4 :],
-            (
-                "its header declares 65,500 x 65,500 pixels of 3 components; the "
-                "product must be from 1 to 536,870,911"
-            ),
-        ),
-        "train/n01440838/n01440838_1.JPEG": (
-            huge[: frame - 1] + b"\x0c" + huge[frame:],
-            "Unsupported JPEG data precision 12",
-        ),
-        "validation/ILSVRC2012_val_00000003.JPEG": (
-            huge[:1_500],
-            "it is cut short: no end marker",
-        ),
-    }
-    for name, (data, _) in bad.items():
-        (raw / name).write_bytes(data)
-    (raw / "train/n01440838/n01440838_4.JPEG").unlink()
-    (raw / "train/n01440838/n01440838_4.JPEG").symlink_to("nothing")
-    reasons = {name: reason for name, (_, reason) in bad.items()}
-    reasons["train/n01440838/n01440838_4.JPEG"] = "a link to nothing"
-    scratch = tmp_path / "scratch"
-    finished = run_command(
-        f"--raw_data_dir={raw}",
-        f"--local_scratch_dir={scratch}",
-        "--nogcs_upload",
-        "--training_shards=16",
-        "--validation_shards=4",
-    )
-    assert finished.status == 1
-    assert sorted(finished.errors) == sorted(
-        f"Cannot decode {raw / name}: {reason}." for name, reason in reasons.items()
-    )
-    assert finished.lines[-len(reasons) :] == [f"ERROR: {e}" for e in finished.errors]
-    expected = contract.expected_shards(raw, 16, 4)
-    good = {
-        name
-        for name, [record] in expected.items()
-        if str(Path(record.path).relative_to(raw)) not in reasons
-    }
-    assert set(contract.local_shards(scratch)) == good
-    assert len(good) == 14
-    assert not (scratch / "manifest.json").exists()
-
-
 # ------------------------------------------------------------------- what is said
 
-FINISHED = script.FinishedShard("train-00000-of-01024", script.Stamp("", 0, 0, "", 0))
+UPLOADING = """if True:
+    import sys
+    from absl import logging
+    import imagenet_to_gcs
+    logging.set_verbosity(logging.INFO)
+    imagenet_to_gcs.LOG_SECONDS = 0.1
+    if __name__ == "__main__":
+        raw, scratch = sys.argv[1:]
+        for upload in (False, True):
+            imagenet_to_gcs.run(
+                raw,
+                gcs_upload=upload,
+                gcs_project="project",
+                gcs_output_path="gs://bucket/imagenet",
+                local_scratch_dir=scratch,
+                training_shards=40 if upload else 20,
+                validation_shards=4,
+            )
+"""
+
+
+def test_progress_is_logged_while_it_runs(
+    raw: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    """First without an upload, then with one."""
+    emulator.latency = 0.1
+    arguments = [UPLOADING, str(raw), str(tmp_path / "scratch")]
+    finished = run_code(*arguments, env=emulator.environment)
+    assert finished.status == 0, finished.stderr
+    done = r"\d+ of {} shards, \d+ of \d+ images? \(\d+%\), \d+ images/s, "
+    speed = r"[\d.]+ (bytes|KB|MB)/s"
+    left = r"(, \d+ s left)?\."
+    written, uploaded = done.format(24) + speed, done.format(40) + speed
+    assert re.search(written + left, finished.stderr)
+    assert re.search(rf"{uploaded}, uploaded \d+ of 44{left}", finished.stderr)
+
+
+def test_speed_is_that_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last half minute, so that a link that stalls is seen."""
+    monkeypatch.setattr(script, "SPEED_SECONDS", 0.1)
+    shard = script.Shard("train", 0, 1, ())
+    progress = script.Progress(script.Work(to_write=[shard]), is_uploading=False)
+    progress.wrote(shard.name, script.Stamp("", 10_000, 10_000_000, ""))
+    assert " 0 images/s" not in progress.line()
+    for _ in range(3):
+        time.sleep(0.15)
+        line = progress.line()
+    assert ", 0 images/s, 0 bytes/s" in line
+
+
+def test_line_is_redrawn_in_place_on_a_terminal(
+    raw: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    """Cut to its width, and gone before the next line of the log."""
+    emulator.latency = 0.3
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/scratch"]
+    command = [sys.executable, str(SCRIPT), *flags, *UPLOAD, *SHARDS]
+    process = subprocess.Popen(
+        command, env=environment(emulator.environment), stdout=end, stderr=end
+    )
+    os.close(end)
+    printed = b""
+    with contextlib.suppress(OSError):  # the command has ended
+        while data := os.read(terminal, 10_000):
+            printed += data
+    os.close(terminal)
+    assert process.wait() == 0, printed
+    drawn = re.findall(r"\r([^\r\n]+)\x1b\[K", printed.decode())
+    assert [line for line in drawn if re.search(r"\d+ of 12 shards, ", line)]
+    assert all(len(line) < 60 for line in drawn)
+    rest = re.sub(r"\r[^\r\n]*\x1b\[K", "", printed.decode())
+    assert "images/s, uploaded" not in rest
+    for line in rest.splitlines():
+        assert re.match(r"20\d\d-\d\d-\d\d ", line), line
 
 
 @pytest.mark.parametrize(
-    ("counts", "line"),
+    ("said", "text"),
     [
-        pytest.param(
-            {
-                "shards_to_write": 1_152,
-                "images_to_write": 1_331_167,
-                "shards_to_upload": 1_152,
-                "shards_written": 518,
-                "images_written": 640_120,
-                "bytes_written": 73_200_000_000,
-                "finished": [FINISHED] * 501,
-            },
-            (
-                "518 of 1,152 shards, 640,120 of 1,331,167 images (48%), 2,134 "
-                "images/s, 244.0 MB/s, uploaded 501 of 1,152, 6 min left."
-            ),
-            id="both",
-        ),
-        pytest.param(
-            {
-                "shards_to_write": 4,
-                "images_to_write": 16,
-                "shards_written": 3,
-                "images_written": 12,
-                "bytes_written": 30_000,
-            },
-            "3 of 4 shards, 12 of 16 images (75%), 0 images/s, 100 bytes/s, 2 min left.",
-            id="only writing",
-        ),
-        pytest.param(
-            {"shards_to_upload": 1_152, "finished": [FINISHED] * 576},
-            "uploaded 576 of 1,152, 5 min left.",
-            id="only uploading",
-        ),
-        pytest.param(
-            {"shards_to_write": 9, "images_to_write": 1},
-            "0 of 9 shards, 0 of 1 image (0%), 0 images/s, 0 bytes/s.",
-            id="nothing yet",
-        ),
+        (script._size(0), "0 bytes"),
+        (script._size(999), "999 bytes"),
+        (script._size(1_000), "1.0 KB"),
+        (script._size(110_049), "110.0 KB"),
+        (script._size(146_900_000_000), "146.9 GB"),
+        (script._size(2_500_000_000_000_000), "2,500.0 TB"),
+        (script._duration(0.2), "0 s"),
+        (script._duration(99), "99 s"),
+        (script._duration(100), "2 min"),
+        (script._duration(3_600), "60 min"),
+        (script._duration(11_100), "3 h 5 min"),
+        (script._count(1, "image"), "1 image"),
+        (script._count(0, "image"), "0 images"),
+        (script._count(1_024, "shard"), "1,024 shards"),
+        (script._count(2, "class"), "2 classes"),
+        (script._count(1, "class"), "1 class"),
     ],
 )
-def test_progress_line(counts: dict[str, Any], line: str) -> None:
-    progress = script.Progress(**counts, start=time.monotonic() - 300)
-    assert progress.line() == line
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1_000, "1.0 KB"),
-        (110_049, "110.0 KB"),
-        (146_900_000_000, "146.9 GB"),
-        (1_500_000_000_000, "1.5 TB"),
-        (2_500_000_000_000_000, "2,500.0 TB"),
-    ],
-)
-def test_size_in_words(num_bytes: int, text: str) -> None:
-    assert script._size(num_bytes) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.2, "0 s"),
-        (99, "99 s"),
-        (100, "2 min"),
-        (3_600, "60 min"),
-        (11_100, "3 h 5 min"),
-    ],
-)
-def test_duration_in_words(seconds: float, text: str) -> None:
-    assert script._duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("number", "noun", "text"),
-    [
-        (1, "image", "1 image"),
-        (0, "image", "0 images"),
-        (1_024, "shard", "1,024 shards"),
-        (2, "class", "2 classes"),
-        (1, "class", "1 class"),
-    ],
-)
-def test_count_in_words(number: int, noun: str, text: str) -> None:
-    assert script._count(number, noun) == text
+def test_numbers_in_words(said: str, text: str) -> None:
+    assert said == text

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
 
-import google_crc32c
+import emulator as module
 import pytest
 import requests
 from emulator import (
     Emulator,
     Fault,
+    Kind,
     LostResponse,
     Reset,
     ShortRange,
     Stall,
     Status,
     WrongContent,
+    crc32c_of,
 )
 from google.api_core.exceptions import BadRequest, Forbidden, NotFound
 from google.cloud import storage
@@ -48,10 +50,6 @@ def bucket(emulator: Emulator) -> storage.Bucket:
     client = storage.Client(project="project")
     client._http  # noqa: B018
     return client.bucket("bucket")
-
-
-def crc32c_of(data: bytes) -> str:
-    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
 
 
 def upload(
@@ -104,7 +102,7 @@ def test_upload_is_stored(
         (Status(503), "session", 1, "session 503, session 200, chunk 308"),
         (Status(429), "chunk", 2, "chunk 308, chunk 429, chunk 308, chunk 200"),
         (Reset(), "session", 1, "session None, session 200, chunk 308"),
-        (Reset(), "upload", 3, "chunk 308, chunk None, chunk 308, chunk 200"),
+        (Reset(), "chunk", 2, "chunk 308, chunk None, chunk 308, chunk 200"),
         (LostResponse(), "chunk", 2, "chunk 308, chunk None, chunk 308, chunk 200"),
         (LostResponse(), "chunk", 3, "chunk 308, chunk 308, chunk None, chunk 200"),
         (Stall(9), "chunk", 3, "chunk 308, chunk 308, chunk None, chunk 200"),
@@ -114,7 +112,7 @@ def test_client_survives_fault(
     emulator: Emulator,
     bucket: storage.Bucket,
     fault: Fault,
-    kind: Literal["session", "chunk", "upload"],
+    kind: Kind,
     at: int,
     expected: str,
 ) -> None:
@@ -130,7 +128,7 @@ def test_client_survives_fault(
     ("fault", "kind", "exception", "message"),
     [
         (Status(403, "No scope."), "session", Forbidden, "No scope."),
-        (Status(404), "chunk", NotFound, "Not Found"),
+        (Status(404), "chunk", NotFound, "upload_id"),
         (ShortRange(), "chunk", ValueError, "4194304 bytes read .* 2097152 bytes have"),
         (WrongContent(), "chunk", DataCorruption, "did not match"),
     ],
@@ -139,7 +137,7 @@ def test_client_gives_up_at_fault(
     emulator: Emulator,
     bucket: storage.Bucket,
     fault: Fault,
-    kind: Literal["session", "chunk"],
+    kind: Kind,
     exception: type[Exception],
     message: str,
 ) -> None:
@@ -214,26 +212,29 @@ def test_interrupted_upload_tells_how_far_it_got(
 def test_session_can_be_cancelled(emulator: Emulator, bucket: storage.Bucket) -> None:
     url = bucket.blob("name").create_resumable_upload_session()
     assert requests.delete(url, timeout=10).status_code == 499
-    assert answers(emulator) == "session 200, other 499"
+    assert requests.put(url, data=b"", timeout=10).status_code == 404
+    assert answers(emulator) == "session 200, other 499, chunk 404"
     assert emulator.objects() == {}
 
 
 def test_what_is_not_right_is_refused(
     emulator: Emulator, bucket: storage.Bucket
 ) -> None:
-    elsewhere = bucket.client.bucket("elsewhere")
-    with pytest.raises(NotFound):
-        elsewhere.blob("name").create_resumable_upload_session()
-    with pytest.raises(NotFound):
-        upload(elsewhere, "name", SMALL)
-    with pytest.raises(NotFound):
-        list(elsewhere.list_blobs())
+    elsewhere = bucket.client.bucket("elsewhere").blob("name")
+    for refused in (elsewhere.create_resumable_upload_session, elsewhere.reload):
+        with pytest.raises(NotFound, match="The specified bucket does not exist."):
+            refused()
     with pytest.raises(BadRequest, match="CRC32C"):
         # Only for resumable uploads does the client send the crc32c it is told.
         bucket.blob("name", chunk_size=CHUNK_SIZE).upload_from_string(
             LARGE, checksum=None, crc32c_checksum_value=crc32c_of(SMALL)
         )
+    emulator.requester_pays = True
+    with pytest.raises(BadRequest, match="requester pays"):
+        upload(bucket, "name", SMALL)
     assert emulator.objects() == {}
+    upload(bucket.client.bucket("bucket", user_project="payer"), "name", SMALL)
+    assert emulator.objects() == {"name": SMALL}
 
 
 def test_listing_has_pages_and_the_fields_asked_for(
@@ -256,14 +257,14 @@ def test_somebody_else_changes_objects(
     emulator: Emulator, bucket: storage.Bucket
 ) -> None:
     for name in ("deleted", "damaged", "truncated"):
-        emulator.put(name, SMALL)
+        emulator.put(name, SMALL, temporaryHold=True)
     emulator.delete("deleted")
     emulator.corrupt("damaged")
     emulator.corrupt("truncated", truncate=True)
     assert emulator.requests == []
     blobs = {blob.name: blob for blob in bucket.list_blobs()}
-    assert sorted(blobs) == ["damaged", "truncated"]
-    assert (blobs["damaged"].size, blobs["truncated"].size) == (100_000, 50_000)
+    sizes = {name: (blob.size, blob.temporary_hold) for name, blob in blobs.items()}
+    assert sizes == {"damaged": (100_000, True), "truncated": (50_000, True)}
     for name, data in emulator.objects().items():
         assert data != SMALL
         assert blobs[name].crc32c == crc32c_of(data)
@@ -289,8 +290,28 @@ def test_throttle_limits_all_connections_together(
     started = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda index: upload(bucket, f"{index}", SMALL), range(8)))
-    assert 0.8 <= time.monotonic() - started < 8
+    assert time.monotonic() - started >= 0.8
     emulator.bytes_per_second, emulator.latency = None, 0.3
     started = time.monotonic()
     upload(bucket, "name", SMALL)
     assert time.monotonic() - started >= 0.3
+
+
+def test_process_throws_away_what_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, str(module.__file__), "--bytes_per_second=1e9"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", process.stdout.readline().strip())
+        bucket = storage.Client(project="project").bucket("bucket")
+        for data in (b"", SMALL, LARGE):
+            blob = bucket.blob(f"{len(data)}", chunk_size=CHUNK_SIZE)
+            blob.metadata = {"crc32c": crc32c_of(data)}
+            blob.upload_from_file(
+                io.BytesIO(data),
+                size=len(data),
+                checksum=None,
+                crc32c_checksum_value=crc32c_of(data),
+            )
+        listed = {blob.name: (blob.size, blob.crc32c) for blob in bucket.list_blobs()}
+        process.kill()
+    assert listed == {f"{len(d)}": (len(d), crc32c_of(d)) for d in (b"", SMALL, LARGE)}

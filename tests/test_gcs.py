@@ -1,18 +1,23 @@
 """Section 7: Cloud Storage, by the real client over HTTP."""
 
-import base64
+import datetime
 import functools
 import json
 import re
-from collections.abc import Iterator
+import shlex
+import ssl
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import contract
-import google_crc32c
 import pytest
-from command import Finished, run_code, run_command
-from emulator import Emulator, Status
+from command import UPLOAD, Finished, run_code, run_command
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from emulator import Emulator, Status, crc32c_of
 
 import imagenet_to_gcs as script
 
@@ -22,11 +27,6 @@ SMALL_NAMES = [
     "train-00001-of-00002",
     "validation-00000-of-00001",
 ]
-
-
-def crc32c_of(data: bytes) -> str:
-    value = google_crc32c.value(data)
-    return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
 # ------------------------------------------------------------------------- the path
@@ -328,79 +328,6 @@ def assert_refused(finished: Finished, raw: Path, *errors: str) -> None:
     assert not (raw / "tf_records").exists()
 
 
-def test_upload_is_refused_when_the_bucket_is_missing(
-    raw: Path, emulator: Emulator
-) -> None:
-    finished = upload(raw, emulator, "gs://nowhere/imagenet")
-    assert_refused(
-        finished,
-        raw,
-        "No bucket for gs://nowhere/imagenet/manifest.json: 404 Not Found. Create it: "
-        "gcloud storage buckets create gs://nowhere",
-    )
-    assert len(emulator.requests) == 1
-
-
-def test_upload_is_refused_when_access_is_denied(raw: Path, emulator: Emulator) -> None:
-    said = "me@example.com does not have storage.objects.create access."
-    emulator.inject(Status(403, said), kind="session", at=1, times=None)
-    assert_refused(
-        upload(raw, emulator),
-        raw,
-        f"Access to gs://bucket/imagenet/manifest.json is denied: 403 {said[:-1]}. "
-        "Grant roles/storage.objectUser on the bucket to the account of this run; a VM "
-        "also needs the access scope cloud-platform.",
-    )
-
-
-def test_upload_is_refused_when_there_are_no_credentials(raw: Path) -> None:
-    finished = run_command(
-        "--project=my-project",
-        "--gcs_output_path=gs://bucket/imagenet",
-        f"--raw_data_dir={raw}",
-        env={"GOOGLE_APPLICATION_CREDENTIALS": "/no/such.json"},
-    )
-    assert_refused(
-        finished,
-        raw,
-        "No credentials for gs://bucket/imagenet: File /no/such.json was not found. "
-        "Run `gcloud auth application-default login`, or attach a service account to "
-        "the VM.",
-    )
-
-
-@pytest.mark.parametrize(
-    ("path", "names", "found"),
-    [
-        pytest.param(
-            "gs://bucket/imagenet",
-            ["imagenet/train-00000-of-01024"],
-            "train-00000-of-01024",
-            id="other number of shards",
-        ),
-        pytest.param(
-            "gs://bucket",
-            ["train-a", "train-b", "train-c", "validation-0", "other/train-d"],
-            "train-a, train-b, train-c and 1 more",
-            id="in the bucket itself",
-        ),
-    ],
-)
-def test_upload_is_refused_when_the_models_would_read_something_else(
-    raw: Path, emulator: Emulator, path: str, names: list[str], found: str
-) -> None:
-    for name in names:
-        emulator.put(name, b"")
-    assert_refused(
-        upload(raw, emulator, path),
-        raw,
-        f"{path} must hold no other train-* and validation-* than this run's, for "
-        f"models read them all; found {found}. Delete them, or choose another "
-        "directory.",
-    )
-    assert sorted(emulator.objects()) == sorted(names)
-
-
 def test_raw_directory_and_bucket_are_refused_together(
     raw: Path, emulator: Emulator
 ) -> None:
@@ -410,9 +337,79 @@ def test_raw_directory_and_bucket_are_refused_together(
         raw,
         f"{raw}/synset_labels.txt has 1 label and {raw}/validation 4 images; they must "
         "be equal in number.",
-        "No bucket for gs://nowhere/imagenet/manifest.json: 404 Not Found. Create it: "
-        "gcloud storage buckets create gs://nowhere",
+        "No bucket for gs://nowhere/imagenet/manifest.json: 404 The specified bucket "
+        "does not exist. Create it: gcloud storage buckets create gs://nowhere",
     )
+    assert len(emulator.requests) == 1
+
+
+def test_upload_is_refused_when_it_must_replace_what_is_held(
+    raw: Path, emulator: Emulator
+) -> None:
+    emulator.put("imagenet/manifest.json", b"{}", temporaryHold=True)
+    until = "2100-01-01T00:00:00.000Z"
+    emulator.put(f"imagenet/{SMALL_NAMES[0]}", b"", retentionExpirationTime=until)
+    past = "2020-01-01T00:00:00.000Z"
+    emulator.put(f"imagenet/{SMALL_NAMES[1]}", b"", retentionExpirationTime=past)
+    emulator.put("imagenet/README", b"", eventBasedHold=True)
+    assert_refused(
+        upload(raw, emulator),
+        raw,
+        "gs://bucket/imagenet must not hold back what this run has to replace; found "
+        "manifest.json (temporary hold), train-00000-of-00002 (retained until "
+        "2100-01-01 00:00:00+00:00). Release the holds, or choose another directory.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "names", "found", "globs"),
+    [
+        pytest.param(
+            "gs://bucket/imagenet",
+            [
+                *(f"train-{i:05}-of-01024" for i in range(9)),
+                "validation-00003-of-00128",
+                "train-00002-of-00002",
+            ],
+            "train-00000-of-01024, train-00001-of-01024, train-00002-of-00002 and 8 more",
+            ["train-*-of-01024", "train-00002-of-00002", "validation-*-of-00128"],
+            id="other number of shards",
+        ),
+        pytest.param(
+            "gs://bucket",
+            ["train-a b", "validation-0"],
+            "train-a b, validation-0",
+            ["train-a b", "validation-0"],
+            id="in the bucket itself",
+        ),
+    ],
+)
+def test_upload_is_refused_when_the_models_would_read_something_else(
+    raw: Path,
+    emulator: Emulator,
+    path: str,
+    names: list[str],
+    found: str,
+    globs: list[str],
+) -> None:
+    """The command for it deletes just that, and none of this run's shards."""
+    directory = path.removeprefix("gs://bucket").removeprefix("/")
+    others = [*SMALL_NAMES, "other/train-d", "README"]
+    for name in [*names, *others]:
+        emulator.put(f"{directory}/{name}".removeprefix("/"), b"")
+    finished = upload(raw, emulator, path)
+    command = shlex.join(
+        ["gcloud", "storage", "rm", *(f"{path}/{glob}" for glob in sorted(globs))]
+    )
+    assert_refused(
+        finished,
+        raw,
+        f"{path} contains train-* or validation-* objects from elsewhere, which models "
+        f"would also read: {found}. Delete them ({command}), or choose another "
+        "directory.",
+    )
+    matched = [n for n in [*names, *others] if any(fnmatch(n, g) for g in globs)]
+    assert matched == names
 
 
 def test_other_objects_are_left_alone(raw: Path, emulator: Emulator) -> None:
@@ -430,3 +427,392 @@ def test_other_objects_are_left_alone(raw: Path, emulator: Emulator) -> None:
     objects = emulator.objects()
     assert {name: objects[name] for name in others} == others
     assert len(objects) == len(others) + 4
+
+
+def test_project_pays_where_the_requester_must(raw: Path, emulator: Emulator) -> None:
+    emulator.requester_pays = True
+    finished = upload(raw, emulator)
+    assert finished.status == 0, finished.stderr
+    refused, *others = emulator.requests
+    assert refused.status == 400
+    assert {r.query.get("userProject") for r in others} == {"my-project"}
+
+
+def test_empty_objects_have_a_size_when_the_service_leaves_it_out(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Google's own testbench does."""
+    emulator.leaves_out_zero = True
+    destination = reach(emulator, monkeypatch)
+    (tmp_path / "train-0").write_bytes(b"")
+    stamp = script.Stamp("digest", 0, 0, crc32c_of(b""), 0)
+    destination.upload(str(tmp_path / "train-0"), stamp)
+    assert destination.list_objects() == {"train-0": stamp}
+
+
+# ----------------------------------------------------------- refusals, in their words
+
+
+def reach(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> script.Destination:
+    for name, value in emulator.environment.items():
+        monkeypatch.setenv(name, value)
+    path = script.GcsPath("bucket", "imagenet")
+    return script.Destination(path, "my-project")
+
+
+ROLE = "Grant roles/storage.objectUser on gs://bucket to the account of this run."
+SCOPE = (
+    "Stop the VM and run: gcloud compute instances set-service-account NAME "
+    "--scopes=cloud-platform"
+)
+CONSUMER = (
+    "Grant roles/serviceusage.serviceUsageConsumer on the project to the account of "
+    "this run."
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "said", "remedy"),
+    [
+        (403, "forbidden", "a@b.c does not have storage.objects.create access.", ROLE),
+        (403, "insufficientPermissions", "Provided scope(s) are not authorized", SCOPE),
+        (
+            403,
+            "insufficientPermissions",
+            "Request had insufficient authentication scopes.",
+            SCOPE,
+        ),
+        (
+            403,
+            "userProjectAccessDenied",
+            "a@b.c does not have serviceusage.services.use access to the project.",
+            CONSUMER,
+        ),
+        (
+            403,
+            "accountDisabled",
+            "The billing account for the owning project is disabled in state absent",
+            "",
+        ),
+        (
+            403,
+            "accessNotConfigured",
+            "Cloud Storage API has not been used. Enable it by visiting https://a.b/c.",
+            "",
+        ),
+        (403, "forbidden", "Permission denied on Cloud KMS key k. " + "Word " * 99, ""),
+        (
+            403,
+            "forbidden",
+            "Prohibited by organization's policy. vpcServiceControlsUniqueIdentifier: a",
+            "",
+        ),
+        (
+            403,
+            "retentionPolicyNotMet",
+            "Object is subject to bucket's retention policy and cannot be deleted.",
+            "",
+        ),
+        (412, "conditionNotMet", "'us' violates constraint 'constraints/x'", ""),
+        (400, "required", "Bucket is a requester pays bucket but that is wrong.", ""),
+        (400, "invalid", "404 is not a status", ""),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_access_is_refused_in_the_words_of_the_service(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    reason: str,
+    said: str,
+    remedy: str,
+) -> None:
+    fault = Status(status, said, reason)
+    emulator.inject(fault, kind="session", at=1, times=None)
+    with pytest.raises(script.RunError) as caught:
+        reach(emulator, monkeypatch).check_access()
+    what = "Access denied to" if status == 403 else "Cloud Storage failed at"
+    words = f"{status} {' '.join(said.split())}".rstrip(".")
+    place = "gs://bucket/imagenet/manifest.json"
+    assert str(caught.value) == f"{what} {place}: {words}. {remedy}".rstrip()
+
+
+# ------------------------------------------------------------------------ logging in
+
+
+def credentials(directory: Path, emulator: Emulator, kind: str) -> dict[str, str]:
+    """Writes a file of credentials; returns an environment that has them used."""
+    url = emulator.url
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    account = {
+        "type": "service_account",
+        "client_email": "me@example.com",
+        "private_key": pem.decode(),
+        "token_uri": f"{url}/token",
+    }
+    workload = {
+        "type": "external_account",
+        "audience": "//iam.googleapis.com/projects/1/locations/global/x",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+        "token_url": f"{url}/token",
+        "credential_source": {"file": str(directory / "subject")},
+    }
+    (directory / "subject").write_text("token")
+    files: dict[str, object] = {
+        "key": account,
+        "workload": workload,
+        "impersonation": {
+            **workload,
+            "service_account_impersonation_url": (
+                f"{url}/serviceAccounts/me@example.com:generateAccessToken"
+            ),
+        },
+        "unknown": {"type": "unknown"},
+    }
+    path = directory / f"{kind}.json"
+    if kind in files:
+        path.write_text(json.dumps(files[kind]))
+    return {
+        "GOOGLE_APPLICATION_CREDENTIALS": str(path),
+        "GOOGLE_CLOUD_PROJECT": "project",
+        "API_ENDPOINT_OVERRIDE": url,
+        "NO_GCE_CHECK": "true",
+        "HTTPS_PROXY": "http://127.0.0.1:9",  # nothing leaves this machine
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def refusal(
+    env: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, seconds: float = 20
+) -> str:
+    """What reaching the bucket ends with, after so many seconds of waiting."""
+    for name in ("STORAGE_EMULATOR_HOST", *PROXIES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(script, "START_SECONDS", seconds)
+    monkeypatch.setattr(script, "WARNING_SECONDS", 0.001)
+    with pytest.raises(script.RunError) as caught:
+        script.Destination(script.GcsPath("bucket", "d"), "project").check_access()
+    return str(caught.value)
+
+
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "ALL_PROXY")
+JWT = (
+    "Invalid JWT: Token must be a short-lived token (60 minutes) and in a reasonable "
+    "timeframe."
+)
+ACT_AS = "Permission 'iam.serviceAccounts.getAccessToken' denied on resource."
+CREATOR = (
+    "Grant roles/iam.serviceAccountTokenCreator on that service account to the account "
+    "that impersonates it."
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "said", "remedy"),
+    [
+        (
+            "key",
+            Status(400, JWT, "invalid_grant"),
+            f"invalid_grant: {JWT[:-1]}",
+            "Set the clock of this machine.",
+        ),
+        (
+            "key",
+            Status(400, "Token has been expired or revoked.", "invalid_grant"),
+            "invalid_grant: Token has been expired or revoked",
+            "Run `gcloud auth application-default login` again.",
+        ),
+        (
+            "key",
+            Status(400, "Account has been deleted", "invalid_grant"),
+            "invalid_grant: Account has been deleted",
+            "",
+        ),
+        (
+            "impersonation",
+            Status(403, ACT_AS),
+            f"403 {ACT_AS[:-1]}",
+            CREATOR,
+        ),
+        (
+            "workload",
+            Status(400, "The audience is wrong.", "invalid_target"),
+            "Error code invalid_target: The audience is wrong",
+            "",
+        ),
+    ],
+    ids=["clock", "revoked", "deleted", "impersonation", "workload"],
+)
+def test_login_is_refused_at_once_when_no_waiting_helps(
+    emulator: Emulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    fault: Status,
+    said: str,
+    remedy: str,
+) -> None:
+    name = "generateAccessToken" if kind == "impersonation" else "token"
+    emulator.inject(fault, kind="token", at=1, times=None, name=name)
+    env = credentials(tmp_path, emulator, kind)
+    line = (
+        f"Cannot log in for gs://bucket/d: {said} "
+        f"(GOOGLE_APPLICATION_CREDENTIALS={tmp_path}/{kind}.json). {remedy}"
+    )
+    refused = refusal(env, monkeypatch).replace("/manifest.json", "")
+    assert refused == line.rstrip()
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("kind", ["key", "impersonation"])
+def test_login_is_tried_again_when_the_fault_passes(
+    emulator: Emulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    name = "generateAccessToken" if kind == "impersonation" else "token"
+    emulator.inject(Status(503), kind="token", at=1, times=4, name=name)
+    env = credentials(tmp_path, emulator, kind)
+    emulator.inject(Status(403, "So far."), kind="session", at=1)
+    line = "Access denied to gs://bucket/d/manifest.json: 403 So far."
+    assert refusal(env, monkeypatch) == line
+    assert "WARNING" in caplog.text
+    assert caplog.messages[0].startswith("Waiting up to 20 s for gs://bucket/d: ")
+
+
+def test_login_is_tried_again_when_the_metadata_server_is_busy(
+    emulator: Emulator, raw: Path
+) -> None:
+    """That of a VM; the client's own patience ends after 15 s."""
+    emulator.inject(Status(503, "Busy."), kind="token", at=1, times=7, name="default")
+    host = emulator.url.removeprefix("http://")
+    env = {
+        "GCE_METADATA_HOST": host,
+        "GCE_METADATA_IP": host,
+        "API_ENDPOINT_OVERRIDE": emulator.url,
+        "HOME": str(raw),
+    }
+    finished = run_command(*UPLOAD, f"--raw_data_dir={raw}", "--dry_run", env=env)
+    assert finished.status == 0, finished.stderr
+    warnings = [line for line in finished.lines if "WARNING" in line]
+    assert re.fullmatch(
+        r"WARNING: Waiting up to 2 min for gs://bucket/imagenet: .*"
+        r"Compute Engine Metadata server unavailable.*",
+        warnings[0],
+    )
+    assert not any("http" in line or "{" in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("missing", "File {path} was not found"),
+        ("unknown", "The file {path} does not have a valid type"),
+    ],
+)
+def test_file_of_credentials_is_named_when_it_does_not_work(
+    emulator: Emulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    said: str,
+) -> None:
+    env = credentials(tmp_path, emulator, kind)
+    path = env["GOOGLE_APPLICATION_CREDENTIALS"]
+    line = refusal(env, monkeypatch)
+    words = said.format(path=path)
+    assert line.startswith(f"No credentials for gs://bucket/d: {words}")
+    assert line.endswith(f" (GOOGLE_APPLICATION_CREDENTIALS={path}).")
+
+
+# -------------------------------------------------------------------- on the way there
+
+
+def self_signed(directory: Path) -> ssl.SSLContext:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pem = directory / "certificate.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    pem.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    return context
+
+
+def test_certificate_is_refused_at_once_when_it_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Emulator(tls=self_signed(tmp_path)) as emulator:
+        line = refusal(emulator.environment, monkeypatch)
+    assert re.fullmatch(
+        r"Cloud Storage failed at gs://bucket/d/manifest\.json: cannot reach 127\.0\.0\.1 "
+        r"\(self[- ]signed certificate\)\. If your network has its own certificate "
+        r"authority, set REQUESTS_CA_BUNDLE to the file of its certificate\.",
+        line,
+    )
+    assert not caplog.messages
+
+
+def test_proxy_is_said_at_once_when_it_wants_a_password(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = "storage.invalid"
+    env = {"STORAGE_EMULATOR_HOST": f"https://{host}", "HTTPS_PROXY": emulator.url}
+    assert refusal(env, monkeypatch) == (
+        f"Cloud Storage failed at gs://bucket/d/manifest.json: cannot reach {host} "
+        "(Tunnel connection failed: 407 Proxy Authentication Required). Set "
+        "HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
+    )
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("http://127.0.0.1:9", r"127\.0\.0\.1 \(Connection refused\)"),
+        ("http://no.such.host.invalid", r"no\.such\.host\.invalid \(.*[Nn]ame.*\)"),
+    ],
+)
+def test_cause_is_said_when_nothing_is_reached(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    host: str,
+    said: str,
+) -> None:
+    line = refusal({"STORAGE_EMULATOR_HOST": host}, monkeypatch, seconds=2)
+    assert re.fullmatch(
+        rf"Cloud Storage failed at gs://bucket/d/manifest\.json: cannot reach {said}\. "
+        r"Rerun the same command to resume\.",
+        line,
+    )
+    [warning] = caplog.messages
+    assert re.fullmatch(
+        rf"Waiting up to 2 s for gs://bucket/d: cannot reach {said}\.", warning
+    )

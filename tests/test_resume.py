@@ -10,13 +10,14 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import contract
 import pytest
-from command import UPLOAD, run_code, run_command
+from command import UPLOAD, Finished, run_code, run_command
 from emulator import Emulator, Stall
 from processes import (
     GONE_SECONDS,
@@ -27,7 +28,6 @@ from processes import (
     finished_shards,
     identities,
     kinds,
-    plan_digests,
     shard_paths,
     started,
     temporary_files,
@@ -145,10 +145,8 @@ def test_run_finishes_when_killed_20_times(large: Data, tmp_path: Path) -> None:
     before, finished = identities(scratch), finished_shards(scratch)
     done = run_command(*large.flags(scratch), "--nogcs_upload", *LARGE_SHARDS)
     assert done.status == 0, done.stderr
-    assert (
-        f"Resuming: {len(finished)} of 120 shards are up to date, 0 only to be "
-        "uploaded." in done.lines
-    )
+    assert done.says(f"{len(finished)} of 120 shards are up to date")
+    assert not done.says("upload"), "nothing is uploaded without a bucket"
     assert contents(scratch) == undisturbed
     after = identities(scratch)
     assert [name for name in finished if after[name] != before[name]] == []
@@ -161,11 +159,27 @@ def test_run_finishes_when_killed_20_times(large: Data, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ signals
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-STOPPING = re.compile(r"Stopping: (\d+) of 120 shards are done\.")
-WORKER_KILLED = (
-    "A worker process was killed, most likely by the kernel for want of memory. "
-    "Finished shards are kept: run the same command again with fewer --num_workers."
-)
+
+
+def assert_stopped(done: Finished, number: signal.Signals) -> None:
+    assert done.status == STATUS[number]
+    [error] = done.errors
+    assert re.match(rf"Stopped by {number.name}\b", error)
+    assert done.lines[-1] == f"ERROR: {error}"
+
+
+def assert_worker_killed(done: Finished) -> None:
+    assert done.status == 1
+    [error] = done.errors
+    assert re.match(r"A worker process was killed, .* memory\b.*--num_workers", error)
+    assert done.lines[-1] == f"ERROR: {error}"
+    assert "Traceback" not in done.stderr
+
+
+def assert_count_is_right(done: Finished, scratch: Path) -> None:
+    """A count of a run that stopped is that of which the next run begins."""
+    told = re.findall(r"(\d+) of 120 shards are done", done.stderr)
+    assert told in ([], [str(len(finished_shards(scratch)))])
 
 
 def signal_parent(run: Run, number: signal.Signals) -> None:
@@ -210,15 +224,10 @@ def test_run_stops_at_signal_when_encoding(
         send(run, number)
         run.process.wait(GONE_SECONDS)
         done = run.finish()
-    assert done.status == STATUS[number]
-    match = STOPPING.fullmatch(done.lines[-2])
-    assert match, done.lines
-    assert 1 <= int(match[1]) <= len(finished_shards(scratch))
+    assert_stopped(done, number)
+    assert_count_is_right(done, scratch)
     assert semaphores
     assert not [path for path in semaphores if path.exists()]
-    assert done.errors == [
-        f"Stopped by {number.name}; the same command goes on from here."
-    ]
     assert_nothing_partial(scratch, contents(large.scratch))
 
 
@@ -233,11 +242,7 @@ def test_run_stops_at_signal_when_uploads_stall(
         signal_group(run, number)
         run.process.wait(GONE_SECONDS)
         done = run.finish()
-    assert done.status == STATUS[number]
-    assert "Stopping: 0 of 120 shards are done." in done.lines
-    assert done.errors == [
-        f"Stopped by {number.name}; the same command goes on from here."
-    ]
+    assert_stopped(done, number)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -253,10 +258,7 @@ def test_run_stops_at_signal_when_starting(
         signal_group(run, number)
         run.process.wait(GONE_SECONDS)
         done = run.finish()
-    assert done.status == STATUS[number]
-    assert done.errors == [
-        f"Stopped by {number.name}; the same command goes on from here."
-    ]
+    assert_stopped(done, number)
     assert_nothing_partial(scratch, contents(large.scratch))
 
 
@@ -286,9 +288,8 @@ def test_run_says_so_when_worker_is_killed(
         assert pid
         os.kill(pid, signal.SIGKILL)
         done = run.finish()
-    assert done.status == 1
-    assert STOPPING.fullmatch(done.lines[-2]), done.lines[-2]
-    assert done.errors == [WORKER_KILLED]
+    assert_worker_killed(done)
+    assert_count_is_right(done, scratch)
     assert_nothing_partial(scratch, contents(large.scratch))
 
 
@@ -303,8 +304,8 @@ def test_run_says_so_when_forkserver_is_killed_at_its_start(
         time.sleep(seconds)
         os.kill(run.forkserver() or run.pid, signal.SIGKILL)
         done = run.finish()
-    assert (done.status, done.errors) in [(1, [WORKER_KILLED]), (0, [])], done.stderr
-    assert "Traceback" not in done.stderr
+    if done.status:
+        assert_worker_killed(done)
 
 
 # ------------------------------------------------------------------ two runs
@@ -326,8 +327,8 @@ def test_second_run_ends_when_another_is_writing(large: Data, tmp_path: Path) ->
             os.kill(pid, signal.SIGCONT)
         first = run.finish()
     assert second.status == 1
-    message = "wait for its end, or choose another --local_scratch_dir."
-    assert second.errors == [f"Another run is writing to {scratch}: {message}"]
+    [line] = second.lines
+    assert line.startswith(f"ERROR: Another run is writing to {scratch}: ")
     assert first.status == 0, first.stderr
     assert contents(scratch) == contents(large.scratch)
 
@@ -355,6 +356,14 @@ def touch_file(raw: Path) -> None:
     sorted(raw.glob("validation/*.JPEG"))[4].touch()
 
 
+def edit_file(raw: Path) -> None:
+    """Changes an image, but not its size."""
+    path = sorted(raw.glob("train/*/*.JPEG"))[7]
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
 def change_label(raw: Path) -> None:
     path = raw / "synset_labels.txt"
     labels = path.read_text().split()
@@ -366,17 +375,26 @@ def change_nothing(_raw: Path) -> None:
     pass
 
 
+def made_of(raw: Path, shards: tuple[int, int]) -> dict[str, list[Any]]:
+    """What each shard is made of, and of which time."""
+    return {
+        name: [(r, os.stat(r.path).st_size, os.stat(r.path).st_mtime_ns) for r in plan]
+        for name, plan in contract.expected_shards(raw, *shards).items()
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "shards", "num_changed"),
     [
-        (add_class, (8, 4), (9, 12)),
-        (remove_class, (8, 4), (8, 12)),
-        (replace_file, (8, 4), (1, 1)),
-        (touch_file, (8, 4), (1, 1)),
-        (change_label, (8, 4), (1, 1)),
-        (change_nothing, (6, 4), (6, 6)),
+        (add_class, (8, 4), range(9, 13)),
+        (remove_class, (8, 4), range(8, 13)),
+        (replace_file, (8, 4), [1]),
+        (edit_file, (8, 4), [1]),
+        (touch_file, (8, 4), [1]),
+        (change_label, (8, 4), [1]),
+        (change_nothing, (6, 4), [6]),
     ],
-    ids=["added", "removed", "replaced", "touched", "label", "shard_counts"],
+    ids=["added", "removed", "replaced", "edited", "touched", "label", "shard_counts"],
 )
 def test_only_changed_shards_are_rewritten_when_raw_changes(
     small: Data,
@@ -384,19 +402,18 @@ def test_only_changed_shards_are_rewritten_when_raw_changes(
     emulator: Emulator,
     change: Callable[[Path], None],
     shards: tuple[int, int],
-    num_changed: tuple[int, int],
+    num_changed: Sequence[int],
 ) -> None:
     raw = copy_tree(small.raw, tmp_path / "raw")
     scratch = copy_tree(small.scratch, tmp_path / "scratch")
     directory = "imagenet" if shards == (8, 4) else "elsewhere"
     if directory == "imagenet":
         fill(emulator, scratch)
-    digests = plan_digests(raw, 8, 4)
-    before = identities(scratch)
+    made_before, before = made_of(raw, (8, 4)), identities(scratch)
     change(raw)
-    plan = plan_digests(raw, *shards)
-    changed = {name for name, digest in plan.items() if digests.get(name) != digest}
-    assert num_changed[0] <= len(changed) <= num_changed[1]
+    made = made_of(raw, shards)
+    changed = {name for name in made if made[name] != made_before.get(name)}
+    assert len(changed) in num_changed
     done = run_command(
         f"--raw_data_dir={raw}",
         f"--local_scratch_dir={scratch}",
@@ -408,11 +425,14 @@ def test_only_changed_shards_are_rewritten_when_raw_changes(
     )
     assert done.status == 0, done.stderr
     after = identities(scratch)
-    assert {name for name in plan if after[name] != before.get(name)} == changed
-    expected = changed if directory == "imagenet" else set(plan)
-    assert uploads(emulator)[-1] == "manifest.json"
-    assert sorted(uploads(emulator)[:-1]) == sorted(expected)
-    written = {name: data for name, data in contents(scratch).items() if name in plan}
+    assert {name for name in made if after[name] != before.get(name)} == changed
+    uploaded = set(uploads(emulator)) - {"manifest.json"}
+    if change is touch_file:  # it has the same bytes as before
+        assert uploaded <= changed
+    else:
+        assert uploads(emulator)[-1] == "manifest.json"
+        assert uploaded == (changed if directory == "imagenet" else set(made))
+    written = {name: data for name, data in contents(scratch).items() if name in made}
     contract.assert_shards(written, raw, *shards)
     stored = {name.partition("/")[2]: d for name, d in emulator.objects().items()}
     manifest = stored.pop("manifest.json")
@@ -437,7 +457,7 @@ import imagenet_to_gcs as script
 raw, scratch = sys.argv[1:]
 replace = os.replace
 def replace_and_be_killed(source, target):
-    if target.endswith(".json"):
+    if os.fspath(target).endswith(".json"):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = replace_and_be_killed
@@ -527,60 +547,113 @@ def test_manifest_is_absent_when_run_is_killed_in_the_middle(
 # ------------------------------------------------------------------ what else can be
 
 
-def truncate_stamp(scratch: Path) -> None:
-    path = scratch / "train" / ".train-00003-of-00008.json"
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty_stamp(scratch: Path) -> None:
-    os.truncate(scratch / "train" / ".train-00003-of-00008.json", 0)
-
-
-def exchange_stamps(scratch: Path) -> None:
-    """Gives a shard the stamp of another, with its own size."""
-    path = scratch / "train" / ".train-00003-of-00008.json"
-    stamp = json.loads(path.read_text())
-    other = json.loads((path.parent / ".train-00004-of-00008.json").read_text())
-    path.write_text(json.dumps({**stamp, "digest": other["digest"]}))
-
-
-def foreign_stamp(scratch: Path) -> None:
-    (scratch / "train" / ".train-00003-of-00008.json").write_text("[1, 2]")
-
-
-def truncate_shard(scratch: Path) -> None:
+def flip_byte(scratch: Path, keep_time: bool) -> Path:
+    """Changes a shard on the disk, but not its size."""
     path = scratch / "train" / "train-00003-of-00008"
-    os.truncate(path, path.stat().st_size - 1)
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    if keep_time:
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return path
 
 
-def delete_shard(scratch: Path) -> None:
-    (scratch / "train" / "train-00003-of-00008").unlink()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncate_stamp,
-        empty_stamp,
-        exchange_stamps,
-        foreign_stamp,
-        truncate_shard,
-        delete_shard,
-    ],
-    ids=lambda damage: damage.__name__,
-)
-def test_shard_is_written_again_when_it_is_not_as_stamped(
-    small: Data, tmp_path: Path, damage: Callable[[Path], None]
+@pytest.mark.parametrize("keep_time", [False, True], ids=["newer", "same_time"])
+@pytest.mark.parametrize("gcs_upload", [False, True], ids=["local", "upload"])
+def test_shard_is_found_when_its_bytes_were_changed(
+    small: Data, tmp_path: Path, emulator: Emulator, gcs_upload: bool, keep_time: bool
 ) -> None:
+    """It is written again by this run, or named and written again by the next."""
     scratch = copy_tree(small.scratch, tmp_path / "scratch")
-    damage(scratch)
-    before = identities(scratch)
-    done = run_command(*small.flags(scratch), "--nogcs_upload", *SMALL_SHARDS)
+    path = flip_byte(scratch, keep_time)
+    flags = [*small.flags(scratch), *SMALL_SHARDS]
+    flags += UPLOAD if gcs_upload else ["--nogcs_upload"]
+    done = run_command(*flags, env=emulator.environment)
+    objects = contents(small.scratch)
+    stored = emulator.objects().get(f"imagenet/{path.name}")
+    assert stored in (None, objects[path.name])
+    if done.status:
+        [error] = done.errors
+        assert str(path) in error
+        assert not done.says("The data set is complete")
+        assert not (scratch / "manifest.json").exists()
+        assert "imagenet/manifest.json" not in emulator.objects()
+        done = run_command(*flags, env=emulator.environment)
     assert done.status == 0, done.stderr
-    after = identities(scratch)
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"train-00003-of-00008"}
-    assert contents(scratch) == contents(small.scratch)
+    assert contents(scratch) == objects
+
+
+@pytest.mark.parametrize("disturbance", ["deleted", "foreign"])
+def test_manifest_is_removed_when_the_closing_listing_finds_something_wrong(
+    small: Data, tmp_path: Path, emulator: Emulator, disturbance: str
+) -> None:
+    """Somebody writes to the bucket once this run, with nothing to do, has listed it.
+
+    Such as a run of another number of shards, that began at the same time.
+    """
+    scratch = copy_tree(small.scratch, tmp_path / "scratch")
+    fill(emulator, scratch)
+    emulator.inject(Stall(3), kind="list", at=1)
+    flags = [*small.flags(scratch), *UPLOAD, *SMALL_SHARDS]
+    with started(*flags, env=emulator.environment) as run:
+        wait_for(lambda: "list" in kinds(emulator), run)
+        time.sleep(1)  # the answer is ready, but not yet sent
+        if disturbance == "deleted":
+            emulator.delete("imagenet/train-00003-of-00008")
+        else:
+            emulator.put("imagenet/train-00003-of-00016", b"x")
+        done = run.finish()
+    assert done.status == 1
+    [error] = done.errors
+    assert "train-00003-of-000" in error
+    assert not done.says("The data set is complete")
+    assert "imagenet/manifest.json" not in emulator.objects()
+    assert not (scratch / "manifest.json").exists()
+
+
+def test_runs_of_other_numbers_of_shards_do_not_both_complete(
+    small: Data, tmp_path: Path, emulator: Emulator
+) -> None:
+    """Both list the bucket while it is empty."""
+    emulator.inject(Stall(3), kind="list", at=1, times=2)
+    emulator.latency = 0.05
+    with contextlib.ExitStack() as stack:
+        runs = [
+            stack.enter_context(
+                started(
+                    *small.flags(tmp_path / number),
+                    *UPLOAD,
+                    f"--training_shards={number}",
+                    "--validation_shards=4",
+                    env=emulator.environment,
+                )
+            )
+            for number in ("8", "16")
+        ]
+        ends = [run.finish() for run in runs]
+    failed = [done for done in ends if done.status]
+    assert failed
+    for done in failed:
+        assert re.search("train-0.*-of-000(08|16)", done.errors[0])
+        assert not done.says("The data set is complete")
+    assert "imagenet/manifest.json" not in emulator.objects()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry_run"])
+def test_run_says_in_a_line_that_nothing_is_left_to_do(
+    small: Data, more: list[str]
+) -> None:
+    done = run_command(
+        *small.flags(small.scratch), "--nogcs_upload", *SMALL_SHARDS, *more
+    )
+    assert done.status == 0, done.stderr
+    said = [line for line in done.lines if not line.startswith("Found ")]
+    if not more:
+        assert said.pop().startswith("The data set is complete: ")
+    [line] = said
+    assert re.search(r"(?i)\b(nothing|all)\b", line)
+    assert "upload" not in line
 
 
 def test_other_hidden_files_are_kept_when_temporaries_are_removed(

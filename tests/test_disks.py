@@ -1,0 +1,365 @@
+"""Section 8: disks that are small, full or far, and what a run asks of them."""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import contract
+import pytest
+from command import UPLOAD, Finished, run_command
+from emulator import Emulator, WrongContent
+from processes import (
+    contents,
+    finished_shards,
+    identities,
+    pad,
+    small_disk,
+    started,
+    uploads,
+    wait_for,
+)
+
+FEW = ("--training_shards=4", "--validation_shards=2", "--num_workers=1")
+
+
+def directories(raw: Path, scratch: Path) -> list[str]:
+    return [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}"]
+
+
+# ------------------------------------------------------------------ a full disk
+
+
+def local(raw: Path, scratch: Path) -> list[str]:
+    return [*directories(raw, scratch), "--nogcs_upload", *FEW]
+
+
+def assert_cannot_write(done: Finished, path: Path, reason: str) -> None:
+    assert done.status == 1
+    [error] = done.errors
+    assert error.startswith(f"Cannot write {path}: {reason}")
+    assert done.lines[-1] == f"ERROR: {error}"
+
+
+def assert_finishes(raw: Path, scratch: Path) -> None:
+    """Runs the same command again, with room now."""
+    finished, before = finished_shards(scratch), identities(scratch)
+    done = run_command(*local(raw, scratch))
+    assert done.status == 0, done.stderr
+    after = identities(scratch)
+    assert [name for name in finished if after[name] != before[name]] == []
+    contract.assert_shards(contents(scratch), raw, 4, 2)
+    assert not list(scratch.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("free", [2_000_000, 8_000_000])
+def test_finished_shards_are_kept_when_disk_fills_up(
+    raw: Path, tmp_path: Path, free: int
+) -> None:
+    """Somebody else fills the disk of 20 MB once the run has begun.
+
+    Each shard takes 3 MB of it.
+    """
+    pad(raw, 1_000_000, "train/*/*.JPEG")
+    with small_disk(tmp_path / "disk", 20_480_000) as disk:
+        scratch, other = disk / "scratch", disk / "other"
+        with started(*local(raw, scratch)) as run:
+            wait_for(lambda: "Writing 6 shards" in run.output(), run)
+            with other.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 20_480_000 - free)
+            done = run.finish()
+        index = free // 3_000_000
+        path = scratch / "train" / f"train-{index:05}-of-00004"
+        assert_cannot_write(done, path, "No space left on device")
+        training = {n for n in finished_shards(scratch) if n.startswith("train-")}
+        assert training == {f"train-{i:05}-of-00004" for i in range(index)}
+        assert contents(scratch).keys() == finished_shards(scratch)
+        other.unlink()
+        assert_finishes(raw, scratch)
+
+
+def test_run_ends_in_one_line_when_there_is_no_room_for_the_manifest(
+    raw: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 20_480_000) as disk:
+        scratch = disk / "scratch"
+        assert run_command(*local(raw, scratch)).status == 0
+        (scratch / "manifest.json").unlink()
+        before = identities(scratch)
+        other = (disk / "other").open("ab", buffering=0)
+        with other, contextlib.suppress(OSError):
+            while True:
+                other.write(bytes(4096))
+        done = run_command(*local(raw, scratch))
+        assert_cannot_write(done, scratch / "manifest.json", "No space left on device")
+        (disk / "other").unlink()
+        assert_finishes(raw, scratch)
+        assert identities(scratch) == before
+        assert (scratch / "manifest.json").exists()
+
+
+def test_finished_shards_are_kept_when_a_file_may_not_be_so_large(
+    raw: Path, tmp_path: Path
+) -> None:
+    """A limit of file sizes (`ulimit -f`), which only the third shard exceeds."""
+    plan = list(contract.expected_shards(raw, 4, 2).values())
+    pad(raw, 1_000_000, str(Path(plan[2][0].path).relative_to(raw)))
+    scratch = tmp_path / "scratch"
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, "
+    limit += "(500_000,) * 2); os.execv(sys.argv[1], sys.argv[1:])"
+    with started(*local(raw, scratch), under=[sys.executable, "-c", limit]) as run:
+        done = run.finish()
+    path = scratch / "train" / "train-00002-of-00004"
+    assert_cannot_write(done, path, "File too large")
+    assert {"train-00000-of-00004", "train-00001-of-00004"} <= finished_shards(scratch)
+    assert not path.exists()
+    assert_finishes(raw, scratch)
+
+
+def test_room_is_needed_only_for_what_is_left(raw: Path, tmp_path: Path) -> None:
+    """A disk of 4 MB: the shards of 5 MB do not go there, those of 3 MB do."""
+    pad(raw, 1_000_000, "train/*/*_1.JPEG")
+    with small_disk(tmp_path / "disk", 4_096_000) as disk:
+        pad(raw, 250_000, "validation/*.JPEG")
+        done = run_command(*local(raw, disk))
+        assert done.status == 1
+        [error] = done.errors
+        assert f"--local_scratch_dir={disk}" in error
+        assert "5.0 MB" in error
+        assert "4.1 MB" in error
+        assert [path for path in disk.rglob("*") if "-of-" in path.name] == []
+        for path in raw.glob("validation/*.JPEG"):
+            os.truncate(path, path.stat().st_size - 250_000)
+        os.truncate(next(raw.glob("train/*/*_1.JPEG")), 20_000)
+        for _ in range(2):
+            done = run_command(*local(raw, disk))
+            assert done.status == 0, done.stderr
+
+
+# --------------------------------------------------------------- waiting for a disk
+
+FSYNC = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+/* Fails with $FSYNC_ERROR (EACCES only where the file is not open for writing, as on
+   SMB), and logs the file's name in $FSYNC_LOG. */
+int fsync(int fd) {
+  char link[64], path[4096];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  ssize_t size = readlink(link, path, sizeof path - 1);
+  if (size < 0) size = 0;
+  path[size++] = '\\n';
+  int log = open(getenv("FSYNC_LOG"), O_WRONLY | O_CREAT | O_APPEND, 0600);
+  if (write(log, path, size) != size) abort();
+  close(log);
+  int error = atoi(getenv("FSYNC_ERROR"));
+  int is_writable = (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY;
+  if (!error || (error == EACCES && is_writable)) return 0;
+  errno = error;
+  return -1;
+}
+int fdatasync(int fd) { return fsync(fd); }
+"""
+
+
+@pytest.fixture(scope="module")
+def fsync_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library to preload, whose fsync fails on demand."""
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    library = tmp_path_factory.mktemp("fsync") / "fsync.so"
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-o", str(library), "-"]
+    subprocess.run(command, input=FSYNC, text=True, check=True)
+    return library
+
+
+def fsync_environment(library: Path, log: Path, error: int) -> dict[str, str]:
+    return {
+        "LD_PRELOAD": str(library),
+        "FSYNC_LOG": str(log),
+        "FSYNC_ERROR": str(error),
+    }
+
+
+def flushed(log: Path) -> int:
+    """How many shards were waited for."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return sum("/train/" in line or "/validation/" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errno.EACCES, 0),
+        (errno.ENOSYS, 0),
+        (errno.EINVAL, 0),
+        (errno.ENOTSUP, 0),
+        (errno.EIO, 1),
+    ],
+    ids=lambda value: errno.errorcode.get(value, ""),
+)
+def test_run_works_when_the_file_system_cannot_flush(
+    raw: Path, tmp_path: Path, fsync_library: Path, error: int, status: int
+) -> None:
+    scratch, log = tmp_path / "scratch", tmp_path / "log"
+    env = fsync_environment(fsync_library, log, error)
+    done = run_command(*local(raw, scratch), env=env)
+    assert done.status == status, done.stderr
+    assert flushed(log)
+    if status:
+        [said] = done.errors
+        assert said.startswith(f"Cannot write {scratch}/")
+        assert os.strerror(error) in said
+        assert contents(scratch) == {}
+    else:
+        contract.assert_shards(contents(scratch), raw, 4, 2)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "removed"])
+def test_disk_is_waited_for_only_where_the_shard_stays_there(
+    raw: Path, tmp_path: Path, fsync_library: Path, emulator: Emulator, keep: bool
+) -> None:
+    log = tmp_path / "log"
+    flags = [*directories(raw, tmp_path / "scratch"), *UPLOAD, *FEW]
+    flags += [] if keep else ["--nokeep_local_shards"]
+    env = fsync_environment(fsync_library, log, 0)
+    done = run_command(*flags, env={**env, **emulator.environment})
+    assert done.status == 0, done.stderr
+    assert len(uploads(emulator)) == 7
+    assert flushed(log) == (6 if keep else 0)
+
+
+# ---------------------------------------------------- a small disk, a slow upload
+
+UPLOAD_THREADS = 8
+SHARDS = 64  # 60 training and 4 validation shards, of one image each
+COMPLETE = f"The data set is complete: {SHARDS} shards of {SHARDS} images"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw ImageNet that no test changes: 60 + 4 images."""
+    return contract.make_raw(tmp_path_factory.mktemp("many") / "raw", 4, 15, 4)
+
+
+def not_kept(raw: Path, scratch: Path, *more: str) -> list[str]:
+    """Flags of a run with --nokeep_local_shards, unless `more` says otherwise."""
+    shards = ["--training_shards=60", "--validation_shards=4", "--num_workers=1"]
+    return [
+        *directories(raw, scratch),
+        *UPLOAD,
+        *shards,
+        "--nokeep_local_shards",
+        *more,
+    ]
+
+
+def run(raw: Path, scratch: Path, emulator: Emulator, *more: str) -> Finished:
+    return run_command(*not_kept(raw, scratch, *more), env=emulator.environment)
+
+
+def on_disk(scratch: Path) -> list[str]:
+    """Lists the shards in a scratch directory, half-written ones too."""
+    names: list[str] = []
+    for split in ("train", "validation"):
+        if (scratch / split).is_dir():
+            names += os.listdir(scratch / split)
+    return [n for n in names if not (n.startswith(".") and ".json" in n)]
+
+
+def uploaded(emulator: Emulator) -> dict[str, bytes]:
+    """Returns the shards in the bucket by base name."""
+    objects = emulator.objects().items()
+    return {n.removeprefix("imagenet/"): data for n, data in objects if "-of-" in n}
+
+
+def test_disk_holds_few_shards_when_the_upload_is_slow(
+    many: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    emulator.latency = 0.25
+    scratch = tmp_path / "scratch"
+    counts = []
+    with started(*not_kept(many, scratch), env=emulator.environment) as running:
+        while running.process.poll() is None:
+            counts.append(len(on_disk(scratch)))
+            time.sleep(0.005)
+        finished = running.finish()
+    assert finished.status == 0, finished.stderr
+    assert finished.says(COMPLETE)
+    # Encoding is much faster than such an upload: it reaches the bound, and waits.
+    assert max(counts) == 1 + 2 * UPLOAD_THREADS
+    assert on_disk(scratch) == []
+    assert len(finished_shards(scratch)) == SHARDS
+    contract.assert_shards(uploaded(emulator), many, 60, 4)
+    manifest = (scratch / "manifest.json").read_bytes()
+    assert manifest == emulator.objects()["imagenet/manifest.json"]
+
+    num_uploads = len(uploads(emulator))
+    again = run(many, scratch, emulator)
+    assert again.status == 0
+    assert again.says(COMPLETE)
+    assert len(uploads(emulator)) == num_uploads
+
+
+def test_shards_are_made_again_when_the_bucket_lost_them(
+    many: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    assert run(many, tmp_path, emulator).status == 0
+    before = emulator.objects()
+    emulator.delete("imagenet/train-00007-of-00060")
+    emulator.corrupt("imagenet/train-00008-of-00060")
+    emulator.corrupt("imagenet/validation-00002-of-00004", truncate=True)
+    again = run(many, tmp_path, emulator)
+    assert again.status == 0
+    assert again.says("^Writing 3 shards of 3 images ")
+    assert emulator.objects() == before
+    assert on_disk(tmp_path) == []
+
+
+def test_shard_is_made_again_when_the_bucket_took_it_wrongly(
+    many: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    """The answer to the upload looks right: only the closing check sees it."""
+    fault = WrongContent(answer_looks_right=True)
+    emulator.inject(fault, at=1, name="train-00007-of-00060")
+    finished = run(many, tmp_path, emulator)
+    assert finished.status == 1
+    [error] = finished.errors
+    assert "train-00007-of-00060" in error
+    assert run(many, tmp_path, emulator).status == 0
+    contract.assert_shards(uploaded(emulator), many, 60, 4)
+    assert on_disk(tmp_path) == []
+
+
+def test_shards_leave_when_an_earlier_run_kept_them(
+    many: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    assert run(many, tmp_path, emulator, "--keep_local_shards").status == 0
+    assert len(on_disk(tmp_path)) == SHARDS
+    assert run(many, tmp_path, emulator).status == 0
+    assert on_disk(tmp_path) == []
+
+
+def test_run_goes_on_when_it_was_killed(
+    many: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    emulator.latency = 0.2
+    with started(*not_kept(many, tmp_path), env=emulator.environment) as running:
+        wait_for(lambda: len(uploaded(emulator)) >= 12, running)
+        running.process.kill()
+        running.wait_until_gone()
+    assert len(uploaded(emulator)) < SHARDS
+    emulator.latency = 0
+    finished = run(many, tmp_path, emulator)
+    assert finished.status == 0, finished.stderr
+    assert finished.says(COMPLETE)
+    assert on_disk(tmp_path) == []
+    contract.assert_shards(uploaded(emulator), many, 60, 4)
