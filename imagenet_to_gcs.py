@@ -906,8 +906,8 @@ def read_skeleton(data: bytes) -> Skeleton:
       _ImageError: It is not a JPEG, or has no frame header or no end.
     """
     if not data.startswith(JPEG_START):
-        found = f"it starts with {data[:4]!r}" if data else "the file is empty"
-        raise _ImageError(f"not a JPEG: {found}")
+        found = f"not a JPEG (starts with {data[:4]!r})"
+        raise _ImageError(found if data else "the file is empty")
     import numpy as np
 
     values = np.frombuffer(data, np.uint8)

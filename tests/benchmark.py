@@ -19,8 +19,8 @@ separately, as start-up.
 The yardsticks:
 
 - The sequential loop does what the reference does with an image: one process reads it,
-  decodes it in full, and writes an Example of nine features with TensorFlow's own
-  writer. It is slow: a part of the images is measured and scaled up.
+  decodes it in full, and writes an Example with TensorFlow's own writer. A part of the
+  images is measured and scaled up.
 - `cat` of the files into 1,000 others, by two processes: nothing but bytes moved.
 
 LIBRARY, preloaded, delays each open and read of files under SLOW_PREFIX by SLOW_OPEN_US
@@ -66,7 +66,6 @@ FIRST_SHARD = "train/train-00000-of-*"
 NUM_IMAGES = 36_000
 NUM_DRAWN = 300  # the others differ from them in some bytes after the end
 QUALITY = 96  # gives JPEGs of 110 KB
-NUM_SYNSETS = 1000
 IMAGENET_TRAINING = 1_281_167
 IMAGENET_VALIDATION = 50_000
 IMAGENET_IMAGES = IMAGENET_TRAINING + IMAGENET_VALIDATION
@@ -118,7 +117,7 @@ def make_raw(raw_dir: Path, num_images: int, make: Callable[[int, str], None]) -
     """Makes a raw directory; `make` writes the i-th image at a path."""
     num_validation = max(1, round(num_images * IMAGENET_VALIDATION / IMAGENET_IMAGES))
     num_training = num_images - num_validation
-    synsets = [f"n{1_000_000 + i:08d}" for i in range(min(NUM_SYNSETS, num_training))]
+    synsets = [f"n{1_000_000 + i:08d}" for i in range(min(1000, num_training))]
     for directory in ("validation", *(f"train/{synset}" for synset in synsets)):
         (raw_dir / directory).mkdir(parents=True)
     labels = [synsets[i % len(synsets)] for i in range(num_validation)]
@@ -226,12 +225,9 @@ def measure(
     statuses: Sequence[int] = (0,),
     sample_memory: bool = False,
 ) -> Run:
-    """Runs a command to its end.
+    """Runs a command to its end; a shard in `first_shard_in` ends its start-up.
 
-    Args:
-      first_shard_in: The directory in which the first shard ends the start-up.
-      statuses: The exit statuses it may have.
-      sample_memory: Whether to look into the workers, which slows them a little.
+    To sample the memory of the workers slows them a little.
     """
     env = {**os.environ, **(environment or {})}
     start_up, worker_peak = 0.0, 0
@@ -262,9 +258,9 @@ def measure(
 
 
 def run_script(
-    raw_dir: Path,
     scratch_dir: Path,
     *flags: str,
+    raw_dir: Path,
     num_bytes: int = 0,
     cold: bool = False,
     script: Path = SCRIPT,
@@ -293,9 +289,8 @@ def script_command(
 
 
 def remove(directory: Path) -> None:
-    """Removes a directory and lets the disk come to rest."""
     shutil.rmtree(directory, ignore_errors=True)
-    os.sync()
+    os.sync()  # the disk comes to rest
 
 
 def make_way(directory: Path, num_bytes: int) -> None:
@@ -323,12 +318,11 @@ def written_to_disk(directory: Path) -> int:
 
 
 def median(runs: Sequence[Run]) -> Run:
-    """Takes the median of each number."""
+    """Takes the median of the times, and the largest memory."""
     return Run(
         statistics.median(run.seconds for run in runs),
         statistics.median(run.start_up for run in runs),
         max(run.peak for run in runs),
-        max(run.worker_peak for run in runs),
     )
 
 
@@ -338,8 +332,7 @@ def median(runs: Sequence[Run]) -> Run:
 def sequential_loop(raw_dir: str, output_dir: str) -> None:
     """Does the reference's work, image by image, on a part; prints how fast.
 
-    Each shard written has as many images as it would have of the whole. A CMYK JPEG is
-    kept as it is.
+    Each shard written has as many images as it would have of the whole.
     """
     import tensorflow as tf
 
@@ -353,34 +346,27 @@ def sequential_loop(raw_dir: str, output_dir: str) -> None:
     for i in range(0, len(part), size):
         with tf.io.TFRecordWriter(f"{output_dir}/train-{i:05d}") as writer:
             for path in part[i : i + size]:
-                synset, filename = path.split("/")[-2:]
-                example = _reference_example(tf, path, label_of[synset])
-                feature = example.features.feature
-                feature["image/class/synset"].bytes_list.value.append(synset.encode())
-                feature["image/filename"].bytes_list.value.append(filename.encode())
-                writer.write(example.SerializeToString())
+                label = label_of[path.split("/")[-2]]
+                writer.write(_reference_example(tf, path, label))
     print((time.perf_counter() - start) / len(part))
 
 
-def _reference_example(tf: Any, path: str, label: int) -> Any:
-    """Makes an Example of what is inside a file, which it decodes in full."""
-    data = Path(path).read_bytes()
-    if data.startswith(b"\x89PNG"):
-        data = tf.io.encode_jpeg(tf.io.decode_png(data, 3), quality=100).numpy()
-    height, width, channels = tf.io.decode_jpeg(data, channels=3).shape
-    numbers = {"height": height, "width": width, "channels": channels}
-    numbers["class/label"] = label
-    texts = {"colorspace": b"RGB", "format": b"JPEG", "encoded": data}
-
-    def number(value: int) -> Any:
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-
-    def text(value: bytes) -> Any:
+def _reference_example(tf: Any, path: str, label: int) -> bytes:
+    def feature(value: int | bytes) -> Any:
+        if isinstance(value, int):
+            return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
-    feature = {f"image/{name}": number(value) for name, value in numbers.items()}
-    feature |= {f"image/{name}": text(value) for name, value in texts.items()}
-    return tf.train.Example(features=tf.train.Features(feature=feature))
+    data = Path(path).read_bytes()
+    height, width, channels = tf.io.decode_jpeg(data, channels=3).shape
+    synset, filename = os.fsencode(path).split(b"/")[-2:]
+    values = {"height": height, "width": width, "channels": channels}
+    values |= {"colorspace": b"RGB", "format": b"JPEG", "encoded": data}
+    values |= {"class/label": label, "class/synset": synset, "filename": filename}
+    features = {f"image/{name}": feature(value) for name, value in values.items()}
+    example = tf.train.Example(features=tf.train.Features(feature=features))
+    serialized: bytes = example.SerializeToString()
+    return serialized
 
 
 def run_sequential(data: Data, output_dir: Path) -> Run:
@@ -447,33 +433,28 @@ class Benchmark:
         self.directory = directory
         self.scratch_dir = scratch_dir / "scratch"
         self.num_runs: int = 1 if arguments.quick else arguments.runs
-        self.num_images: int = 2_000 if arguments.quick else arguments.images
 
     def raw_data(self) -> Data:
         if self.arguments.raw_data_dir:
             return list_data(Path(self.arguments.raw_data_dir).resolve())
-        say(f"Making {self.num_images:,} images.")
-        return list_data(make_photographs(self.directory / "raw", self.num_images))
+        num_images = 2_000 if self.arguments.quick else self.arguments.images
+        say(f"Making {num_images:,} images.")
+        return list_data(make_photographs(self.directory / "raw", num_images))
 
     def encode(self, data: Data, *flags: str, **options: Any) -> Run:
         """Runs the script with two workers, unless the flags say otherwise."""
-        if not any("num_workers" in flag for flag in flags):
-            flags = (*flags, "--num_workers=2")
-        raw_dir = options.pop("raw_dir", data.raw_dir)
-        options.setdefault("num_bytes", data.num_bytes)
-        return run_script(raw_dir, self.scratch_dir, *flags, **options)
+        flags = ("--num_workers=2", *flags)
+        options = {"raw_dir": data.raw_dir, "num_bytes": data.num_bytes, **options}
+        return run_script(self.scratch_dir, *flags, **options)
 
     def alternate(self, measurements: dict[str, Callable[[], Run]]) -> dict[str, Run]:
         """Takes measurements in turns; returns the median of each."""
         runs: dict[str, list[Run]] = {name: [] for name in measurements}
         for i in range(self.num_runs):
             for name, take in measurements.items():
-                run = take()
-                runs[name].append(run)
-                say(
-                    f"Run {i + 1} of {self.num_runs}: {name}, {run.seconds:.2f} s, "
-                    f"{run.start_up:.2f} s of them start-up."
-                )
+                runs[name].append(take())
+                seconds = runs[name][-1].seconds
+                say(f"Run {i + 1} of {self.num_runs}: {name}, {seconds:.2f} s.")
         remove(self.scratch_dir)
         return {name: median(runs[name]) for name in measurements}
 
@@ -530,18 +511,15 @@ class Benchmark:
 
     def before(self, data: Data) -> Target:
         """Compares the script with another version of it, warm."""
-        script = Path(self.arguments.before)
+        other = Path(self.arguments.before)
         runs = self.alternate(
             {
-                "this script": lambda: self.encode(data),
-                "the other": lambda: self.encode(data, script=script),
+                "this": lambda: self.encode(data),
+                "other": lambda: self.encode(data, script=other),
             }
         )
-        return Target(
-            f"warm run, against {script}",
-            "at most 1.03 x",
-            _ratio(runs["this script"], runs["the other"]),
-        )
+        ratio = _ratio(runs["this"], runs["other"])
+        return Target(f"warm run, against {other}", "at most 1.03 x", ratio)
 
     def unkept(self, data: Data) -> Target:
         """Counts what is written to the disk of shards that do not stay on it."""
@@ -550,7 +528,9 @@ class Benchmark:
         with cloud_storage() as environment:
             remove(scratch_dir)
             before = written_to_disk(self.directory)
-            run_script(data.raw_dir, scratch_dir, *flags, environment=environment)
+            run_script(
+                scratch_dir, *flags, raw_dir=data.raw_dir, environment=environment
+            )
             written = written_to_disk(self.directory) - before
         remove(scratch_dir)
         return Target(
@@ -601,7 +581,9 @@ class Benchmark:
         runs = self.alternate(
             {
                 "import tensorflow": lambda: measure(command),
-                "small raw directory": lambda: run_script(raw_dir, self.scratch_dir),
+                "small raw directory": lambda: run_script(
+                    self.scratch_dir, raw_dir=raw_dir
+                ),
             }
         )
         imported = runs["import tensorflow"].seconds
@@ -628,50 +610,39 @@ class Benchmark:
     def encode_and_upload(self, data: Data) -> Target:
         """Measures both together and each alone, the link as fast as the encoding.
 
-        One worker encodes: of two processors the other is left to the upload and to
-        the server, which a real Cloud Storage would not need. The shards are as large
-        as those of ImageNet.
+        One worker encodes: the other processor is left to the upload and the server.
+        The shards are as large as those of ImageNet.
         """
         share = data.num_images / IMAGENET_IMAGES
-        training_shards = math.ceil(TRAINING_SHARDS * share)
-        validation_shards = math.ceil(VALIDATION_SHARDS * share)
-        num_shards = training_shards + validation_shards
-        local = [
-            "--num_workers=1",
-            f"--training_shards={training_shards}",
-            f"--validation_shards={validation_shards}",
-        ]
-
-        def encode() -> Run:
-            return self.encode(data, *local)
-
-        encoded = self.alternate({"encode": encode})["encode"]
+        num_training = math.ceil(TRAINING_SHARDS * share)
+        num_validation = math.ceil(VALIDATION_SHARDS * share)
+        local = ["--num_workers=1", f"--training_shards={num_training}"]
+        local += [f"--validation_shards={num_validation}"]
+        encode = self.alternate({"encode": lambda: self.encode(data, *local)})["encode"]
         # The first shard ends the start-up: it is not in the seconds that are left.
-        link = data.num_bytes * (1 - 1 / num_shards) / encoded.steady
-        cloud = [*local, *UPLOAD]
+        link = (
+            data.num_bytes * (1 - 1 / (num_training + num_validation)) / encode.steady
+        )
 
-        def upload_only() -> Run:
+        def upload() -> Run:  # what `both` has left
             with cloud_storage(link) as environment:
-                command = script_command(data.raw_dir, self.scratch_dir, *cloud)
+                command = script_command(
+                    data.raw_dir, self.scratch_dir, *local, *UPLOAD
+                )
                 return measure(command, environment=environment)
 
         def both() -> Run:
             with cloud_storage(link) as environment:
-                return self.encode(data, *cloud, environment=environment)
+                return self.encode(data, *local, *UPLOAD, environment=environment)
 
-        runs = self.alternate(
-            {"encode": encode, "upload": upload_only, "encode and upload": both}
-        )
-        alone = {name: runs[name].seconds for name in ("encode", "upload")}
-        together = runs["encode and upload"]
+        runs = self.alternate({"both": both, "upload": upload})
+        longer = max(encode.seconds, runs["upload"].seconds)
         return Target(
-            f"encode and upload {num_shards} shards together, 1 worker, link of "
-            f"{link / 1e6:,.0f} MB/s",
-            f"at most 1.15 x the longer of {alone['encode']:.1f} s and "
-            f"{alone['upload']:.1f} s alone",
-            f"{together.seconds:.1f} s, {together.start_up:.1f} s of them to the first "
-            f"shard: {together.seconds / max(alone.values()):.2f} x; parent "
-            f"{together.peak / 1e6:,.0f} MB",
+            f"encode and upload together, 1 worker, link of {link / 1e6:,.0f} MB/s",
+            f"at most 1.15 x the longer of {encode.seconds:.1f} s and "
+            f"{runs['upload'].seconds:.1f} s alone",
+            f"{runs['both'].seconds:.1f} s: {runs['both'].seconds / longer:.2f} x; "
+            f"parent {runs['both'].peak / 1e6:,.0f} MB",
         )
 
     def plan(self) -> Target:
@@ -697,9 +668,8 @@ class Benchmark:
 
         def run(raw_dir: Path) -> Run:
             with cloud_storage() as environment:
-                flags = ["--num_workers=2", *UPLOAD]
                 return run_script(
-                    raw_dir, self.scratch_dir, *flags, environment=environment
+                    self.scratch_dir, *UPLOAD, raw_dir=raw_dir, environment=environment
                 )
 
         run(few)  # warms the page cache
@@ -786,10 +756,8 @@ def run_benchmark(benchmark: Benchmark) -> None:
         targets.append(benchmark.before(data))
     if not arguments.only_disk:
         targets += benchmark.speeds(data)
-        targets.append(benchmark.unkept(data))
-        targets.append(benchmark.start_up())
-        targets.append(benchmark.encode_and_upload(data))
-        targets.append(benchmark.mistakes())
+        targets += [benchmark.unkept(data), benchmark.encode_and_upload(data)]
+        targets += [benchmark.start_up(), benchmark.mistakes()]
     if not arguments.raw_data_dir:
         remove(data.raw_dir)
     if arguments.plan:
@@ -805,14 +773,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=NUM_IMAGES)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="2,000 images, one run")
-    parser.add_argument(
-        "--cold", action="store_true", help="drop the page cache; needs root"
-    )
+    parser.add_argument("--cold", action="store_true", help="needs root")
     parser.add_argument("--late_disk", help="a library that makes each file late")
     parser.add_argument("--before", help="another version of the script to compare")
-    parser.add_argument(
-        "--only_disk", action="store_true", help="only what the three flags above ask"
-    )
+    parser.add_argument("--only_disk", action="store_true", help="no other rows")
     parser.add_argument("--plan", action="store_true", help="plan 1,331,167 files")
     parser.add_argument("--grow", action="store_true", help="encode 1,331,167 images")
     parser.add_argument("--temp_dir", help="on a disk, for the images")

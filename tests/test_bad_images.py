@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import contract
-import jpegs
 import pytest
 import tars
 from command import UPLOAD, run_code, run_command
@@ -33,24 +31,7 @@ def truncated(path: Path) -> str:
 
 def empty(path: Path) -> str:
     os.truncate(path, 0)
-    return "decode {}: not a JPEG: the file is empty"
-
-
-def png_cut_short(path: Path) -> str:
-    path.write_bytes(jpegs.png(1)[:10_000])
-    return "decode {}: it is a PNG that cannot be decoded"
-
-
-def enormous(path: Path) -> str:
-    """Declares 65,500 x 65,500 pixels in the frame header."""
-    data = path.read_bytes()
-    start = data.index(b"\xff\xc0") + 5
-    size = struct.pack(">HH", 65_500, 65_500)
-    path.write_bytes(data[:start] + size + data[start + 4 :])
-    return (
-        "decode {}: its header declares 65,500 x 65,500 pixels of 3 components; the "
-        "product must be from 1 to 536,870,911"
-    )
+    return "decode {}: the file is empty"
 
 
 def no_tables(path: Path) -> str:
@@ -80,8 +61,6 @@ def unreadable(path: Path) -> str:
 DAMAGE: list[Callable[[Path], str]] = [
     truncated,
     empty,
-    png_cut_short,
-    enormous,
     no_tables,
     directory,
     dangling_link,
@@ -105,7 +84,7 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
     scratch = tmp_path / "scratch"
     plan = contract.expected_shards(raw, 40, 10)
     names = list(plan)
-    bad_shards = [*names[3:8], *names[41:43]]
+    bad_shards = [*names[3:7], *names[41:42]]
     victims = [Path(plan[name][0].path) for name in bad_shards]
     victims.append(Path(plan[names[3]][1].path))
     expected = [
@@ -131,12 +110,12 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
         restore(path, good / path.relative_to(raw))
     done = run_command(*flags, env=emulator.environment)
     assert done.status == 0, done.stderr
-    assert any("43 of 50 shards are up to date" in line for line in done.lines)
+    assert any("45 of 50 shards are up to date" in line for line in done.lines)
     after = identities(scratch)
     assert {name for name in after if after[name] != before.get(name)} == set(
         bad_shards
     )
-    assert sorted(uploads(emulator)[43:-1]) == sorted(bad_shards)
+    assert sorted(uploads(emulator)[45:-1]) == sorted(bad_shards)
     assert uploads(emulator)[-1] == "manifest.json"
     contract.assert_shards(contents(scratch), raw, 40, 10)
 
@@ -151,7 +130,7 @@ def test_bad_image_takes_one_line_whatever_its_name(raw: Path, tmp_path: Path) -
     assert done.status == 1
     assert done.lines[-1] == (
         f"ERROR: Cannot decode {path.parent}/\\x1b[31mtwo\\nlines\\u2028 and "
-        "\\x85.JPEG: not a JPEG: the file is empty."
+        "\\x85.JPEG: the file is empty."
     )
 
 

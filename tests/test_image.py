@@ -135,7 +135,6 @@ def test_segment_in_the_tail_is_refused_when_a_full_decode_refuses_it() -> None:
         assert compare(data + after) != "accepted", (seed, f"{marker:X}", length)
 
 
-HTML = b"<html><body>404 Not Found</body></html>"
 BASELINE = jpegs.jpeg("baseline", 0, *SIZE)
 PNG = jpegs.png(0, *SIZE)
 CMYK = jpegs.jpeg("cmyk", 0, *SIZE)
@@ -165,16 +164,13 @@ def too_large(width: int, height: int, num_components: int = 3) -> str:
 
 
 REFUSED = {
-    "empty": (b"", "not a JPEG: the file is empty"),
-    "HTML": (HTML, "not a JPEG: it starts with b'<htm'"),
-    "zeros": (bytes(5_000), r"not a JPEG: it starts with b'\x00\x00\x00\x00'"),
+    "empty": (b"", "the file is empty"),
+    "zeros": (bytes(5_000), r"not a JPEG (starts with b'\x00\x00\x00\x00')"),
     "third byte": (
         BASELINE[:2] + b"\x00" + BASELINE[3:],
-        r"not a JPEG: it starts with b'\xff\xd8\x00\xe0'",
+        r"not a JPEG (starts with b'\xff\xd8\x00\xe0')",
     ),
-    "2 bytes": (b"\xff\xd8", r"not a JPEG: it starts with b'\xff\xd8'"),
-    "3 bytes": (BASELINE[:3], CUT_SHORT),
-    "cut early": (BASELINE[:100], CUT_SHORT),
+    "2 bytes": (b"\xff\xd8", r"not a JPEG (starts with b'\xff\xd8')"),
     "cut": (BASELINE[:1_500], CUT_SHORT),
     "half an end": (BASELINE[:-1], CUT_SHORT),
     "only the ends": (BASELINE[:2] + BASELINE[-2:], NO_FRAME),
@@ -195,7 +191,6 @@ REFUSED = {
     "huge PNG": (with_png_size(60_000, 50_000), too_large(50_000, 60_000)),
     "PNG of 8 bytes": (PNG[:8], too_large(0, 0)),
     "PNG cut later": (PNG[:1_000], BAD_PNG),
-    "PNG with zeros": (PNG[:200] + bytes(100) + PNG[300:], BAD_PNG),
     "12 bits": (
         BASELINE.replace(FRAME, b"\xff\xc0\x00\x11\x0c"),
         "Unsupported JPEG data precision 12",

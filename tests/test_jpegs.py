@@ -47,23 +47,6 @@ def test_jpeg_has_the_segment_of_its_kind(kind: str, marker: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sampling"),
-    [
-        ("baseline", [0x22, 0x11, 0x11]),
-        ("422", [0x21, 0x11, 0x11]),
-        ("444", [0x11, 0x11, 0x11]),
-        ("rgb_kept", [0x11, 0x11, 0x11]),
-        ("cmyk", [0x11, 0x11, 0x11, 0x11]),
-        ("grey", [0x11]),
-    ],
-)
-def test_jpeg_has_the_sampling_of_its_kind(kind: str, sampling: list[int]) -> None:
-    segments = jpegs.header_segments(jpegs.jpeg(kind, 0, *SIZE))
-    frame = next(segment for segment in segments if segment[1] == 0xC0)
-    assert list(frame[11::3]) == sampling
-
-
-@pytest.mark.parametrize(
     ("kind", "within", "expected"),
     [
         ("restart_markers", "image", b"\xff\xd1"),
