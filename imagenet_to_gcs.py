@@ -1602,8 +1602,8 @@ class Destination:
         url = blob.create_resumable_upload_session(timeout=timeout, retry=patiently)
         patiently(self._client._http.delete)(url, timeout=timeout)
 
-    def list_objects(self) -> dict[str, Stamp] | None:
-        """Lists the destination by base name; None if listing is not permitted."""
+    def list_objects(self) -> dict[str, Stamp]:
+        """Lists the destination by base name; nothing if that is not permitted."""
         from google.api_core import exceptions
 
         prefix = self.path.directory + "/" if self.path.directory else ""
@@ -1619,8 +1619,14 @@ class Destination:
             try:
                 listed = {blob.name.removeprefix(prefix): blob for blob in blobs}
             except exceptions.Forbidden:
+                if self.is_listed:
+                    logging.warning(
+                        f"Cannot list {self.path} (storage.objects.list is not granted): "
+                        "all shards will be uploaded, whatever is there, and only the "
+                        "answer to each upload says that it is right."
+                    )
                 self.is_listed = False
-                return None
+                return {}
         self.held = {name: why for name, blob in listed.items() if (why := _hold(blob))}
         return {name: _stamp_of(blob) for name, blob in listed.items()}
 
@@ -1872,7 +1878,8 @@ def plan_job(options: Options) -> Job:
                 dataset = read_dataset(options.raw_dir)
             _log_dataset(dataset, options)
         with _collecting(problems):
-            destination, objects = opened.result()
+            destination = opened.result()
+            objects = destination.list_objects() if destination else None
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     work = find_work(options.share(shards), options.scratch_dir, objects)
     num_missing = len(shards) - len(_find_done(options, shards, objects, work.done))
@@ -1897,26 +1904,18 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
             logging.warning(line)
 
 
-def _open_destination(
-    options: Options,
-) -> tuple[Destination | None, Mapping[str, Stamp] | None]:
-    """Reaches the bucket and lists it; neither if nothing is to be uploaded.
+def _open_destination(options: Options) -> Destination | None:
+    """Reaches the bucket; does nothing if nothing is to be uploaded.
 
     Raises:
       RunError: An upload would not succeed.
     """
     if not options.gcs_upload:
-        return None, None
+        return None
     path = GcsPath.parse(options.gcs_output_path or "")
     destination = Destination(path, options.gcs_project, options.client)
     destination.check_access()
-    objects = destination.list_objects()
-    if objects is None:
-        logging.warning(
-            f"Cannot list {path} (storage.objects.list is not granted): all shards will "
-            "be uploaded, whatever is there."
-        )
-    return destination, objects or {}
+    return destination
 
 
 def _foreign(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
@@ -2170,19 +2169,14 @@ def check_uploaded(
     """Lists the destination once and compares it with what should be there.
 
     Returns:
-      What was listed, by base name; nothing if listing is not granted.
+      What was listed, by base name.
 
     Raises:
       RunError: An object is missing or is not of the right size and crc32c.
     """
     objects = destination.list_objects()
-    if objects is None:
-        logging.warning(
-            f"Cannot list {destination.path}: only the answer to each upload says that "
-            "it is right."
-        )
-        return {}
-    if wrong := _differing(objects, expected):
+    wrong = _differing(objects, expected) if destination.is_listed else []
+    if wrong:
         raise RunError(
             f"All {_count(len(expected), 'object')} in {destination.path} must be as "
             f"written; found {len(wrong):,} missing or different: {_some(wrong)}. Rerun "
@@ -2587,7 +2581,7 @@ def upload_to_gcs(
             os.path.basename(p): p for p in [*training_records, *validation_records]
         }
         stamps = {name: measure(path) for name, path in paths.items()}
-        missing = _differing(destination.list_objects() or {}, stamps)
+        missing = _differing(destination.list_objects(), stamps)
         with concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS) as threads:
             uploads = [
                 threads.submit(destination.upload, paths[name], stamps[name])
