@@ -291,11 +291,12 @@ class ImageSource:
         return listing
 
     def _list_directory(self, label: int) -> Listing:
-        listing = Listing([], [])
-        for entry in _scan(self.path):
+        images, left_out = Listing([], [])
+        source, synset = self.path, self.synset
+        for entry in _scan(source):
             name = entry.name
             if not _is_image_name(name):
-                listing.left_out.extend(_find_left_out(entry))
+                left_out += _find_left_out(entry)
                 continue
             try:
                 status = entry.stat()
@@ -304,9 +305,8 @@ class ImageSource:
                     raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
             except OSError:  # a dangling link: `shortfalls` counts it as empty
                 size = version = 0
-            image = RawImage(self.path, name, self.synset, label, size, version)
-            listing.images.append(image)
-        return listing
+            images.append(RawImage(source, name, synset, label, size, version))
+        return Listing(images, left_out)
 
     def _list_tar(self, label: int) -> Listing:
         images: dict[str, RawImage] = {}
@@ -316,7 +316,8 @@ class ImageSource:
         for path, file in members.items():
             name = os.path.basename(path)
             if not _is_image_name(name):
-                left_out += [f"{source}/{path}"] if _looks_like_image(name) else []
+                if _looks_like_image(name):
+                    left_out.append(f"{source}/{path}")
                 continue
             if name in images:
                 problem = f"must have different names; two in {source} are {name}."
@@ -460,7 +461,8 @@ def find_classes(raw_data_dir: str) -> tuple[list[ImageSource], list[str]]:
     if not (classes or packed):
         source = ImageSource(whole_tar, start=0) if whole_tar else None
         raise InvalidInputError(_no_images(source or ImageSource(training_dir), "*/*"))
-    loose += [] if classes else packed_loose
+    if not classes:
+        loose += packed_loose
     order = sorted((classes or packed).items(), key=lambda c: os.fsencode(c[0] + "/"))
     return [source for _, source in order], loose
 
@@ -537,7 +539,8 @@ def _list_training(
     for class_, listed in zip(classes, listings, strict=True):
         with _collecting(problems):
             images, left_out = listed.result()
-            empty += [] if images else [class_]
+            if not images:
+                empty.append(class_)
             listing.images.extend(images)
             listing.left_out.extend(left_out)
     if len(problems) > 3:
@@ -2738,6 +2741,9 @@ PLAIN_HEADER = re.compile(
 )
 
 
+Members: TypeAlias = dict[str, tarfile.TarInfo]
+
+
 class TarHeader(tarfile.TarInfo):
     """A member of a tar, whose header is read twice as fast if it is a plain file's.
 
@@ -2764,9 +2770,7 @@ class TarHeader(tarfile.TarInfo):
         return header
 
 
-def list_tar(
-    source: ImageSource,
-) -> tuple[tuple[int, int, int], dict[str, tarfile.TarInfo]]:
+def list_tar(source: ImageSource) -> tuple[tuple[int, int, int], Members]:
     """Lists the files in a tar, or in a tar within a file, by their headers.
 
     Links to other members are these members under another name, as in extracting, and
@@ -2784,13 +2788,12 @@ def list_tar(
             return tar_version(status), _resolve_links(found)
     except (OSError, ValueError, tarfile.TarError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InvalidInputError(
-            f"Cannot list the tar {source.path}{within}: {reason}."
-        ) from error
+        problem = f"Cannot list the tar {source.path}{within}: {reason}."
+        raise InvalidInputError(problem) from error
 
 
-def _read_headers(file: BinaryIO, start: int, end: int) -> dict[str, tarfile.TarInfo]:
-    found: dict[str, tarfile.TarInfo] = {}
+def _read_headers(file: BinaryIO, start: int, end: int) -> Members:
+    found: Members = {}
     position = file.seek(start)
     try:
         with tarfile.TarFile(fileobj=file, tarinfo=TarHeader) as tar:
@@ -2814,8 +2817,8 @@ def _normalized(name: str) -> str:
     return os.path.normpath(name).lstrip("/") if "/" in name else name
 
 
-def _resolve_links(found: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
-    """Puts files in the place of symbolic links, and refuses other odd images."""
+def _resolve_links(found: Members) -> Members:
+    """Puts files in place of symbolic links, and refuses other images that are none."""
     odd = [
         name
         for name, member in found.items()
@@ -2843,21 +2846,19 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
     """
     num_bytes = max(0, min(end - position, MOST_TAR_FILLING + 1))
     rest = os.pread(file.fileno(), num_bytes, min(position, end))
-    problem = ""
-    for start, words in NOT_TARS.items():
+    for start, problem in NOT_TARS.items():
         if rest.lstrip().startswith(start):
-            raise ValueError(words)
+            raise ValueError(problem)
     if len(rest) < tarfile.BLOCKSIZE:
         problem = "it is cut short"
     elif any(rest[: tarfile.BLOCKSIZE]):
         problem = f"it is damaged, or not a tar, at byte {position:,}"
     elif any(rest) or len(rest) > MOST_TAR_FILLING:
-        problem = (
-            f"it is damaged, or several tars in one: empty at byte {position:,}, "
-            "before its end"
-        )
-    if problem:
-        raise ValueError(f"{problem}. Download it again, and compare its checksum")
+        at = f"empty at byte {position:,}, before its end"
+        problem = f"it is damaged, or several tars in one: {at}"
+    else:
+        return
+    raise ValueError(f"{problem}. Download it again, and compare its checksum")
 
 
 # ---------------------------------------------------------------------------------
@@ -2932,7 +2933,7 @@ def _no_images(source: ImageSource, below: str = "*") -> str:
     pattern = f"{below}{IMAGE_SUFFIX}"
     if source.start is None:
         where, entries = f"{source.path}/{pattern}", _scan(source.path)
-        names = [entry.name for entry in entries if _is_visible(entry.name)]
+        names = [entry.name for entry in entries]
         images = [path for entry in entries for path in _find_left_out(entry)]
         is_loose = below != "*"
         remedy = "into a directory named after its synset" if is_loose else "one up"
@@ -2990,7 +2991,7 @@ def shortfalls(dataset: Dataset) -> list[str]:
     trained = collections.Counter(image.synset for image in dataset.training)
     validated = collections.Counter(image.synset for image in dataset.validation)
     lines += _unpaired(dataset, validated, "validation", trained, "training")
-    if 2 * len(validated) > len(trained):  # else there are few, as for a trial
+    if 3 * len(validated) >= 2 * len(trained):  # else few are there, for a trial
         lines += _unpaired(dataset, trained, "training", validated, "validation")
     if len(dataset.synsets) == IMAGENET_SYNSETS:
         lines += _short_split(trained, "training", IMAGENET_TRAINING_IMAGES, 732)

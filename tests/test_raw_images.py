@@ -156,6 +156,16 @@ def test_dangling_link_is_listed(raw: Path) -> None:
 # -------------------------------------------------------------------- the label file
 
 
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -221,12 +231,12 @@ def test_labels_are_refused_when_not_utf8(raw: Path, encoding: str) -> None:
     [
         pytest.param(Path.unlink, "No such file or directory", id="missing"),
         pytest.param(
-            lambda path: (path.unlink(), path.mkdir()),
+            make_directory,
             "not a regular file",
             id="a directory",
         ),
         pytest.param(
-            lambda path: (path.unlink(), os.mkfifo(path)),
+            make_pipe,
             "not a regular file",
             id="a pipe",
         ),
@@ -394,6 +404,17 @@ def nest(raw: Path) -> None:
         path.rename(path.parent / "images" / path.name)
 
 
+def make_tar_a_pipe(raw: Path) -> None:
+    empty(raw / "train")
+    os.mkfifo(raw / "train/n01440764.tar")
+
+
+def pack_a_png(raw: Path) -> None:
+    (raw / "train/n01440801/d.png").touch()
+    tars.TRAINING_LAYOUTS["whole_tar"](raw, raw)
+    remove(raw / "train")
+
+
 def link_train_to_nothing(raw: Path) -> None:
     remove(raw / "train")
     (raw / "train").symlink_to("/nothing/train")
@@ -488,7 +509,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "class is a file": (replace_class(Path.touch), f"{EACH} a file."),
     "class tar is a pipe": (
-        lambda raw: (empty(raw / "train"), os.mkfifo(raw / "train/n01440764.tar")),
+        make_tar_a_pipe,
         "Cannot list the tar RAW/train/n01440764.tar: not a regular file.",
     ),
     "image is a device": (
@@ -579,11 +600,7 @@ WARNINGS: dict[str, tuple[Callable[[Path], object], str]] = {
         f"2 images left out (2 *.JPEG), such as RAW/train/n01440801/more/m.JPEG: {READ}",
     ),
     "in a tar": (
-        lambda raw: (
-            add("train/n01440801/d.png")(raw),
-            tars.TRAINING_LAYOUTS["whole_tar"](raw, raw),
-            remove(raw / "train"),
-        ),
+        pack_a_png,
         f"1 image left out (1 *.png), such as RAW/ILSVRC2012_img_train.tar/d.png: {READ}",
     ),
     "unknown label": (
