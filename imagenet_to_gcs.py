@@ -1497,7 +1497,8 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
 UPLOAD_THREADS = 8  # the client's connection pool holds 10
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # in memory for each thread
 SMALL_UPLOAD_BYTES = 8 * 2**20  # up to here the client uploads in one request
-CONNECT_SECONDS = 10
+TIMEOUT = (10, 60)  # seconds to connect, and to answer
+CHUNK_TIMEOUT = (10, 300)  # and to send a chunk: at 0.02 MB/s at least
 START_SECONDS = 120  # how long to wait for a fault to pass before the first image
 UPLOAD_SECONDS = 600  # and for each request of an upload
 WARNING_SECONDS = 10
@@ -1505,6 +1506,8 @@ RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 LISTED_FIELDS = (
     "name,size,crc32c,metadata,retentionExpirationTime,temporaryHold,eventBasedHold"
 )
+
+AnyCall: TypeAlias = "Callable[..., Any]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1601,9 +1604,8 @@ class Destination:
     def _start_and_cancel(self) -> None:
         blob = self._bucket.blob(self.path.name_of(MANIFEST_FILE))
         patiently = self._patiently(START_SECONDS)
-        timeout = (CONNECT_SECONDS, 60)
-        url = blob.create_resumable_upload_session(timeout=timeout, retry=patiently)
-        patiently(self._client._http.delete)(url, timeout=timeout)
+        url = blob.create_resumable_upload_session(timeout=TIMEOUT, retry=patiently)
+        patiently(self._client._http.delete)(url, timeout=TIMEOUT)
 
     def list_objects(self) -> dict[str, Stamp]:
         """Lists the destination by base name; nothing if that is not permitted."""
@@ -1616,7 +1618,7 @@ class Destination:
                 prefix=prefix,
                 delimiter="/",
                 fields=f"items({LISTED_FIELDS}),nextPageToken",
-                timeout=(CONNECT_SECONDS, 60),
+                timeout=TIMEOUT,
                 retry=self._patiently(START_SECONDS),
             )
             try:
@@ -1648,10 +1650,8 @@ class Destination:
                     if is_final(error):
                         raise
                     check_undamaged(path, stamp)
-                    logging.warning(
-                        f"Uploading {name} again in {_duration(seconds)}: "
-                        f"{words_of(error)}."
-                    )
+                    again = f"Uploading {name} again in {_duration(seconds)}"
+                    logging.warning(f"{again}: {words_of(error)}.")
                     time.sleep(seconds)
             self._upload_once(path, stamp)
 
@@ -1660,12 +1660,13 @@ class Destination:
         blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         is_small = stamp.num_bytes <= SMALL_UPLOAD_BYTES
-        with open_regular(path) if is_small else _ChunkReader(path) as file:
+        reader: AnyCall = io.BufferedReader if is_small else _ChunkReader
+        with reader(open_regular(path)) as file:
             blob.upload_from_file(
                 file,
                 size=stamp.num_bytes,
                 content_type="application/octet-stream",
-                timeout=(CONNECT_SECONDS, 300),  # for each chunk: 0.02 MB/s at least
+                timeout=CHUNK_TIMEOUT,
                 # The service refuses other bytes than of this checksum. For small files
                 # the client computes it, for others it passes on what it is told.
                 checksum="crc32c" if is_small else None,
@@ -1687,38 +1688,28 @@ class Destination:
         """
         from google.api_core import exceptions
 
-        no_error: list[type[Exception]] = [exceptions.NotFound]
-        if not must:
-            no_error.append(exceptions.Forbidden)
+        no_error = [exceptions.NotFound, *([] if must else [exceptions.Forbidden])]
+        blob = self._bucket.blob(self.path.name_of(filename))
         with self._explained(filename), contextlib.suppress(*no_error):
-            self._bucket.blob(self.path.name_of(filename)).delete(
-                timeout=(CONNECT_SECONDS, 60), retry=self._patiently(START_SECONDS)
-            )
+            blob.delete(timeout=TIMEOUT, retry=self._patiently(START_SECONDS))
 
-    def _patiently(
-        self, seconds: float
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def _patiently(self, seconds: float) -> Callable[[AnyCall], AnyCall]:
         """Makes the `retry` of a request: it waits so long for a fault to pass."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         retry = DEFAULT_RETRY.with_predicate(may_pass).with_timeout(seconds)
         retry = retry.with_delay(initial=1, maximum=10, multiplier=2)
-
-        def patiently(request: Callable[..., Any]) -> Callable[..., Any]:
-            warn = functools.partial(self._warn, time.monotonic(), seconds)
-            return retry(request, on_error=warn)  # type: ignore[no-any-return]
-
-        return patiently
+        return lambda request: retry(
+            request, on_error=functools.partial(self._warn, time.monotonic(), seconds)
+        )
 
     def _warn(self, start: float, seconds: float, error: BaseException) -> None:
         """Says what a request waits for: after 10 s, for all threads once a minute."""
         now = time.monotonic()
         if now >= max(start + WARNING_SECONDS, self._next_warning):
             self._next_warning = now + 60
-            logging.warning(
-                f"Waiting up to {_duration(seconds)} for {self.path}: "
-                f"{words_of(error)}."
-            )
+            what = f"Waiting up to {_duration(seconds)} for {self.path}"
+            logging.warning(f"{what}: {words_of(error)}.")
 
     @contextlib.contextmanager
     def _explained(self, filename: str) -> Iterator[None]:
@@ -1739,8 +1730,8 @@ class _ChunkReader(io.BufferedReader):
     8 threads took 120 MB then, and a fifth more processor time; now they take 41 MB.
     """
 
-    def __init__(self, path: str):
-        super().__init__(open_regular(path))  # type: ignore[arg-type]
+    def __init__(self, file: io.RawIOBase):
+        super().__init__(file)
         self._chunk = memoryview(bytearray(UPLOAD_CHUNK_BYTES))
 
     def read(self, size: int | None = -1) -> Any:
@@ -3299,7 +3290,7 @@ def _open_closed_streams() -> None:
 
 CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
 
-# Patterns for `_read`, which gives the classes of an error, its status and its words.
+# Patterns for what `_read` says of an error: its classes, its status and its words.
 _LASTING = (
     r"SSLCertVerificationError|407 Proxy"  # though they look like lost connections
 )
@@ -3310,7 +3301,7 @@ _PASSING = (
 _FINAL = (
     rf"{_LASTING}|GoogleAuthError|Unauthorized|Forbidden|\bNotFound\b|"
     r"PreconditionFailed|BadRequest(?!.*CRC32C)|"  # a file can be damaged on its way
-    r"TypeError"  # of a client that does not know an argument
+    r"TypeError|Project was not passed"  # TypeError: an argument unknown to the client
 )
 _KINDS = {
     r"DefaultCredentialsError": "No credentials for",
@@ -3321,16 +3312,14 @@ _KINDS = {
 }
 _REMEDIES = {  # only where the error itself proves what is missing
     r"Invalid JWT.*timeframe": "Set the clock of this machine.",
-    r"iam\.serviceAccounts\.getAccessToken": (
-        "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
-        "account that impersonates it."
-    ),
-    r"expired or revoked|invalid_rapt|Reauthentication": (
-        "Run `gcloud auth application-default login` again."
-    ),
-    r"default credentials were not found": (
+    r"expired or revoked|Reauth": "Run `gcloud auth application-default login` again.",
+    r"credentials were not found": (
         "Run `gcloud auth application-default login`, or attach a service account to "
         "the VM."
+    ),
+    r"getAccessToken": (
+        "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
+        "account that impersonates it."
     ),
     r"SSLCertVerificationError": (
         "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
@@ -3357,12 +3346,11 @@ def may_pass(error: BaseException) -> bool:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     facts, _ = _read(error)
-    return not re.search(_LASTING, facts) and (
-        bool(re.search(_PASSING, facts))
-        or any(
-            DEFAULT_RETRY._predicate(each) or getattr(each, "retryable", False)
-            for each in _chain(error)
-        )
+    if re.search(_LASTING, facts) or re.search(_PASSING, facts):
+        return not re.search(_LASTING, facts)
+    return any(
+        DEFAULT_RETRY._predicate(each) or getattr(each, "retryable", False)
+        for each in _chain(error)
     )
 
 
@@ -3372,7 +3360,7 @@ def is_final(error: BaseException) -> bool:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says, in one line without URLs and JSON, without a final period."""
+    """What an error says, in one line without its JSON, URL and final period."""
     return _read(error)[1]
 
 
@@ -3381,10 +3369,10 @@ def explain(error: BaseException, place: str, bucket: str) -> str:
     facts, words = _read(error)
     what = next(kind for pattern, kind in _KINDS.items() if re.search(pattern, facts))
     path = os.environ.get(CREDENTIALS)
-    if path and ("GoogleAuthError" in facts or path in words):
+    if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
         words += f" ({CREDENTIALS}={path})"
     known = [line for pattern, line in _REMEDIES.items() if re.search(pattern, facts)]
-    if not is_final(error):
+    if may_pass(error) or not (known or is_final(error)):
         known = ["Rerun the same command to resume."]
     remedy = "".join(known[:1]).replace("{bucket}", bucket)
     return f"{what} {place}: {words}. {remedy}".rstrip()
@@ -3397,17 +3385,15 @@ def _read(error: BaseException) -> tuple[str, str]:
     responses = [getattr(each, "response", None) for each in chain]
     response = next((r for r in responses if r is not None), None)
     status = getattr(response, "status_code", 0)
-    message = getattr(response, "reason", "") if status >= 400 else ""
-    # The service's own words; google.auth has them in the arguments.
+    words = getattr(response, "reason", "") or _words_without_answer(chain)
+    # The service's own words; google.auth has them in the arguments of its errors.
     for text in [getattr(response, "text", ""), *(a for e in chain for a in e.args)]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             answer = (text if isinstance(text, dict) else json.loads(text))["error"]
-            status, message = answer["code"], answer["message"]
+            status, words = answer["code"], answer["message"]
             break
-    if not message:
-        words = _words_without_answer(chain)
-    else:
-        words = message if message.startswith(str(status)) else f"{status} {message}"
+    if status and not words.startswith(str(status)):
+        words = f"{status} {words}"
     words = " ".join(words.split()).rstrip(".")
     if status in (404, 410) and "upload_id=" in getattr(response, "url", ""):
         classes = {"LostUpload"}  # no bucket is missing
@@ -3415,7 +3401,7 @@ def _read(error: BaseException) -> tuple[str, str]:
 
 
 def _words_without_answer(chain: Sequence[BaseException]) -> str:
-    """What the innermost error says, and what could not be reached."""
+    """What the innermost error says, and which host could not be reached."""
     cause = chain[-1]
     text = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "")
     text = text or str(next(iter(cause.args), "")) or repr(cause)
@@ -3432,12 +3418,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those within it, outermost first: each library wraps in its way."""
     while error is not None:
         yield error
-        wrapped = (
-            getattr(error, "cause", None),  # google.api_core
-            getattr(error, "reason", None),  # urllib3
-            *error.args,  # requests, google.auth
-            error.__cause__,
-        )
+        # As google.api_core, urllib3, requests and google.auth, and `raise from` do.
+        wrapped = [getattr(error, name, None) for name in ("cause", "reason")]
+        wrapped += [*error.args, error.__cause__]
         error = next((e for e in wrapped if isinstance(e, BaseException)), None)
 
 
