@@ -182,7 +182,7 @@ def test_workers_end_with_run_and_all_ends_with_the_program(
 
 
 def test_error_of_a_worker_shows_its_traceback() -> None:
-    code = "import imagenet_to_gcs as i; i.WorkerPool(1).submit(int, 'x').result()"
+    code = "import imagenet_to_gcs as i; i.Workers(1).call(int, 'x')"
     done = run_code(code)
     assert "in a worker process:\nTraceback" in done.stderr
     assert done.lines[-1] == "ValueError: invalid literal for int() with base 10: 'x'"
@@ -190,7 +190,7 @@ def test_error_of_a_worker_shows_its_traceback() -> None:
 
 # ----------------------------------------------------------------- TensorFlow fails
 
-PIP = "Run pip install -r requirements.txt in a new virtual environment."
+PIP = "Run python3 -m pip install -r requirements.txt in a new virtual environment."
 PROTOBUF = '''"""Descriptors cannot be created directly.
 If this call came from a _pb2.py file, your generated code is out of date.
  1. Downgrade the protobuf package.
