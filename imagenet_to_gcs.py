@@ -2944,11 +2944,11 @@ _FINAL = (
     r"TypeError|Project was not passed"  # TypeError: an argument unknown to the client
 )
 _KINDS = {
-    r"DefaultCredentialsError": "No credentials for",
-    r"GoogleAuthError|Unauthorized": "Cannot log in for",
-    r"Forbidden": "Access denied to",
-    r"\bNotFound\b": "No bucket for",
-    r"": "Cloud Storage failed at",
+    r"DefaultCredentialsError": "No credentials for {}",
+    r"GoogleAuthError|Unauthorized": "Cannot log in for {}",
+    r"Forbidden": "Access to {} is denied",
+    r"\bNotFound\b": "No bucket for {}",
+    r"": "Cloud Storage failed at {}",
 }
 _REMEDIES = {  # only where the error itself proves what is missing
     r"Invalid JWT.*timeframe": "Set the clock of this machine.",
@@ -3015,7 +3015,7 @@ def explain(error: BaseException, place: str, bucket: str) -> str:
     if may_pass(error) or not (known or is_final(error)):
         known = ["Rerun the same command to resume."]
     remedy = "".join(known[:1]).replace("{bucket}", bucket)
-    return f"{what} {place}: {words}. {remedy}".rstrip()
+    return f"{what.format(place)}: {words}. {remedy}".rstrip()
 
 
 def _read(error: BaseException) -> tuple[str, str]:
