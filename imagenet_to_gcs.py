@@ -2961,6 +2961,7 @@ _REMEDIES = {  # only where the error itself proves what is missing
         "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
         "account that impersonates it."
     ),
+    r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
     r"SSLCertVerificationError": (
         "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
         "the file of its certificate."
