@@ -3304,11 +3304,11 @@ _FINAL = (
     r"TypeError|Project was not passed"  # TypeError: an argument unknown to the client
 )
 _KINDS = {
-    r"DefaultCredentialsError": "No credentials for",
-    r"GoogleAuthError|Unauthorized": "Cannot log in for",
-    r"Forbidden": "Access denied to",
-    r"\bNotFound\b": "No bucket for",
-    r"": "Cloud Storage failed at",
+    r"DefaultCredentialsError": "No credentials for {}",
+    r"GoogleAuthError|Unauthorized": "Cannot log in for {}",
+    r"Forbidden": "Access to {} is denied",
+    r"\bNotFound\b": "No bucket for {}",
+    r"": "Cloud Storage failed at {}",
 }
 _REMEDIES = {  # only where the error itself proves what is missing
     r"Invalid JWT.*timeframe": "Set the clock of this machine.",
@@ -3321,6 +3321,7 @@ _REMEDIES = {  # only where the error itself proves what is missing
         "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
         "account that impersonates it."
     ),
+    r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
     r"SSLCertVerificationError": (
         "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
         "the file of its certificate."
@@ -3375,7 +3376,7 @@ def explain(error: BaseException, place: str, bucket: str) -> str:
     if may_pass(error) or not (known or is_final(error)):
         known = ["Rerun the same command to resume."]
     remedy = "".join(known[:1]).replace("{bucket}", bucket)
-    return f"{what} {place}: {words}. {remedy}".rstrip()
+    return f"{what.format(place)}: {words}. {remedy}".rstrip()
 
 
 def _read(error: BaseException) -> tuple[str, str]:

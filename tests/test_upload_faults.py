@@ -144,7 +144,7 @@ def test_upload_survives_a_slow_link(data: Data, emulator: Emulator) -> None:
             Status(403, "No a.b.delete access."),
             "chunk",
             LARGE,
-            "Access denied to {}: 403 No a.b.delete access.",
+            "Access to {} is denied: 403 No a.b.delete access.",
         ),
         (
             Status(404, "The specified bucket does not exist."),
