@@ -41,12 +41,6 @@ def no_tables(path: Path) -> str:
     return "decode {}: Quantization table 0x00 was not defined"
 
 
-def directory(path: Path) -> str:
-    path.unlink()
-    path.mkdir()
-    return "read {}: not a regular file"
-
-
 def dangling_link(path: Path) -> str:
     path.unlink()
     path.symlink_to("nowhere")
@@ -62,15 +56,12 @@ DAMAGE: list[Callable[[Path], str]] = [
     truncated,
     empty,
     no_tables,
-    directory,
     dangling_link,
     unreadable,
 ]
 
 
 def restore(path: Path, good: Path) -> None:
-    if path.is_dir():
-        path.rmdir()
     path.unlink(missing_ok=True)
     shutil.copy2(good, path)
 
@@ -84,7 +75,7 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
     scratch = tmp_path / "scratch"
     plan = contract.expected_shards(raw, 40, 10)
     names = list(plan)
-    bad_shards = [*names[3:7], *names[41:42]]
+    bad_shards = [*names[3:6], *names[41:42]]
     victims = [Path(plan[name][0].path) for name in bad_shards]
     victims.append(Path(plan[names[3]][1].path))
     expected = [
@@ -110,12 +101,12 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
         restore(path, good / path.relative_to(raw))
     done = run_command(*flags, env=emulator.environment)
     assert done.status == 0, done.stderr
-    assert any("45 of 50 shards are up to date" in line for line in done.lines)
+    assert any("46 of 50 shards are up to date" in line for line in done.lines)
     after = identities(scratch)
     assert {name for name in after if after[name] != before.get(name)} == set(
         bad_shards
     )
-    assert sorted(uploads(emulator)[45:-1]) == sorted(bad_shards)
+    assert sorted(uploads(emulator)[46:-1]) == sorted(bad_shards)
     assert uploads(emulator)[-1] == "manifest.json"
     contract.assert_shards(contents(scratch), raw, 40, 10)
 
@@ -162,9 +153,9 @@ def test_image_is_named_when_it_changes_during_the_run(
 
 
 def test_image_is_named_whatever_it_fails_with(raw: Path, tmp_path: Path) -> None:
-    """There is no memory to read one of 4 GB, most of them a hole."""
+    """There is no memory to read one of 2 GB, most of it a hole."""
     path = min(raw.glob("train/*/*.JPEG"))
-    os.truncate(path, 4_000_000_000)
+    os.truncate(path, 2_000_000_000)
     code = """if True:
         import resource, sys
         import imagenet_to_gcs as script
