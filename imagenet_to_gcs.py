@@ -1152,7 +1152,7 @@ def read_stamp(path: str) -> Stamp | None:
     """Reads the stamp of a shard, even of one that was removed; None if unreadable."""
     try:
         return Stamp(**json.loads(read_text(_stamp_path(path))))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
@@ -1381,36 +1381,31 @@ class Progress:
         return max(seconds, 1e-3), int(images), int(num_bytes), int(uploads)
 
 
-def write_and_upload(
-    work: Work,
-    scratch_dir: str,
-    num_workers: int,
-    destination: Destination | None,
-    keep_local_shards: bool,
-    progress: Progress,
-) -> None:
+def write_and_upload(job: Job, progress: Progress) -> None:
     """Takes each shard its whole way, each in a thread of its own.
 
     There are `num_workers` + 16 threads, so no more shards than that are begun and not
     yet uploaded, however slow the network is.
 
     Args:
-      destination: Where to upload to; None to write the shards only.
       progress: Counts, and keeps what was done.
 
     Raises:
-      RunError, OSError, BrokenProcessPool: The first failure but for bad images;
-        whatever has not begun is cancelled.
+      RunError, OSError: The first failure but for bad images; whatever has not begun
+        is cancelled.
     """
+    options, destination = job.options, job.destination
     uploads = threading.Semaphore(PARALLEL_UPLOADS)
     stopping = threading.Event()
+    workers = Workers(options.workers)
 
     def take(shard: Shard, stamp: Stamp | None) -> None:
-        path = shard_path(shard, scratch_dir)
+        path = shard_path(shard, options.scratch_dir)
         if stamp:
             check_undamaged(path, stamp)
         else:
-            stamp = write_shard(shard, scratch_dir, in_worker, keep_local_shards)
+            write, durable = workers.calling(write_records), options.keep_local_shards
+            stamp = write_shard(shard, options.scratch_dir, write, durable)
             progress.wrote(shard.name, stamp)
         if destination:
             with uploads:
@@ -1418,15 +1413,11 @@ def write_and_upload(
                     return
                 destination.upload(path, stamp)
             progress.uploaded[shard.name] = stamp
-            if not keep_local_shards:
+            if not options.keep_local_shards:
                 os.unlink(path)
 
-    def in_worker(shard: Shard, temporary_path: str) -> Any:
-        return workers.call(write_records, shard, temporary_path)
-
-    tasks = _in_turns([(shard, None) for shard in work.to_write], work.to_upload)
-    threads = concurrent.futures.ThreadPoolExecutor(num_workers + WAITING_SHARDS)
-    workers = Workers(num_workers)
+    tasks = _in_turns([(s, None) for s in job.work.to_write], job.work.to_upload)
+    threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
     with _closing(threads, stopping):
         futures = [threads.submit(take, *task) for task in tasks]
         for future in concurrent.futures.as_completed(futures):
@@ -2049,7 +2040,11 @@ def carry_out(job: Job) -> None:
         _remove_manifest(job, MANIFEST_FILE in (job.objects or ()))
     if not job.options.keep_local_shards:
         _remove_uploaded(job)
-    progress = _write_and_upload(job)
+    progress = Progress(job.work, is_uploading=bool(job.destination))
+    if not job.work.is_done:
+        with reporting(progress.line):
+            write_and_upload(job, progress)
+        _log_done(job, progress)
     if progress.bad_images:
         logging.info(
             f"{_count(len(progress.bad_images), 'image')} cannot be used, and their "
@@ -2070,23 +2065,6 @@ def carry_out(job: Job) -> None:
     else:
         _write_manifest(job, stamps)
         _log_complete(job, stamps)
-
-
-def _write_and_upload(job: Job) -> Progress:
-    options, work = job.options, job.work
-    progress = Progress(work, is_uploading=bool(job.destination))
-    if not work.is_done:
-        with reporting(progress.line):
-            write_and_upload(
-                work,
-                options.scratch_dir,
-                options.workers,
-                job.destination,
-                options.keep_local_shards,
-                progress,
-            )
-    _log_done(job, progress)
-    return progress
 
 
 def _log_done(job: Job, progress: Progress) -> None:
@@ -2363,13 +2341,17 @@ class Options:
         flag = f"--local_scratch_dir={self.local_scratch_dir or scratch}"
         place = nearest_directory(scratch)
         fault = _directory_fault(self.local_scratch_dir or "", str(place))
-        writable = os.access(place, os.W_OK | os.X_OK)
+        writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         own = [
             os.path.join(self.raw_dir, TRAINING_DIRECTORY, ""),
             os.path.join(self.raw_dir, VALIDATION_DIRECTORY, ""),
         ]
         within = os.path.join(os.path.realpath(scratch), "")
-        yield not fault, f"{flag} must be a local directory, but {fault}."
+        is_given = self.local_scratch_dir or os.path.isdir(self.raw_dir)
+        yield (
+            not fault or not is_given,
+            f"{flag} must be a local directory, but {fault}.",
+        )
         yield fault or writable, f"{flag} must be writable, but {place} is not."
         yield (
             os.path.realpath(scratch) != os.path.realpath(self.raw_dir)
@@ -2452,8 +2434,6 @@ def run(
 ) -> None:
     """Writes the shards that are missing, and uploads those that the bucket lacks.
 
-    Call it under `if __name__ == "__main__":`, like everything that starts processes.
-
     Args:
       raw_data_dir: Holds `train/`, `validation/` and `synset_labels.txt`.
       gcs_upload: Whether to upload, which takes a project and an output path.
@@ -2479,18 +2459,14 @@ def run(
             **options,
         )
         with _locked(checked):
-            _run(checked)
-
-
-def _run(options: Options) -> None:
-    if not options.dry_run:
-        start_forkserver()  # imports TensorFlow while the raw directory is listed
-    if options.makes_fake:
-        make_fake_imagenet(options)
-    job = plan_job(options)
-    log_intent(job)
-    if not options.dry_run:
-        carry_out(job)
+            if not checked.dry_run:
+                start_forkserver()  # imports TensorFlow while images are listed
+            if checked.makes_fake:
+                make_fake_imagenet(checked)
+            job = plan_job(checked)
+            log_intent(job)
+            if not checked.dry_run:
+                carry_out(job)
 
 
 @contextlib.contextmanager
@@ -2506,6 +2482,7 @@ def _locked(options: Options) -> Iterator[None]:
         yield
         return
     scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
+    is_new = not scratch_dir.exists()
     scratch_dir.mkdir(parents=True, exist_ok=True)
     path = scratch_dir / f".lock-{options.task}-of-{count}"
     with _lock_file(path):
@@ -2515,10 +2492,11 @@ def _locked(options: Options) -> Iterator[None]:
                     pass
         try:
             yield
-        except InvalidInputError:  # leave nothing where nothing was done
-            path.unlink()
-            with contextlib.suppress(OSError):  # there are shards
-                scratch_dir.rmdir()
+        except InvalidInputError:
+            if is_new:  # leave nothing where nothing was done
+                path.unlink()
+                with contextlib.suppress(OSError):  # there are shards
+                    scratch_dir.rmdir()
             raise
 
 
@@ -2575,14 +2553,16 @@ def upload_to_gcs(
             os.path.basename(p): p for p in [*training_records, *validation_records]
         }
         stamps = {name: measure(path) for name, path in paths.items()}
+        destination.check_access()
         missing = _differing(destination.list_objects(), stamps)
-        with concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS) as threads:
-            uploads = [
-                threads.submit(destination.upload, paths[name], stamps[name])
-                for name in missing
-            ]
-        for upload in uploads:
-            upload.result()
+        threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
+        with _closing(threads):
+            for _ in threads.map(
+                destination.upload,
+                [paths[name] for name in missing],
+                [stamps[name] for name in missing],
+            ):
+                pass
         check_uploaded(destination, stamps)
 
 
@@ -3088,13 +3068,17 @@ class Workers:
         for _ in range(num_workers):
             self._idle.put(Worker(forkserver))
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function in the next process that is idle."""
-        worker = self._idle.get()
-        try:
-            return worker.call(functools.partial(function, *arguments))
-        finally:
-            self._idle.put(worker)
+    def calling(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Makes a function that is called in the next process that is idle."""
+
+        def call(*arguments: Any) -> Any:
+            worker = self._idle.get()
+            try:
+                return worker.call(functools.partial(function, *arguments))
+            finally:
+                self._idle.put(worker)
+
+        return call
 
 
 class Worker:
@@ -3478,7 +3462,7 @@ def _fake_paths(root: pathlib.Path, synsets: Sequence[str]) -> Iterator[pathlib.
 
 
 def _draw_all(paths: Sequence[pathlib.Path], num_workers: int) -> None:
-    draw = functools.partial(Workers(num_workers).call, draw_fake_image)
+    draw = Workers(num_workers).calling(draw_fake_image)
     threads = concurrent.futures.ThreadPoolExecutor(num_workers)
     number = 0
     say = lambda: f"Generated {number:,} of {len(paths):,} fake images."
