@@ -2620,10 +2620,14 @@ class LiveLine:
 
     def draw(self, text: str) -> None:
         """Draws the line, cut to the width of the terminal; clears it if empty."""
-        if self.is_on:
-            width = shutil.get_terminal_size().columns - 1
-            with contextlib.suppress(OSError):  # the terminal is gone
-                print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+        if not self.is_on:
+            return
+        width = shutil.get_terminal_size().columns - 1
+        handler = logging.get_absl_handler().python_handler
+        handler.acquire()  # not while another thread is at a line of the log
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+        handler.release()
 
 
 live_line = LiveLine()

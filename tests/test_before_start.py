@@ -74,7 +74,7 @@ def test_scratch_is_refused_when_it_has_no_room(raw: Path) -> None:
     assert done.errors == [
         (
             f"--local_scratch_dir={raw}/tf_records must have room for 2.0 GB of "
-            "shards; its disk has 4.1 MB free. Make room, or choose another disk."
+            "shards; its disk has 4.1 MB free. Make room or choose another disk."
         )
     ]
 
@@ -165,10 +165,8 @@ def test_all_is_uploaded_when_listing_is_denied(raw: Path, emulator: Emulator) -
         flags = [f"--raw_data_dir={raw}", *UPLOAD, *SHARDS]
         done = run_command(*flags, env=emulator.environment)
         assert (done.status, done.errors) == (0, [])
-        warnings = [line for line in done.lines if line.startswith("WARNING: ")]
-        assert len(warnings) == 2
-        assert all("Cannot list gs://bucket/imagenet" in line for line in warnings)
-        assert "storage.objects.list" in warnings[0]
+        [warning] = [line for line in done.lines if line.startswith("WARNING: C")]
+        assert "Cannot list gs://bucket/imagenet (storage.objects.list" in warning
         uploaded = uploads(emulator)[num_before:]
         assert len(uploaded) == 7
         assert uploaded[-1] == "manifest.json"

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,10 +39,10 @@ def local(raw: Path, scratch: Path) -> list[str]:
     return [*directories(raw, scratch), "--nogcs_upload", *FEW]
 
 
-def assert_cannot_write(done: Finished, path: Path, reason: str) -> None:
+def assert_cannot_write(done: Finished, path: str | Path, reason: str) -> None:
     assert done.status == 1
     [error] = done.errors
-    assert error.startswith(f"Cannot write {path}: {reason}")
+    assert re.match(f"Cannot write {path}: {reason}", error)
     assert done.lines[-1] == f"ERROR: {error}"
 
 
@@ -72,11 +73,10 @@ def test_finished_shards_are_kept_when_disk_fills_up(
             with other.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, 20_480_000 - free)
             done = run.finish()
-        index = free // 3_000_000
-        path = scratch / "train" / f"train-{index:05}-of-00004"
+        path = r".*/train-0000\d-of-00004"
         assert_cannot_write(done, path, "No space left on device")
         training = {n for n in finished_shards(scratch) if n.startswith("train-")}
-        assert training == {f"train-{i:05}-of-00004" for i in range(index)}
+        assert len(training) <= free // 3_000_000
         assert contents(scratch).keys() == finished_shards(scratch)
         other.unlink()
         assert_finishes(raw, scratch)
@@ -131,7 +131,7 @@ def test_room_is_needed_only_for_what_is_left(raw: Path, tmp_path: Path) -> None
         assert f"--local_scratch_dir={disk}" in error
         assert "5.0 MB" in error
         assert "4.1 MB" in error
-        assert [path for path in disk.rglob("*") if "-of-" in path.name] == []
+        assert [path.name for path in disk.rglob("*")] == [".lock-0-of-1"]
         for path in raw.glob("validation/*.JPEG"):
             os.truncate(path, path.stat().st_size - 250_000)
         os.truncate(next(raw.glob("train/*/*_1.JPEG")), 20_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_closing_check_finds_what_the_answer_hid(
     assert done.errors == [
         (
             "All 5 objects in gs://bucket/imagenet must be as written; found 1 "
-            f"missing or different: {name}. Run the same command again: it uploads "
+            f"missing or different: {name}. Rerun the same command to upload "
             "them again."
         )
     ]
@@ -255,25 +256,28 @@ def test_object_that_stays_wrong_is_never_called_done(
 
 
 @pytest.mark.parametrize("name", [SMALL, LARGE])
-def test_damaged_shard_is_written_anew_when_its_size_is_the_same(
+def test_damaged_shard_never_reaches_the_bucket_when_it_looks_as_it_was(
     data: Data, tmp_path: Path, emulator: Emulator, name: str
 ) -> None:
-    """The first run finds it once its upload has failed; the second one ends well."""
+    """Of the same size and time; the next run writes it again."""
     scratch = tmp_path / "scratch"
     shutil.copytree(data.scratch, scratch)
     path = scratch / "train" / name
+    status = path.stat()
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     path.write_bytes(damaged)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     done = run_code(IMPATIENT, *data.flags(scratch), env=emulator.environment)
     assert done.status == 1
-    [error] = done.errors
-    assert error == (
-        f"{path} has changed since it was written. Rerun the same command: it writes "
-        "the file again."
-    )
+    assert done.errors == [
+        (
+            f"{path} must be as it was written, but its bytes have changed. Rerun the same "
+            "command: it writes this shard again."
+        )
+    ]
     assert not is_done(done)
-    assert "imagenet/manifest.json" not in emulator.objects()
+    assert not {f"imagenet/{name}", "imagenet/manifest.json"} & set(emulator.objects())
     done = run_command(*data.flags(scratch), env=emulator.environment)
     assert done.status == 0, done.stderr
     assert stored(emulator) == contents(scratch) == contents(data.scratch)
