@@ -1094,8 +1094,6 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
       BadImagesError: All bad images of the shard.
       OSError: The disk cannot hold it.
     """
-    import tensorflow  # noqa: F401  # if that fails, no image is to blame
-
     problems: list[str] = []
     num_repaired = 0
     with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
@@ -2622,10 +2620,10 @@ class LiveLine:
         """Draws the line, cut to the width of the terminal; clears it if empty."""
         if not self.is_on:
             return
-        width = shutil.get_terminal_size().columns - 1
         handler = logging.get_absl_handler().python_handler
         handler.acquire()  # not while another thread is at a line of the log
         with contextlib.suppress(OSError):  # the terminal is gone
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
             print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
         handler.release()
 

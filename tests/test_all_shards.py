@@ -114,11 +114,13 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
             rf"\({sizes['shards']:.1f} KB\) in {scratch}\."
         ),
     ]
-    for line, pattern in zip(finished.lines, expected, strict=True):
+    # On a slow machine also a line of progress, every 10 seconds.
+    lines = [line for line in finished.lines if not re.match(r"\d+ of 12", line)]
+    for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
     assert finished.stdout == ""
     for line in finished.stderr.splitlines():
-        assert re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d [A-Z]", line)
+        assert re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d [A-Z\d]", line)
         assert line.isprintable()
 
 
