@@ -96,7 +96,14 @@ import urllib.parse
 import warnings
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    NamedTuple,
+    NoReturn,
+    TypeAlias,
+)
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("imagenet_to_gcs.py needs Python 3.10 or newer.")
@@ -229,10 +236,7 @@ VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
-# The size of ImageNet-1k (ILSVRC 2012), https://image-net.org/challenges/LSVRC/2012
-IMAGENET_SYNSETS = 1000
-IMAGENET_TRAINING_IMAGES = 1_281_167
-IMAGENET_VALIDATION_IMAGES = 50_000
+TarVersion: TypeAlias = tuple[int, int, int]
 
 
 class RawImage(NamedTuple):
@@ -252,7 +256,7 @@ class RawImage(NamedTuple):
     synset: str
     label: int
     num_bytes: int
-    version: int | tuple[int, int, int]
+    version: int | TarVersion
     offset: int | None = None
 
     @property
@@ -260,11 +264,17 @@ class RawImage(NamedTuple):
         return os.path.join(self.source, self.filename)
 
 
-class Listing(NamedTuple):
-    """The images in one place, by name, and the paths of those that are left out."""
+def file_version(status: os.stat_result) -> int:
+    """Tells a file from a later one of the same name and size: microseconds.
 
-    images: list[RawImage]
-    left_out: list[str]
+    An int of nanoseconds would take 16 bytes more, 1.3 million times.
+    """
+    return status.st_mtime_ns // 1000
+
+
+def tar_version(status: os.stat_result) -> TarVersion:
+    """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -276,26 +286,37 @@ class ImageSource:
       synset: Class of all its images; empty if they are of many classes.
       start: Where the tar begins in the file, in bytes; None for a directory.
       end: Where it ends; None for the end of the file.
+      version: Of the tar that holds it, when it was found there.
     """
 
     path: str
     synset: str = ""
     start: int | None = None
     end: int | None = None
+    version: TarVersion | None = None
 
-    def list(self, label: int = 0) -> Listing:
-        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac)."""
-        is_tar = self.start is not None
-        listing = self._list_tar(label) if is_tar else self._list_directory(label)
-        listing.images.sort(key=_filename_in_bytes)
-        return listing
+    @property
+    def place(self) -> str:
+        return f"{self.path}/{self.synset}.tar" if self.end else self.path
 
-    def _list_directory(self, label: int) -> Listing:
-        images, left_out = Listing([], [])
+    @property
+    def depth(self) -> int:
+        """How packed it is: 0 for a directory, 1 for a tar, 2 for a tar in a tar."""
+        return (self.start is not None) + (self.end is not None)
+
+    def list_images(self, left_out: list[str], label: int = 0) -> list[RawImage]:
+        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
+
+        Paths of other images are added to `left_out`.
+        """
+        find = self._find_in_tar if self.depth else self._find_in_directory
+        return sorted(find(left_out, label), key=_filename_in_bytes)
+
+    def _find_in_directory(self, left_out: list[str], label: int) -> Iterator[RawImage]:
         source, synset = self.path, self.synset
         for entry in _scan(source):
             name = entry.name
-            if not _is_image_name(name):
+            if not name.endswith(IMAGE_SUFFIX) or name[0] == ".":
                 left_out += _find_left_out(entry)
                 continue
             try:
@@ -303,56 +324,30 @@ class ImageSource:
                 size, version = status.st_size, file_version(status)
                 if size > MOST_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
                     raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
-            except OSError:  # a dangling link: `shortfalls` counts it as empty
+            except OSError:  # a dangling link: `warnings_about` counts it as empty
                 size = version = 0
-            images.append(RawImage(source, name, synset, label, size, version))
-        return Listing(images, left_out)
+            yield RawImage(source, name, synset, label, size, version)
 
-    def _list_tar(self, label: int) -> Listing:
-        images: dict[str, RawImage] = {}
-        left_out: list[str] = []
-        source, synset = self.path, self.synset
+    def _find_in_tar(self, left_out: list[str], label: int) -> Iterator[RawImage]:
         version, members = list_tar(self)
+        seen: set[str] = set()
         for path, file in members.items():
-            name = os.path.basename(path)
-            if not _is_image_name(name):
-                if _looks_like_image(name):
-                    left_out.append(f"{source}/{path}")
+            name, size, offset = os.path.basename(path), file.size, file.offset_data
+            if not name.endswith(IMAGE_SUFFIX) or name[0] == ".":
+                left_out += [f"{self.path}/{path}"] * _looks_like_image(name)
                 continue
-            if name in images:
-                problem = f"must have different names; two in {source} are {name}."
+            if size > MOST_IMAGE_BYTES:
+                raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
+            if name in seen:
+                problem = f"must have different names; two in {self.path} are {name}."
                 raise InvalidInputError(f"Images of a class {problem}")
-            if file.size > MOST_IMAGE_BYTES:
-                raise InvalidInputError(f"{NOT_AN_IMAGE} {source}/{path} is not.")
-            images[name] = RawImage(
-                source, name, synset, label, file.size, version, file.offset_data
-            )
-        return Listing([*images.values()], left_out)
-
-
-def file_version(status: os.stat_result) -> int:
-    """Tells a file from a later one of the same name and size: microseconds.
-
-    An int of nanoseconds would take 16 bytes more, 1.3 million times.
-    """
-    return status.st_mtime_ns // 1000
-
-
-def tar_version(status: os.stat_result) -> tuple[int, int, int]:
-    """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
+            seen.add(name)
+            yield RawImage(self.path, name, self.synset, label, size, version, offset)
 
 
 def _filename_in_bytes(image: RawImage) -> bytes:
     """Orders by name, alike in all locales; faster than `os.fsencode`."""
     return image.filename.encode(sys.getfilesystemencoding(), "surrogateescape")
-
-
-def _is_image_name(filename: str) -> bool:
-    return filename.endswith(IMAGE_SUFFIX) and not filename.startswith(".")
-
-
-Classes: TypeAlias = dict[str, ImageSource]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,14 +357,12 @@ class Dataset:
     Attributes:
       synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
         read the shards keep 0 for "background".
-      layout: Where the images of each split are, in words.
-      left_out: Paths of images that are not read; see `shortfalls`.
+      left_out: Paths of images that are not read; see `warnings_about`.
     """
 
     synsets: tuple[str, ...]
-    training: list[RawImage]
-    validation: list[RawImage]
-    layout: str
+    training: Sequence[RawImage]
+    validation: Sequence[RawImage]
     left_out: Sequence[str] = ()
 
     @property
@@ -380,8 +373,22 @@ class Dataset:
     def num_bytes(self) -> int:
         return sum(image.num_bytes for image in self.images)
 
+    @property
+    def layout(self) -> str:
+        training, validation = map(_layout, (self.training, self.validation))
+        return f"training images in {training}, validation images in {validation}"
 
-EMPTY_DATASET = Dataset((), [], [], "")
+
+EMPTY_DATASET = Dataset((), (), ())
+
+
+def _layout(images: Sequence[RawImage]) -> str:
+    """Says where images are: 'a directory', '60 directories', 'a tar'."""
+    names = (
+        ("directory", "directories") if images[0].offset is None else ("tar", "tars")
+    )
+    num_sources = len({image.source for image in images})
+    return f"a {names[0]}" if num_sources == 1 else f"{num_sources:,} {names[1]}"
 
 
 def read_dataset(raw_data_dir: str) -> Dataset:
@@ -391,39 +398,26 @@ def read_dataset(raw_data_dir: str) -> Dataset:
       InvalidInputError: The directory does not hold a data set; lists all problems.
     """
     problems: list[str] = []
-    classes: list[ImageSource] = []
     left_out: list[str] = []
-    training, validation = Listing([], []), Listing([], [])
+    classes: list[ImageSource] = []
+    training: list[RawImage] = []
+    validation: list[RawImage] = []
     with _no_garbage_collection():
         with _collecting(problems):
-            classes, left_out = find_classes(raw_data_dir)
+            classes = find_classes(raw_data_dir, left_out)
         with _collecting(problems):
-            validation = list_validation(raw_data_dir)
+            validation = list_validation(raw_data_dir, left_out)
         trained = {class_.synset for class_ in classes}
-        validated = {image.synset for image in validation.images}
+        validated = {image.synset for image in validation}
         problems += _foreign_classes(trained, validated)
         synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
         with _collecting(problems):
-            training = _list_training(classes, label_of)
+            training = list_training(classes, label_of, left_out)
     if problems:
         raise InvalidInputError(*problems)
-    labelled = [i._replace(label=label_of[i.synset]) for i in validation.images]
-    layout = (
-        f"training images in {_layout(training.images)}, "
-        f"validation images in {_layout(labelled)}"
-    )
-    left_out += training.left_out + validation.left_out
-    return Dataset(synsets, training.images, labelled, layout, left_out)
-
-
-def _layout(images: Sequence[RawImage]) -> str:
-    """Says where images are: 'a directory', '60 directories', 'a tar'."""
-    one, many = (
-        ("directory", "directories") if images[0].offset is None else ("tar", "tars")
-    )
-    num_sources = len({image.source for image in images})
-    return f"a {one}" if num_sources == 1 else f"{num_sources:,} {many}"
+    validation = [i._replace(label=label_of[i.synset]) for i in validation]
+    return Dataset(synsets, training, validation, sorted(left_out))
 
 
 @contextlib.contextmanager
@@ -441,110 +435,96 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def find_classes(raw_data_dir: str) -> tuple[list[ImageSource], list[str]]:
-    """Finds the source of each class, in the order of their paths, and loose images.
+def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
+    """Finds the source of each class, in the order of their paths.
 
     Takes the first of these that exists: directories `train/<synset>`, tars
     `train/<synset>.tar`, a tar of such tars, `ILSVRC2012_img_train.tar`.
     """
     training_dir = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
-    whole_tar = _find_tar(training_dir, TRAINING_TAR)
-    has_directory = os.path.isdir(training_dir) or not whole_tar
-    found = _scan_classes(training_dir) if has_directory else ({}, {}, [])
-    directories, tars, loose = found
-    packed, packed_loose = _classes_in_tar(whole_tar) if whole_tar else ({}, [])
-    _check_extracted(training_dir, directories, tars)
-    classes = directories or tars
-    # Compared by name only: the images are 1.3 million.
-    absent = {synset: c for synset, c in packed.items() if synset not in classes}
-    _check_extracted(whole_tar or "", classes, absent)
-    if not (classes or packed):
-        source = ImageSource(whole_tar, start=0) if whole_tar else None
-        raise InvalidInputError(_no_images(source or ImageSource(training_dir), "*/*"))
-    if not classes:
-        loose += packed_loose
-    order = sorted((classes or packed).items(), key=lambda c: os.fsencode(c[0] + "/"))
-    return [source for _, source in order], loose
+    tar = _find_tar(training_dir, TRAINING_TAR)
+    found: list[ImageSource] = []
+    if os.path.isdir(training_dir) or not tar:
+        found = _scan_classes(training_dir, left_out)
+    if tar:
+        found += _classes_in_tar(tar, [] if found else left_out)
+    if not found:
+        raise InvalidInputError(_no_images(tar or ImageSource(training_dir), "*/*"))
+    depth = min(source.depth for source in found)
+    classes = {source.synset: source for source in found if source.depth == depth}
+    left = [s.place for s in found if not _is_extracted(s, classes.get(s.synset))]
+    if left:
+        raise InvalidInputError(
+            "Class tars must all be extracted, or none; these are not, or only in part: "
+            f"{_some(sorted(left))}. Extract these too."
+        )
+    return sorted(classes.values(), key=lambda c: os.fsencode(c.synset + "/"))
 
 
-def _find_tar(split_dir: str, filename: str) -> str | None:
+def _find_tar(split_dir: str, filename: str) -> ImageSource | None:
     """Finds the tar of a split, beside its directory or in it."""
-    raw_data_dir = os.path.dirname(split_dir)
-    paths = [os.path.join(place, filename) for place in (raw_data_dir, split_dir)]
-    return next(filter(os.path.exists, paths), None)
+    places = os.path.dirname(split_dir), split_dir
+    paths = filter(os.path.exists, (os.path.join(p, filename) for p in places))
+    return next((ImageSource(path, start=0) for path in paths), None)
 
 
-def _scan_classes(split_dir: str) -> tuple[Classes, Classes, list[str]]:
-    """Finds class directories, class tars and loose images."""
-    directories: Classes = {}
-    tars: Classes = {}
-    loose: list[str] = []
+def _scan_classes(split_dir: str, left_out: list[str]) -> list[ImageSource]:
+    """Finds class directories and class tars."""
+    found = []
     for entry in filter(lambda entry: _is_visible(entry.name), _scan(split_dir)):
         name, path = entry.name, entry.path
         if os.path.isdir(path):
-            directories[name] = ImageSource(path, name)
+            found.append(ImageSource(path, name))
         elif name.endswith(".tar"):
             if not name.startswith("ILSVRC"):  # a whole split, or another task's
-                synset = name.removesuffix(".tar")
-                tars[synset] = ImageSource(path, synset, start=0)
+                found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
         elif _looks_like_image(name):
-            loose.append(path)
+            left_out.append(path)
         elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
-            raise InvalidInputError(
-                f"Each class must be a directory or a tar; {path} is "
-                + ("a file." if os.path.exists(path) else "a broken link.")
-            )
-    return directories, tars, loose
+            kind = "a file" if os.path.exists(path) else "a broken link"
+            problem = f"Each class must be a directory or a tar; {path} is {kind}."
+            raise InvalidInputError(problem)
+    return found
 
 
-def _classes_in_tar(tar_path: str) -> tuple[Classes, list[str]]:
-    classes: Classes = {}
-    loose: list[str] = []
-    for path, file in list_tar(ImageSource(tar_path, start=0))[1].items():
-        name, start = os.path.basename(path), file.offset_data
-        if name.endswith(".tar") and _is_visible(name):
-            synset = name.removesuffix(".tar")
-            classes[synset] = ImageSource(tar_path, synset, start, start + file.size)
-        elif _looks_like_image(name):
-            loose.append(f"{tar_path}/{path}")
-    return classes, loose
+def _classes_in_tar(tar: ImageSource, left_out: list[str]) -> list[ImageSource]:
+    version, members = list_tar(tar)
+    found = []
+    for path, file in members.items():
+        synset, suffix = os.path.splitext(os.path.basename(path))
+        if suffix == ".tar" and _is_visible(path):
+            start, end = file.offset_data, file.offset_data + file.size
+            found.append(ImageSource(tar.path, synset, start, end, version))
+        elif _looks_like_image(path):
+            left_out.append(f"{tar.path}/{path}")
+    return found
 
 
-def _check_extracted(place: str, classes: Classes, packed: Classes) -> None:
-    """Refuses an extraction that stopped half way."""
-    if not classes:
-        return
-    left = [synset for synset in sorted(packed) if synset not in classes]
-    for synset in sorted(packed.keys() & classes.keys()):
-        images = {image.filename for image in packed[synset].list().images}
-        if images - {image.filename for image in classes[synset].list().images}:
-            left.append(synset)
-    if left:
-        raise InvalidInputError(
-            f"All classes in {place} must be extracted, or none; found "
-            f"{_count(len(left), 'class')} whose images are not all in directories: "
-            f"{_some(left)}. Extract these too."
-        )
+def _is_extracted(tar: ImageSource, extracted: ImageSource | None) -> bool:
+    """Compares the images, but not of the training tar: these are 1.3 million."""
+    if not extracted or tar.depth in (2, extracted.depth):
+        return bool(extracted)
+    packed, found = ({i.filename for i in s.list_images([])} for s in (tar, extracted))
+    return packed <= found
 
 
-def _list_training(
-    classes: Sequence[ImageSource], label_of: Mapping[str, int]
-) -> Listing:
+def list_training(
+    classes: Sequence[ImageSource], label_of: Mapping[str, int], left_out: list[str]
+) -> list[RawImage]:
     """Lists the images of all classes, sorted by path."""
-    listing = Listing([], [])
+    images: list[RawImage] = []
     empty: list[ImageSource] = []
     problems: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
-        listings = [threads.submit(c.list, label_of[c.synset]) for c in classes]
-    for class_, listed in zip(classes, listings, strict=True):
+        found = [
+            threads.submit(c.list_images, left_out, label_of[c.synset]) for c in classes
+        ]
+    for class_, listed in zip(classes, found, strict=True):
         with _collecting(problems):
-            images, left_out = listed.result()
-            if not images:
-                empty.append(class_)
-            listing.images.extend(images)
-            listing.left_out.extend(left_out)
+            images += listed.result()
+            empty += [] if listed.result() else [class_]
     if len(problems) > 3:
-        problems[3:] = [f"{len(problems) - 3:,} more classes cannot be listed."]
+        problems[3:] = [f"{_count(len(problems) - 3, 'more class')} cannot be listed."]
     if empty:
         names = _some([class_.synset for class_ in empty])
         problems.append(
@@ -553,76 +533,76 @@ def _list_training(
         )
     if problems:
         raise InvalidInputError(*problems)
-    return listing
+    return images
 
 
-def list_validation(raw_data_dir: str) -> Listing:
+def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
     """Lists the validation images by name, with their synsets but without labels.
 
-    Takes the first of these that exists: `validation/*.JPEG`,
+    Takes the first of these that has images: `validation/*.JPEG`,
     `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Line i of
     `synset_labels.txt` is the synset of image i; only the second can do without it.
     """
     validation_dir = os.path.join(raw_data_dir, VALIDATION_DIRECTORY)
-    tar_path = _find_tar(validation_dir, VALIDATION_TAR)
     labels_path = os.path.join(raw_data_dir, LABELS_FILE)
-    source, (images, left_out) = ImageSource(validation_dir), Listing([], [])
-    labels: list[str] = []
+    images: list[RawImage] = []
     problems: list[str] = []
     with _collecting(problems):
-        if os.path.isdir(validation_dir) or not tar_path:
-            images, left_out = source.list()
-            if not images:
-                images, left_out = _list_folders(validation_dir)
-        if tar_path and not images:
-            source = ImageSource(tar_path, start=0)
-            images, left_out = source.list()
-        if not images:
-            problems.append(_no_images(source))
+        images = _find_validation(validation_dir, left_out)
     if not (images and images[0].synset) or os.path.exists(labels_path):
         with _collecting(problems):
-            labels = read_labels(labels_path)
-            if images:
-                images = _with_synsets(images, labels, labels_path, source.path)
+            images = _with_synsets(images, read_labels(labels_path), labels_path)
     if problems:
         raise InvalidInputError(*problems)
-    return Listing(images, left_out)
+    return images
 
 
-def _list_folders(validation_dir: str) -> Listing:
-    """Lists `validation/<synset>/*.JPEG` in the order of the flat layout."""
-    directories, _, left_out = _scan_classes(validation_dir)
-    listings = [directory.list() for directory in directories.values()]
-    images = [image for listing in listings for image in listing.images]
-    images.sort(key=lambda i: (os.fsencode(i.filename), os.fsencode(i.synset)))
-    return Listing(images, sum((one.left_out for one in listings), left_out))
+def _find_validation(validation_dir: str, left_out: list[str]) -> list[RawImage]:
+    tar = _find_tar(validation_dir, VALIDATION_TAR)
+    for sources in _validation_sources(validation_dir, tar):
+        others: list[str] = []
+        if images := [
+            image for source in sources for image in source.list_images(others)
+        ]:
+            left_out += others
+            return sorted(images, key=lambda i: (_filename_in_bytes(i), i.source))
+    raise InvalidInputError(_no_images(tar or ImageSource(validation_dir)))
+
+
+def _validation_sources(
+    validation_dir: str, tar: ImageSource | None
+) -> Iterator[list[ImageSource]]:
+    if os.path.isdir(validation_dir) or not tar:
+        yield [ImageSource(validation_dir)]
+        yield [s for s in _scan_classes(validation_dir, []) if not s.depth]
+    if tar:
+        yield [tar]
 
 
 def _with_synsets(
-    images: list[RawImage], labels: list[str], labels_path: str, place: str
+    images: list[RawImage], labels: list[str], labels_path: str
 ) -> list[RawImage]:
-    if len(labels) != len(images):
+    if images and len(labels) != len(images):
+        place, synset = images[0].source, images[0].synset
         raise InvalidInputError(
-            f"{labels_path} has {_count(len(labels), 'label')} and {place} "
+            f"{labels_path} has {_count(len(labels), 'label')} and "
+            f"{os.path.dirname(place) if synset else place} "
             f"{_count(len(images), 'image')}; they must be equal in number."
         )
-    for line, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
+    for line, (image, label) in enumerate(zip(images, labels), start=1):
         if image.synset not in ("", label):
             raise InvalidInputError(
                 f"{labels_path} and the folders of {VALIDATION_DIRECTORY}/ must agree; "
                 f"line {line:,} says {label}, {image.path} is in {image.synset}. If "
                 "the folders are right, remove the label file; they do without it."
             )
-    return [i._replace(synset=label) for i, label in zip(images, labels, strict=True)]
+    return [i._replace(synset=label) for i, label in zip(images, labels)]
 
 
 def read_labels(labels_path: str) -> list[str]:
     """Reads the synset of each validation image, one a line.
 
     Accepts Windows line ends, a byte order mark and a missing last newline.
-
-    Raises:
-      InvalidInputError: No such file, or a line that is not a single word.
     """
     try:
         with open_regular(labels_path) as file:
@@ -1883,7 +1863,7 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
     )
     if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
         shards = options.training_shards, options.validation_shards
-        for line in [*shortfalls(dataset), *empty_shards(dataset, *shards)]:
+        for line in warnings_about(dataset, *shards):
             logging.warning(line)
 
 
@@ -2705,14 +2685,11 @@ NOT_TARS = {
     b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
     b"<": "it is not a tar but a web page; log in, and download it again",
 }
-
-
 # What follows mode and owner in the header of a plain file: size, time, checksum,
 # type, and no prefix of its name; the name comes first, in 100 bytes.
 PLAIN_HEADER = re.compile(
     rb"([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})\0 [0\0].{188}\0.{166}", re.DOTALL
 )
-
 
 Members: TypeAlias = dict[str, tarfile.TarInfo]
 
@@ -2743,7 +2720,7 @@ class TarHeader(tarfile.TarInfo):
         return header
 
 
-def list_tar(source: ImageSource) -> tuple[tuple[int, int, int], Members]:
+def list_tar(source: ImageSource) -> tuple[TarVersion, Members]:
     """Lists the files in a tar, or in a tar within a file, by their headers.
 
     Links to other members are these members under another name, as in extracting, and
@@ -2752,16 +2729,17 @@ def list_tar(source: ImageSource) -> tuple[tuple[int, int, int], Members]:
     Returns:
       The tar's version, and its files by normalized name.
     """
-    within = f" ({source.synset}.tar within it)" if source.start else ""
     try:
         with open_regular(source.path) as file:
-            status = os.fstat(file.fileno())
-            end = status.st_size if source.end is None else source.end
+            version = tar_version(os.fstat(file.fileno()))
+            if source.version not in (None, version):
+                raise ValueError("it has changed since the run began")
+            end = version[1] if source.end is None else source.end
             found = _read_headers(file, source.start or 0, end)
-            return tar_version(status), _resolve_links(found)
+            return version, _resolve_links(found)
     except (OSError, ValueError, tarfile.TarError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        problem = f"Cannot list the tar {source.path}{within}: {reason}."
+        problem = f"Cannot list the tar {source.place}: {reason}."
         raise InvalidInputError(problem) from error
 
 
@@ -2792,23 +2770,27 @@ def _normalized(name: str) -> str:
 
 def _resolve_links(found: Members) -> Members:
     """Puts files in place of symbolic links, and refuses other images that are none."""
-    odd = [
-        name
-        for name, member in found.items()
-        if not member.isreg() or member.issparse() or name.startswith("../")
-    ]
-    for name in odd:
-        member = found.pop(name)
-        target = os.path.join(os.path.dirname(name), member.linkname)
-        file = found.get(_normalized(target)) if member.issym() else None
-        if file and file.isreg():
-            found[name] = file
+    files = {}
+    for name in found:
+        if file := _follow(name, found):
+            files[name] = file
         elif _is_visible(name) and name.endswith((IMAGE_SUFFIX, ".tar")):
             raise ValueError(
                 f"{name} in it is neither a plain file nor a link to one in it; "
                 "extract it instead"
             )
-    return found
+    return files
+
+
+def _follow(name: str, found: Members, most: int = 40) -> tarfile.TarInfo | None:
+    """Follows symbolic links to a file, as many of them as Linux does."""
+    member = found.get(name)
+    if not member or name.startswith("../"):
+        return None
+    if member.issym() and most:
+        target = os.path.join(os.path.dirname(name), member.linkname)
+        return _follow(_normalized(target), found, most - 1)
+    return member if member.isreg() and not member.issparse() else None
 
 
 def _check_end(file: BinaryIO, position: int, end: int) -> None:
@@ -2822,13 +2804,13 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
     for start, problem in NOT_TARS.items():
         if rest.lstrip().startswith(start):
             raise ValueError(problem)
+    at = f"at byte {position:,}"
     if len(rest) < tarfile.BLOCKSIZE:
         problem = "it is cut short"
     elif any(rest[: tarfile.BLOCKSIZE]):
-        problem = f"it is damaged, or not a tar, at byte {position:,}"
+        problem = f"it is damaged, or not a tar, {at}"
     elif any(rest) or len(rest) > MOST_TAR_FILLING:
-        at = f"empty at byte {position:,}, before its end"
-        problem = f"it is damaged, or several tars in one: {at}"
+        problem = f"it is damaged, or several tars in one: empty {at}, before its end"
     else:
         return
     raise ValueError(f"{problem}. Download it again, and compare its checksum")
@@ -2844,6 +2826,8 @@ FOREIGN_NAMES = (  # left by operating systems and network disks, with more afte
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
     *("System Volume Information", "__MACOSX", "lost+found"),
 )
+IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
+KAGGLE_DIRECTORIES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
 
 def _is_visible(name: str) -> bool:
@@ -2857,13 +2841,12 @@ def _looks_like_image(name: str) -> bool:
 
 def _find_left_out(entry: os.DirEntry[str]) -> list[str]:
     """Finds images that are not read: with another suffix, or deeper down."""
-    if _looks_like_image(entry.name):
-        return [entry.path]
+    if _looks_like_image(entry.name) or not _is_visible(entry.name):
+        return [entry.path] * _is_visible(entry.name)
     paths = []
-    if _is_visible(entry.name) and os.path.isdir(entry.path):
-        for place, directories, names in os.walk(entry.path):
-            directories[:] = filter(_is_visible, directories)
-            paths += [f"{place}/{name}" for name in names if _looks_like_image(name)]
+    for place, directories, names in os.walk(entry.path):  # nothing if it is a file
+        directories[:] = filter(_is_visible, directories)
+        paths += [f"{place}/{name}" for name in names if _looks_like_image(name)]
     return paths
 
 
@@ -2881,20 +2864,16 @@ def _scan(directory: str) -> list[os.DirEntry[str]]:
 def _no_directory(directory: str) -> str:
     """Words the absence of `train/` or `validation/` with what is there instead."""
     raw_data_dir, split = os.path.split(directory)
-    kaggle_dirs = [
-        os.path.join(raw_data_dir, path)
-        for path in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-    ]
-    kaggle_dir = next(filter(os.path.isdir, kaggle_dirs), None)
+    tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
+    there = filter(os.path.isdir, (f"{raw_data_dir}/{d}" for d in KAGGLE_DIRECTORIES))
     if os.path.islink(directory):
         found = f"a link to {os.readlink(directory)}, which does not exist"
-    elif kaggle_dir:
+    elif kaggle_dir := next(there, None):
         found = f"{kaggle_dir} (Kaggle's layout): README says which links it takes"
     elif split == VALIDATION_DIRECTORY and os.path.isdir(f"{raw_data_dir}/val"):
         found = f"{raw_data_dir}/val: rename it to {VALIDATION_DIRECTORY}"
     else:
         found = _some(sorted(os.listdir(raw_data_dir))) or "nothing"
-    tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
     return (
         f"No directory {directory}, and no {tar} beside it. Found {found}. "
         "Both splits are required."
@@ -2903,28 +2882,23 @@ def _no_directory(directory: str) -> str:
 
 def _no_images(source: ImageSource, below: str = "*") -> str:
     """Words a directory or tar without images with what is in it instead."""
-    pattern = f"{below}{IMAGE_SUFFIX}"
-    if source.start is None:
-        where, entries = f"{source.path}/{pattern}", _scan(source.path)
+    if source.depth:
+        where, names = f"{below}{IMAGE_SUFFIX} in {source.path}", [*list_tar(source)[1]]
+        images = list(filter(_looks_like_image, names))
+        move = f"extract each into {TRAINING_DIRECTORY}/<synset>/"
+    else:
+        where, entries = f"{source.path}/{below}{IMAGE_SUFFIX}", _scan(source.path)
         names = [entry.name for entry in entries]
         images = [path for entry in entries for path in _find_left_out(entry)]
-        is_loose = below != "*"
-        remedy = "into a directory named after its synset" if is_loose else "one up"
-        remedy = f"move each {remedy}"
-    else:
-        where, names = f"{pattern} in {source.path}", [*list_tar(source)[1]]
-        images = list(filter(_looks_like_image, names))
-        remedy = f"extract each into {TRAINING_DIRECTORY}/<synset>/"
+        move = f"move each {'one up' if below == '*' else 'into a directory named after its synset'}"
     found = images or [name for name in names if name.endswith(".tar")]
     if not found:
-        found_names = _some(sorted(names)) or "nothing"
-        return f"No images match {where}. Found {found_names} there."
+        what = _some(sorted(names)) or "nothing"
+        return f"No images match {where}. Found {what} there."
     suffix = os.path.splitext(found[0])[1]
-    if suffix == ".tar":
-        remedy = "extract them there"
-    elif suffix != IMAGE_SUFFIX:
-        verb = "rename" if suffix.lower() in RENAMED_SUFFIXES else "convert"
-        remedy = f"{verb} them to *{IMAGE_SUFFIX}"
+    verb = "rename" if suffix.lower() in RENAMED_SUFFIXES else "convert"
+    remedies = {IMAGE_SUFFIX: move, ".tar": "extract them there"}
+    remedy = remedies.get(suffix, f"{verb} them to *{IMAGE_SUFFIX}")
     files = _count(sum(name.endswith(suffix) for name in found), f"{suffix} file")
     return f"No images match {where}. Found {files} there: {remedy}."
 
@@ -2943,80 +2917,75 @@ def _foreign_classes(trained: set[str], validated: set[str]) -> list[str]:
     return [problem]
 
 
-def shortfalls(dataset: Dataset) -> list[str]:
+def warnings_about(
+    dataset: Dataset, training_shards: int, validation_shards: int
+) -> Iterator[str]:
     """Words what may be as it is, but is not so in ImageNet."""
-    lines = []
     if left_out := dataset.left_out:
-        kinds = sorted(
-            collections.Counter(os.path.splitext(p)[1] for p in left_out).items()
-        )
-        lines.append(
-            f"{_count(len(left_out), 'image')} left out "
-            f"({', '.join(f'{number:,} *{kind}' for kind, number in kinds)}), such as "
+        suffixes = collections.Counter(os.path.splitext(path)[1] for path in left_out)
+        found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
+        yield (
+            f"{_count(len(left_out), 'image')} left out ({found}), such as "
             f"{left_out[0]}: only *{IMAGE_SUFFIX} directly in "
             f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
         )
     if empty := [image for image in dataset.images if not image.num_bytes]:
-        lines.append(
-            f"{_count(len(empty), 'image')} of no bytes (empty files, links to nothing), "
-            f"the first {empty[0].path}: no shard that would hold one is written."
+        one, its = ("is", "its") if len(empty) == 1 else ("are", "their")
+        yield (
+            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling links), "
+            f"such as {empty[0].path}; {its} shards will not be written."
         )
     trained = collections.Counter(image.synset for image in dataset.training)
     validated = collections.Counter(image.synset for image in dataset.validation)
-    lines += _unpaired(dataset, validated, "validation", trained, "training")
+    yield from _unpaired(dataset, validated, "validation", trained, "training")
     if 3 * len(validated) >= 2 * len(trained):  # else few are there, for a trial
-        lines += _unpaired(dataset, trained, "training", validated, "validation")
+        yield from _unpaired(dataset, trained, "training", validated, "validation")
     if len(dataset.synsets) == IMAGENET_SYNSETS:
-        lines += _short_split(trained, "training", IMAGENET_TRAINING_IMAGES, 732)
-        lines += _short_split(validated, "validation", IMAGENET_VALIDATION_IMAGES, 50)
-    return lines
+        yield from _short_split(trained, "training", 1_281_167, 732)
+        yield from _short_split(validated, "validation", 50_000, 50)
+    yield from _empty_shards("training", len(dataset.training), training_shards)
+    yield from _empty_shards("validation", len(dataset.validation), validation_shards)
 
 
-Sizes: TypeAlias = Mapping[str, int]  # images of each synset
+Sizes: TypeAlias = collections.Counter[str]  # images of each synset
 
 
 def _unpaired(
     dataset: Dataset, has: Sizes, split: str, lacks: Sizes, other: str
-) -> list[str]:
+) -> Iterator[str]:
     """Words classes that only one split has: each takes a label."""
-    labels = {synset: i for i, synset in enumerate(dataset.synsets, start=1)}
-    only = [
-        f"{s} (label {i})" for s, i in labels.items() if s in has and s not in lacks
-    ]
-    line = (
-        f"{len(only):,} of {_count(len(labels), 'synset')} have {split} images but no "
-        f"{other} images: {_some(only)}."
-    )
-    return [line] if only else []
+    labels = enumerate(dataset.synsets, start=1)
+    lone = has.keys() - lacks.keys()
+    if only := [f"{synset} (label {i})" for i, synset in labels if synset in lone]:
+        yield (
+            f"{len(only):,} of {_count(len(dataset.synsets), 'synset')} have {split} "
+            f"images but no {other} images: {_some(only)}."
+        )
 
 
 def _short_split(
     sizes: Sizes, split: str, num_expected: int, smallest: int
-) -> list[str]:
+) -> Iterator[str]:
     """Words a split that is not ImageNet-1k's, whose smallest class is known."""
-    found = sum(sizes.values())
+    found = sizes.total()
     short = [f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest]
     classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
-    line = (
-        f"ImageNet-1k has {num_expected:,} {split} images, found {found:,} "
-        f"({found - num_expected:+,}).{classes}"
-    )
-    return [line] if found != num_expected else []
+    if found != num_expected:
+        yield (
+            f"ImageNet-1k has {num_expected:,} {split} images, found {found:,} "
+            f"({found - num_expected:+,}).{classes}"
+        )
 
 
-def empty_shards(dataset: Dataset, *num_shards: int) -> list[str]:
-    """Words how many shards of each split get no image; see `plan_shards`."""
-    lines = []
-    splits = {"training": dataset.training, "validation": dataset.validation}
-    for number, (split, images) in zip(num_shards, splits.items(), strict=True):
-        size = max(1, math.ceil(len(images) / number))
-        if num_empty := number - math.ceil(len(images) / size):
-            lines.append(
-                f"{num_empty:,} of {_count(number, f'{split} shard')} will be empty, for "
-                f"there are {_count(len(images), f'{split} image')}; a smaller "
-                f"--{split}_shards avoids that."
-            )
-    return lines
+def _empty_shards(split: str, num_images: int, num_shards: int) -> Iterator[str]:
+    """Words how many shards get no image; see `plan_shards`."""
+    size = max(1, math.ceil(num_images / num_shards))
+    if num_empty := num_shards - math.ceil(num_images / size):
+        yield (
+            f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty: "
+            f"there are only {_count(num_images, f'{split} image')}. A smaller "
+            f"--{split}_shards avoids that."
+        )
 
 
 def _count(number: int, noun: str) -> str:

@@ -127,7 +127,11 @@ LOCAL = [RAW, "--nogcs_upload"]
             id="no such raw directory",
         ),
         pytest.param(
-            ["--nogcs_upload", "--raw_data_dir=RAW/synset_labels.txt"],
+            [
+                "--nogcs_upload",
+                "--raw_data_dir=RAW/synset_labels.txt",
+                "--local_scratch_dir=RAW/scratch",
+            ],
             [r"--raw_data_dir=RAW/synset_labels\.txt.* is a file"],
             id="raw directory is a file",
         ),

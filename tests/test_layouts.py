@@ -221,73 +221,52 @@ def test_order_is_the_same_when_a_name_is_in_two_folders(tmp_path: Path) -> None
 # ---------------------------------------------------------------- half extracted
 
 
-def _remove(raw: Path, *names: str) -> None:
-    for name in names:
-        path = raw / name
+HALF_EXTRACTED = {
+    "some class tars": (
+        ("directories", "class_tars"),
+        ("train/n01440801", "train/n01440875"),
+        "RAW/train/n01440801.tar, RAW/train/n01440875.tar",
+    ),
+    # README's loop removes a tar once it is extracted: the last was cut off.
+    "half a class": (
+        ("directories", "class_tars"),
+        (
+            *(f"train/n0144{n}.tar" for n in ("0764", "0801", "0838")),
+            "train/n01440875/n01440875_3.JPEG",
+        ),
+        "RAW/train/n01440875.tar",
+    ),
+    "some of the training tar": (
+        ("directories", "whole_tar"),
+        ("train/n01440838",),
+        f"RAW/{TRAINING_TAR}/n01440838.tar",
+    ),
+    "some class tars of the training tar": (
+        ("class_tars", "whole_tar"),
+        ("train/n01440838.tar",),
+        f"RAW/{TRAINING_TAR}/n01440838.tar",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("layouts", "removed", "left"), HALF_EXTRACTED.values(), ids=HALF_EXTRACTED
+)
+def test_error_names_the_tars_when_they_are_half_extracted(
+    raw: Path,
+    tmp_path: Path,
+    layouts: tuple[str, str],
+    removed: tuple[str, ...],
+    left: str,
+) -> None:
+    half = merge(raw, tmp_path, *((layout, "flat") for layout in layouts))
+    for path in (half / name for name in removed):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def test_error_names_the_classes_when_some_class_tars_are_extracted(
-    raw: Path, tmp_path: Path
-) -> None:
-    half = merge(raw, tmp_path, ("directories", "flat"), ("class_tars", "flat"))
-    _remove(half, "train/n01440801", "train/n01440875")
-    assert problems(half) == [
-        (
-            f"All classes in {half}/train must be extracted, or none; found 2 classes "
-            "whose images are not all in directories: n01440801, n01440875. Extract "
-            "these too."
-        )
-    ]
-
-
-@pytest.mark.parametrize("kind", ["directories", "class_tars"])
-def test_error_names_the_classes_when_some_of_the_training_tar_are_extracted(
-    raw: Path, tmp_path: Path, kind: str
-) -> None:
-    half = merge(raw, tmp_path, (kind, "flat"), ("whole_tar", "flat"))
-    suffix = "" if kind == "directories" else ".tar"
-    _remove(half, f"train/n01440838{suffix}")
-    (problem,) = problems(half)
-    assert problem.startswith(
-        f"All classes in {half}/{TRAINING_TAR} must be extracted, or none; found "
-        "1 class whose images are not all in directories: n01440838. "
+    reason = (
+        "Class tars must all be extracted, or none; these are not, or only in part:"
     )
-
-
-def test_error_names_the_class_when_it_is_extracted_half_way(
-    raw: Path, tmp_path: Path
-) -> None:
-    """README's loop removes a tar once it is extracted: the last was cut off."""
-    half = merge(raw, tmp_path, ("directories", "flat"), ("class_tars", "flat"))
-    _remove(half, *(f"train/n0144{n}.tar" for n in ("0764", "0801", "0838")))
-    _remove(half, "train/n01440875/n01440875_3.JPEG")
-    (problem,) = problems(half)
-    assert problem.startswith(
-        f"All classes in {half}/train must be extracted, or none; found 1 class "
-        "whose images are not all in directories: n01440875. "
-    )
-
-
-# ---------------------------------------------------------------- labels
-
-
-def test_error_names_the_line_when_folders_and_label_file_disagree(
-    raw: Path, tmp_path: Path
-) -> None:
-    folders = tars.lay_out(raw, tmp_path / "f", "directories", "labelled_folders")
-    labels = (folders / "synset_labels.txt").read_text().split()
-    right, wrong = labels[2], "n01440801" if labels[2] != "n01440801" else "n01440764"
-    labels[2] = wrong
-    (folders / "synset_labels.txt").write_text("\n".join(labels))
-    image = folders / "validation" / right / "ILSVRC2012_val_00000003.JPEG"
-    assert problems(folders) == [
-        (
-            f"{folders}/synset_labels.txt and the folders of validation/ must agree; "
-            f"line 3 says {wrong}, {image} is in {right}. If the folders are right, "
-            "remove the label file; they do without it."
-        )
-    ]
+    place = left.replace("RAW", str(half))
+    assert problems(half) == [f"{reason} {place}. Extract these too."]
 
 
 # ---------------------------------------------------------------- damage
@@ -318,7 +297,7 @@ def _cut_class_in_whole_tar(raw: Path) -> str:
         }
     classes["n01440838.tar"] = classes["n01440838.tar"][: 5 * 512]
     tars.write_tar(path, classes)
-    return f"{path} (n01440838.tar within it): it is cut short"
+    return f"{path}/n01440838.tar: it is cut short"
 
 
 @pytest.mark.parametrize(
@@ -349,7 +328,7 @@ def test_all_damaged_tars_are_named_at_once(raw: Path, tmp_path: Path) -> None:
     reason = "it is not a tar but a web page; log in, and download it again."
     assert problems(packed) == [
         *(f"Cannot list the tar {path}: {reason}" for path in paths[:4]),
-        "1 more classes cannot be listed.",
+        "1 more class cannot be listed.",
     ]
 
 

@@ -35,7 +35,7 @@ def test_chunks_are_equal_but_for_the_last(
     num_images: int, num_shards: int, sizes: list[int]
 ) -> None:
     images = make_images(num_images)
-    dataset = script.Dataset((), images, images, "")
+    dataset = script.Dataset((), images, images)
     shards = script.plan_shards(dataset, num_shards, num_shards)
     assert [len(shard.images) for shard in shards] == [*sizes, *sizes]
     assert images == make_images(num_images), "the caller's list was shuffled"
@@ -44,7 +44,7 @@ def test_chunks_are_equal_but_for_the_last(
 @pytest.mark.parametrize("num_images", [1, 1_023, 1_024, 1_025, 99_999])
 def test_no_image_is_lost(num_images: int) -> None:
     images = make_images(num_images)
-    shards = script.plan_shards(script.Dataset((), images, images, ""))
+    shards = script.plan_shards(script.Dataset((), images, images))
     for split, num_shards in (("train", 1_024), ("validation", 128)):
         found = [i for shard in shards if shard.split == split for i in shard.images]
         assert sorted(found, key=lambda i: i.version) == images

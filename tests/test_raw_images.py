@@ -562,7 +562,8 @@ def test_command_says_what_is_wrong(
     raw: Path, make: Callable[[Path], object], problem: str
 ) -> None:
     make(raw)
-    done = run_command(f"--raw_data_dir={raw}", "--nogcs_upload", timeout=60)
+    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={raw.parent}/scratch"]
+    done = run_command(*flags, "--nogcs_upload", timeout=60)
     assert [line.replace(str(raw), "RAW") for line in done.errors] == [problem]
     assert done.status == 1
 
@@ -656,22 +657,26 @@ def test_users_inputs_come_out_right() -> None:
 # ----------------------------------------------------- less than the real ImageNet
 
 
+def warnings(dataset: script.Dataset, num_shards: int = 1) -> list[str]:
+    return [*script.warnings_about(dataset, num_shards, 1)]
+
+
 def test_shortfall_is_named_when_images_are_empty(raw: Path) -> None:
     training = sorted(raw.glob("train/*/*.JPEG"))
     training[1].write_bytes(b"")
     image = min(raw.glob("validation/*.JPEG"))
     image.unlink()
     image.symlink_to("nowhere")
-    assert script.shortfalls(script.read_dataset(str(raw))) == [
+    assert warnings(script.read_dataset(str(raw))) == [
         (
-            "2 images of no bytes (empty files, links to nothing), the first "
-            f"{training[1]}: no shard that would hold one is written."
+            "2 images are empty (zero bytes or dangling links), such as "
+            f"{training[1]}; their shards will not be written."
         )
     ]
 
 
 def test_no_shortfall_is_named_when_the_data_set_is_another(raw: Path) -> None:
-    assert script.shortfalls(script.read_dataset(str(raw))) == []
+    assert warnings(script.read_dataset(str(raw))) == []
 
 
 def images(sizes: list[int]) -> list[script.RawImage]:
@@ -689,7 +694,7 @@ def make_image(synset: int) -> script.RawImage:
 
 def imagenet(training: list[int], validation: list[int]) -> script.Dataset:
     synsets = tuple(f"n{synset:08d}" for synset in range(1_000))
-    return script.Dataset(synsets, images(training), images(validation), "")
+    return script.Dataset(synsets, images(training), images(validation))
 
 
 # As many as the real one has: 1,281,167 = 1,000 x 1,281 + 167.
@@ -699,10 +704,10 @@ COMPLETE = [1_282] * 167 + [1_281] * 833
 def test_shortfalls_are_named_when_it_is_nearly_imagenet() -> None:
     """A class whose extraction was cut off, and validation images lost."""
     validation = [50] * 1_000
-    assert script.shortfalls(imagenet(COMPLETE, validation)) == []
+    assert warnings(imagenet(COMPLETE, validation)) == []
     training = [700, *COMPLETE[1:]]
     validation[5:17] = [49] * 12
-    assert script.shortfalls(imagenet(training, validation)) == [
+    assert warnings(imagenet(training, validation)) == [
         (
             "ImageNet-1k has 1,281,167 training images, found 1,280,585 (-582). Classes of "
             "fewer than 732: n00000000 (700)."
@@ -716,25 +721,26 @@ def test_shortfalls_are_named_when_it_is_nearly_imagenet() -> None:
 
 def test_shortfalls_are_named_when_there_is_too_much() -> None:
     training = [COMPLETE[0] + 1, *COMPLETE[1:]]
-    assert script.shortfalls(imagenet(training, [50] * 1_000)) == [
+    assert warnings(imagenet(training, [50] * 1_000)) == [
         "ImageNet-1k has 1,281,167 training images, found 1,281,168 (+1)."
     ]
 
 
-def test_empty_shards_are_counted(raw: Path) -> None:
-    """12 images in 10 shards: six of 2, and 4 without; 4 in 4 shards."""
-    dataset = script.read_dataset(str(raw))
-    assert script.empty_shards(dataset, 10, 4) == [
-        (
-            "4 of 10 training shards will be empty, for there are 12 training images; a "
-            "smaller --training_shards avoids that."
-        )
-    ]
-    plan = script.plan_shards(dataset, 10, 4)
-    assert sum(not shard.images for shard in plan) == 4
-    assert len(script.empty_shards(dataset, 1_024, 128)) == 2
-    assert script.empty_shards(script.EMPTY_DATASET, 1, 1) == [
-        f"1 of 1 {split} shard will be empty, for there are 0 {split} images; a smaller "
-        f"--{split}_shards avoids that."
-        for split in ("training", "validation")
-    ]
+@pytest.mark.parametrize(
+    ("num_shards", "num_images", "num_empty"),
+    [(10, 12, 4), (4, 4, 0), (1_024, 12, 1_012), (1, 0, 1)],
+)
+def test_empty_shards_are_counted(
+    num_shards: int, num_images: int, num_empty: int
+) -> None:
+    """12 images in 10 shards: six of 2, and 4 without."""
+    dataset = script.Dataset(("n00000000",), images([num_images]), images([1]))
+    found = [line for line in warnings(dataset, num_shards) if "empty" in line]
+    plan = script.plan_shards(dataset, num_shards, 1)
+    assert sum(not shard.images for shard in plan) == num_empty
+    noun = "shard" if num_shards == 1 else "shards"
+    expected = (
+        f"{num_empty:,} of {num_shards:,} training {noun} will be empty: there are only "
+        f"{num_images} training images. A smaller --training_shards avoids that."
+    )
+    assert found == [expected] * bool(num_empty)

@@ -1,6 +1,7 @@
 """Tars are listed by their headers: all that is in them, or an error that says why."""
 
 import io
+import itertools
 import os
 import random
 import shutil
@@ -229,6 +230,31 @@ NO_FILE = (
 )
 
 
+def symbolic_link(name: str, target: str) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, target
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
+def test_links_are_followed_when_they_lead_to_links(
+    path: Path, order: tuple[int, ...]
+) -> None:
+    members = [
+        symbolic_link("a.JPEG", "sub/b.JPEG"),
+        symbolic_link("sub/b.JPEG", "../c.JPEG"),
+        header("c.JPEG", 1) + padded(b"c"),
+    ]
+    path.write_bytes(b"".join(members[i] for i in order) + END)
+    assert contents(path) == dict.fromkeys(("a.JPEG", "sub/b.JPEG", "c.JPEG"), b"c")
+
+
+def test_links_are_refused_when_they_lead_in_a_circle(path: Path) -> None:
+    links = symbolic_link("a.JPEG", "b.JPEG") + symbolic_link("b.JPEG", "a.JPEG")
+    path.write_bytes(links + END)
+    assert problem(path) == NO_FILE
+
+
 def test_directory_is_left_out_when_its_format_is_v7(path: Path) -> None:
     directory = header("sub/", 0, tarfile.AREGTYPE)
     path.write_bytes(directory + header("sub/b.JPEG", 1) + padded(b"b") + END)
@@ -263,13 +289,13 @@ def test_image_is_refused_when_its_name_leads_out(path: Path) -> None:
 def test_class_is_refused_when_two_images_have_one_name(path: Path) -> None:
     tars.write_tar(path, {"x/a.JPEG": b"1", "y/a.JPEG": b"2"})
     with pytest.raises(InvalidInputError, match="must have different names"):
-        ImageSource(str(path), "n1", start=0).list()
+        ImageSource(str(path), "n1", start=0).list_images([])
 
 
 def test_image_is_the_last_of_its_name_when_a_name_comes_twice(path: Path) -> None:
     twice = [("n1_1.JPEG", b"old"), ("n1_2.JPEG", b"2"), ("./n1_1.JPEG", b"newest")]
     path.write_bytes(b"".join(header(n, len(d)) + padded(d) for n, d in twice) + END)
-    images = ImageSource(str(path), "n1", start=0).list(7).images
+    images = ImageSource(str(path), "n1", start=0).list_images([], 7)
     assert [(i.filename, i.num_bytes) for i in images] == [
         ("n1_1.JPEG", 6),
         ("n1_2.JPEG", 1),
@@ -289,8 +315,8 @@ def test_images_are_those_of_a_directory_when_other_files_are_there(path: Path) 
     for name, data in files.items():
         (directory / name).write_bytes(data)
     source = ImageSource(str(path), "n1", start=0)
-    packed = [(i.filename, i.num_bytes) for i in source.list().images]
-    unpacked = ImageSource(str(directory), "n1").list().images
+    packed = [(i.filename, i.num_bytes) for i in source.list_images([])]
+    unpacked = ImageSource(str(directory), "n1").list_images([])
     assert packed == [(i.filename, i.num_bytes) for i in unpacked]
     assert [name for name, _ in packed] == ["a.JPEG", "b.JPEG"]
 
@@ -507,11 +533,11 @@ def test_error_names_the_class_when_its_tar_in_a_tar_is_bad(
 ) -> None:
     good = header("n1_1.JPEG", 1) + padded(b"1") + END  # 2,048 bytes
     path = whole_tar(tmp_path, [("n1.tar", good[:-BLOCK]), ("n2.tar", damage(good))])
-    (first, second), _ = imagenet_to_gcs.find_classes(str(tmp_path))
-    assert len(first.list().images) == 1
+    first, second = imagenet_to_gcs.find_classes(str(tmp_path), [])
+    assert len(first.list_images([])) == 1
     with pytest.raises(InvalidInputError) as caught:
-        second.list()
-    place = f"Cannot list the tar {path} (n2.tar within it)"
+        second.list_images([])
+    place = f"Cannot list the tar {path}/n2.tar"
     assert str(caught.value) == f"{place}: {reason}. {DOWNLOAD}"
 
 
@@ -527,17 +553,30 @@ CLASS = tars.tar_bytes({"n1_1.JPEG": b"1"})
 
 def test_class_is_left_out_when_a_mac_left_its_hidden_double(tmp_path: Path) -> None:
     whole_tar(tmp_path, [("._n1.tar", b"Mac OS X"), ("n1.tar", CLASS)])
-    classes, _ = imagenet_to_gcs.find_classes(str(tmp_path))
+    classes = imagenet_to_gcs.find_classes(str(tmp_path), [])
     assert [class_.synset for class_ in classes] == ["n1"]
 
 
 def test_class_is_the_last_of_its_name_when_it_comes_twice(tmp_path: Path) -> None:
     newer = tars.tar_bytes({"n1_2.JPEG": b"2"})
     whole_tar(tmp_path, [("n1.tar", CLASS), ("n2.tar", CLASS), ("n1.tar", newer)])
-    classes, _ = imagenet_to_gcs.find_classes(str(tmp_path))
-    found = {c.synset: [i.filename for i in c.list().images] for c in classes}
+    classes = imagenet_to_gcs.find_classes(str(tmp_path), [])
+    found = {c.synset: [i.filename for i in c.list_images([])] for c in classes}
     assert len(classes) == 2
     assert found == {"n1": ["n1_2.JPEG"], "n2": ["n1_1.JPEG"]}
+
+
+def test_class_is_refused_when_its_training_tar_was_replaced(tmp_path: Path) -> None:
+    """Between the listing of the classes and that of each: its images are others."""
+    path = whole_tar(tmp_path, [("n1.tar", CLASS), ("n2.tar", CLASS)])
+    first, _ = imagenet_to_gcs.find_classes(str(tmp_path), [])
+    path.unlink()
+    whole_tar(tmp_path, [("n2.tar", CLASS), ("n1.tar", CLASS)])
+    os.utime(path, (1, 1))
+    with pytest.raises(InvalidInputError) as caught:
+        first.list_images([])
+    reason = "it has changed since the run began"
+    assert str(caught.value) == f"Cannot list the tar {path}/n1.tar: {reason}."
 
 
 def test_error_names_the_class_when_its_tar_is_a_link_to_nothing(
@@ -547,7 +586,7 @@ def test_error_names_the_class_when_its_tar_is_a_link_to_nothing(
     link = tmp_path / "train" / "n1.tar"
     link.symlink_to("nothing")
     with pytest.raises(InvalidInputError) as caught:
-        for class_ in imagenet_to_gcs.find_classes(str(tmp_path))[0]:
-            class_.list()
+        for class_ in imagenet_to_gcs.find_classes(str(tmp_path), []):
+            class_.list_images([])
     reason = "No such file or directory"
     assert str(caught.value) == f"Cannot list the tar {link}: {reason}."
