@@ -236,7 +236,7 @@ VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
-TarVersion: TypeAlias = tuple[int, int, int]
+Version: TypeAlias = int | tuple[int, int, int]
 
 
 class RawImage(NamedTuple):
@@ -256,7 +256,7 @@ class RawImage(NamedTuple):
     synset: str
     label: int
     num_bytes: int
-    version: int | TarVersion
+    version: Version
     offset: int | None = None
 
     @property
@@ -272,7 +272,7 @@ def file_version(status: os.stat_result) -> int:
     return status.st_mtime_ns // 1000
 
 
-def tar_version(status: os.stat_result) -> TarVersion:
+def tar_version(status: os.stat_result) -> tuple[int, int, int]:
     """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -293,7 +293,7 @@ class ImageSource:
     synset: str = ""
     start: int | None = None
     end: int | None = None
-    version: TarVersion | None = None
+    version: Version | None = None
 
     @property
     def place(self) -> str:
@@ -309,10 +309,10 @@ class ImageSource:
 
         Paths of other images are added to `left_out`.
         """
-        find = self._find_in_tar if self.depth else self._find_in_directory
+        find = self.list_members if self.depth else self._list_directory
         return sorted(find(left_out, label), key=_filename_in_bytes)
 
-    def _find_in_directory(self, left_out: list[str], label: int) -> Iterator[RawImage]:
+    def _list_directory(self, left_out: list[str], label: int) -> Iterator[RawImage]:
         source, synset = self.path, self.synset
         for entry in _scan(source):
             name = entry.name
@@ -328,19 +328,22 @@ class ImageSource:
                 size = version = 0
             yield RawImage(source, name, synset, label, size, version)
 
-    def _find_in_tar(self, left_out: list[str], label: int) -> Iterator[RawImage]:
+    def list_members(
+        self, left_out: list[str], label: int = 0, suffix: str = IMAGE_SUFFIX
+    ) -> Iterator[RawImage]:
+        """Lists the images of a tar, or the tars of classes in it."""
         version, members = list_tar(self)
         seen: set[str] = set()
         for path, file in members.items():
             name, size, offset = os.path.basename(path), file.size, file.offset_data
-            if not name.endswith(IMAGE_SUFFIX) or name[0] == ".":
+            if not name.endswith(suffix) or name[0] == ".":
                 left_out += [f"{self.path}/{path}"] * _looks_like_image(name)
                 continue
-            if size > MOST_IMAGE_BYTES:
-                raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
             if name in seen:
                 problem = f"must have different names; two in {self.path} are {name}."
-                raise InvalidInputError(f"Images of a class {problem}")
+                raise InvalidInputError(f"Files of a tar {problem}")
+            if size > MOST_IMAGE_BYTES and suffix == IMAGE_SUFFIX:
+                raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
             seen.add(name)
             yield RawImage(self.path, name, self.synset, label, size, version, offset)
 
@@ -488,15 +491,11 @@ def _scan_classes(split_dir: str, left_out: list[str]) -> list[ImageSource]:
 
 
 def _classes_in_tar(tar: ImageSource, left_out: list[str]) -> list[ImageSource]:
-    version, members = list_tar(tar)
     found = []
-    for path, file in members.items():
-        synset, suffix = os.path.splitext(os.path.basename(path))
-        if suffix == ".tar" and _is_visible(path):
-            start, end = file.offset_data, file.offset_data + file.size
-            found.append(ImageSource(tar.path, synset, start, end, version))
-        elif _looks_like_image(path):
-            left_out.append(f"{tar.path}/{path}")
+    for file in tar.list_members(left_out, suffix=".tar"):
+        synset, start = file.filename.removesuffix(".tar"), file.offset or 0
+        end = start + file.num_bytes
+        found.append(ImageSource(tar.path, synset, start, end, file.version))
     return found
 
 
@@ -539,16 +538,14 @@ def list_training(
 def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
     """Lists the validation images by name, with their synsets but without labels.
 
-    Takes the first of these that has images: `validation/*.JPEG`,
-    `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Line i of
-    `synset_labels.txt` is the synset of image i; only the second can do without it.
+    Line i of `synset_labels.txt` is the synset of image i; only images in directories
+    `validation/<synset>` can do without it.
     """
-    validation_dir = os.path.join(raw_data_dir, VALIDATION_DIRECTORY)
     labels_path = os.path.join(raw_data_dir, LABELS_FILE)
     images: list[RawImage] = []
     problems: list[str] = []
     with _collecting(problems):
-        images = _find_validation(validation_dir, left_out)
+        images = _find_validation(raw_data_dir, left_out)
     if not (images and images[0].synset) or os.path.exists(labels_path):
         with _collecting(problems):
             images = _with_synsets(images, read_labels(labels_path), labels_path)
@@ -557,26 +554,27 @@ def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
     return images
 
 
-def _find_validation(validation_dir: str, left_out: list[str]) -> list[RawImage]:
-    tar = _find_tar(validation_dir, VALIDATION_TAR)
-    for sources in _validation_sources(validation_dir, tar):
-        others: list[str] = []
-        if images := [
-            image for source in sources for image in source.list_images(others)
-        ]:
-            left_out += others
-            return sorted(images, key=lambda i: (_filename_in_bytes(i), i.source))
-    raise InvalidInputError(_no_images(tar or ImageSource(validation_dir)))
+def _find_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
+    """Takes the first that has images: a directory, one of each class, the tar."""
+    directory = ImageSource(os.path.join(raw_data_dir, VALIDATION_DIRECTORY))
+    tar = _find_tar(directory.path, VALIDATION_TAR)
+    images: list[RawImage] = []
+    if os.path.isdir(directory.path) or not tar:
+        images = directory.list_images(left_out)
+        images = images or _list_folders(directory.path, left_out)
+    if tar and not images:
+        images = tar.list_images(left_out)
+    if not images:
+        raise InvalidInputError(_no_images(tar or directory))
+    return images
 
 
-def _validation_sources(
-    validation_dir: str, tar: ImageSource | None
-) -> Iterator[list[ImageSource]]:
-    if os.path.isdir(validation_dir) or not tar:
-        yield [ImageSource(validation_dir)]
-        yield [s for s in _scan_classes(validation_dir, []) if not s.depth]
-    if tar:
-        yield [tar]
+def _list_folders(validation_dir: str, left_out: list[str]) -> list[RawImage]:
+    """Lists `validation/<synset>/*.JPEG` in the order of the flat layout."""
+    folders = [s for s in _scan_classes(validation_dir, []) if not s.depth]
+    images = [image for folder in folders for image in folder.list_images(left_out)]
+    left_out[:] = {*left_out} - {image.path for image in images}
+    return sorted(images, key=lambda i: (_filename_in_bytes(i), i.source))
 
 
 def _with_synsets(
@@ -2720,7 +2718,7 @@ class TarHeader(tarfile.TarInfo):
         return header
 
 
-def list_tar(source: ImageSource) -> tuple[TarVersion, Members]:
+def list_tar(source: ImageSource) -> tuple[Version, Members]:
     """Lists the files in a tar, or in a tar within a file, by their headers.
 
     Links to other members are these members under another name, as in extracting, and

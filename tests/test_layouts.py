@@ -1,14 +1,11 @@
 """Every layout of raw ImageNet gives the shards of the directory layout."""
 
-import io
 import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import contract
@@ -272,50 +269,19 @@ def test_error_names_the_tars_when_they_are_half_extracted(
 # ---------------------------------------------------------------- damage
 
 
-def _cut(path: Path, num_bytes: int) -> None:
-    os.truncate(path, path.stat().st_size - num_bytes)
-
-
-def _cut_class(raw: Path) -> str:
-    path = raw / "train" / "n01440801.tar"
-    os.truncate(path, 3 * 512)
-    return f"{path}: it is cut short"
-
-
-def _cut_whole_tar(raw: Path) -> str:
-    _cut(raw / TRAINING_TAR, 20_000)
-    return f"{raw}/{TRAINING_TAR}: it is cut short"
-
-
-def _cut_class_in_whole_tar(raw: Path) -> str:
-    """Packs a class that was already cut short."""
-    path = raw / TRAINING_TAR
-    with tarfile.open(path) as tar:
-        classes = {
-            member.name: (tar.extractfile(member) or io.BytesIO()).read()
-            for member in tar.getmembers()
-        }
-    classes["n01440838.tar"] = classes["n01440838.tar"][: 5 * 512]
-    tars.write_tar(path, classes)
-    return f"{path}/n01440838.tar: it is cut short"
-
-
 @pytest.mark.parametrize(
-    ("training", "damage"),
-    [
-        ("class_tars", _cut_class),
-        ("whole_tar", _cut_whole_tar),
-        ("whole_tar", _cut_class_in_whole_tar),
-    ],
-    ids=["class_tar", "whole_tar", "class_in_whole_tar"],
+    ("training", "name"),
+    [("class_tars", "train/n01440801.tar"), ("whole_tar", TRAINING_TAR)],
+    ids=["class_tar", "whole_tar"],
 )
 def test_nothing_is_written_when_a_tar_is_cut_short(
-    raw: Path, tmp_path: Path, training: str, damage: Callable[[Path], str]
+    raw: Path, tmp_path: Path, training: str, name: str
 ) -> None:
     packed = tars.lay_out(raw, tmp_path / "packed", training, "tar")
-    reason = damage(packed)
+    os.truncate(packed / name, 3 * 512)
     finished = convert(packed, tmp_path / "scratch")
-    assert finished.lines == [f"ERROR: Cannot list the tar {reason}. {DOWNLOAD}"]
+    reason = f"it is cut short. {DOWNLOAD}"
+    assert finished.lines == [f"ERROR: Cannot list the tar {packed / name}: {reason}"]
     assert finished.status == 1
     assert not (tmp_path / "scratch").exists()
 
