@@ -70,14 +70,7 @@ def with_checksum(header: bytes) -> bytes:
 
 
 def lay_out(raw: Path, directory: Path, training: str, validation: str) -> Path:
-    """Copies a raw ImageNet of directories in another layout of each split.
-
-    Args:
-      raw: With `train/<synset>/`, a flat `validation/` and `synset_labels.txt`.
-      directory: To be made.
-      training: Of `TRAINING_LAYOUTS`.
-      validation: Of `VALIDATION_LAYOUTS`.
-    """
+    """Copies a raw ImageNet, `train/<synset>/` and flat, in another layout."""
     directory.mkdir(parents=True)
     TRAINING_LAYOUTS[training](raw, directory)
     VALIDATION_LAYOUTS[validation](raw, directory)
