@@ -387,11 +387,11 @@ EMPTY_DATASET = Dataset((), (), ())
 
 def _layout(images: Sequence[RawImage]) -> str:
     """Says where images are: 'a directory', '60 directories', 'a tar'."""
-    names = (
-        ("directory", "directories") if images[0].offset is None else ("tar", "tars")
-    )
+    one, many = "directory", "directories"
+    if images[0].offset is not None:
+        one, many = "tar", "tars"
     num_sources = len({image.source for image in images})
-    return f"a {names[0]}" if num_sources == 1 else f"{num_sources:,} {names[1]}"
+    return f"a {one}" if num_sources == 1 else f"{num_sources:,} {many}"
 
 
 def read_dataset(raw_data_dir: str) -> Dataset:
@@ -2935,34 +2935,31 @@ def warnings_about(
         )
     trained = collections.Counter(image.synset for image in dataset.training)
     validated = collections.Counter(image.synset for image in dataset.validation)
-    yield from _unpaired(dataset, validated, "validation", trained, "training")
+    synsets, both = dataset.synsets, trained.keys() & validated.keys()
+    yield from _unpaired(synsets, validated.keys() - both, "validation", "training")
     if 3 * len(validated) >= 2 * len(trained):  # else few are there, for a trial
-        yield from _unpaired(dataset, trained, "training", validated, "validation")
-    if len(dataset.synsets) == IMAGENET_SYNSETS:
+        yield from _unpaired(synsets, trained.keys() - both, "training", "validation")
+    if len(synsets) == IMAGENET_SYNSETS:
         yield from _short_split(trained, "training", 1_281_167, 732)
         yield from _short_split(validated, "validation", 50_000, 50)
     yield from _empty_shards("training", len(dataset.training), training_shards)
     yield from _empty_shards("validation", len(dataset.validation), validation_shards)
 
 
-Sizes: TypeAlias = collections.Counter[str]  # images of each synset
-
-
 def _unpaired(
-    dataset: Dataset, has: Sizes, split: str, lacks: Sizes, other: str
+    synsets: Sequence[str], lone: Container[str], split: str, other: str
 ) -> Iterator[str]:
     """Words classes that only one split has: each takes a label."""
-    labels = enumerate(dataset.synsets, start=1)
-    lone = has.keys() - lacks.keys()
+    labels = enumerate(synsets, start=1)
     if only := [f"{synset} (label {i})" for i, synset in labels if synset in lone]:
         yield (
-            f"{len(only):,} of {_count(len(dataset.synsets), 'synset')} have {split} "
-            f"images but no {other} images: {_some(only)}."
+            f"{len(only):,} of {_count(len(synsets), 'synset')} have {split} images but "
+            f"no {other} images: {_some(only)}."
         )
 
 
 def _short_split(
-    sizes: Sizes, split: str, num_expected: int, smallest: int
+    sizes: collections.Counter[str], split: str, num_expected: int, smallest: int
 ) -> Iterator[str]:
     """Words a split that is not ImageNet-1k's, whose smallest class is known."""
     found = sizes.total()
@@ -2980,9 +2977,9 @@ def _empty_shards(split: str, num_images: int, num_shards: int) -> Iterator[str]
     size = max(1, math.ceil(num_images / num_shards))
     if num_empty := num_shards - math.ceil(num_images / size):
         yield (
-            f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty: "
-            f"there are only {_count(num_images, f'{split} image')}. A smaller "
-            f"--{split}_shards avoids that."
+            f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty, "
+            f"given {_count(num_images, f'{split} image')}; a smaller --{split}_shards "
+            "avoids that."
         )
 
 

@@ -475,7 +475,7 @@ def test_empty_shards_are_counted(
     assert sum(not shard.images for shard in plan) == num_empty
     noun = "shard" if num_shards == 1 else "shards"
     expected = (
-        f"{num_empty:,} of {num_shards:,} training {noun} will be empty: there are only "
-        f"{num_images} training images. A smaller --training_shards avoids that."
+        f"{num_empty:,} of {num_shards:,} training {noun} will be empty, given "
+        f"{num_images} training images; a smaller --training_shards avoids that."
     )
     assert found == [expected] * bool(num_empty)
