@@ -24,7 +24,7 @@ What goes in, under --raw_data_dir:
     validation/ILSVRC2012_val_00000001.JPEG    50,000 images
     synset_labels.txt              line i is the synset of the i-th validation image
 
-The tars of ImageNet are read in place, too, without extracting them: appendix A.
+ImageNet's own tars are read in place, without extracting them; see appendix A.
 
 What comes out, under --local_scratch_dir and, flat, under --gcs_output_path:
 
@@ -47,10 +47,10 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
 The same raw directory gives the same bytes on every machine, with any number of
 workers, however often the run was interrupted: rerun the same command to resume.
 
-There are two kinds of error. InvalidInputError lists what must be fixed before the
-first image; nothing was done. RunError is what stopped a run; finished shards are kept.
+There are two kinds of errors. InvalidInputError lists what must be fixed before the run
+can start; nothing was done. RunError says what stopped it; finished shards are kept.
 
-Exit status: 0 if all is done; 1 if something is wrong, with a line for each problem;
+Exit status: 0 if everything is done; 1 if anything is wrong, with a line per problem;
 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
@@ -88,7 +88,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 import traceback
@@ -105,6 +104,8 @@ from typing import (
     TypeAlias,
 )
 
+INSTALL = "python3 -m pip install -r requirements.txt"
+
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("imagenet_to_gcs.py needs Python 3.10 or newer.")
 try:
@@ -113,7 +114,7 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"{error}. Run: python3 -m pip install -r requirements.txt")
+    sys.exit(f"{error}. Run: {INSTALL}")
 
 if TYPE_CHECKING:
     from google.cloud import storage
@@ -133,24 +134,16 @@ VALIDATION_DIRECTORY = "validation"
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("project", None, "Google Cloud project of the upload.")
+flags.DEFINE_string("gcs_output_path", None, "gs://bucket or gs://bucket/directory.")
 flags.DEFINE_string(
-    "gcs_output_path", None, "Where to upload to: gs://bucket or gs://bucket/directory."
+    "local_scratch_dir", None, "For the shards; default: tf_records in --raw_data_dir."
 )
 flags.DEFINE_string(
-    "local_scratch_dir",
-    None,
-    "Directory to write the shards to. Default: tf_records under --raw_data_dir.",
-)
-flags.DEFINE_string(
-    "raw_data_dir",
-    None,
-    "The raw ImageNet: a directory with train/, validation/ and synset_labels.txt.",
+    "raw_data_dir", None, "Directory of train/, validation/ and synset_labels.txt."
 )
 flags.DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
 flags.DEFINE_integer(
-    "num_workers",
-    None,
-    "Number of encoding processes. Default: the processors this process may use.",
+    "num_workers", None, "Encoding processes; default: one per available processor."
 )
 flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of training shards.")
 flags.DEFINE_integer(
@@ -161,52 +154,36 @@ flags.DEFINE_bool(
     False,
     "If --raw_data_dir is empty or missing, generate a small fake ImageNet there first.",
 )
-flags.DEFINE_bool(
-    "keep_local_shards", True, "Keep shards on the local disk once they are uploaded."
-)
+flags.DEFINE_bool("keep_local_shards", True, "Keep shards here once uploaded.")
 flags.DEFINE_integer(
     "task_index", None, "Which of --task_count machines this is, counted from 0."
 )
 flags.DEFINE_integer(
     "task_count", 1, "Number of machines that share the work, each with its own index."
 )
-flags.DEFINE_bool(
-    "dry_run", False, "Check everything, say what would be done, and exit."
-)
+flags.DEFINE_bool("dry_run", False, "Check everything and say what would be done.")
 flags.DEFINE_bool("version", False, "Print the version and exit.")
 
 
-REINSTALL = (
-    "Run python3 -m pip install -r requirements.txt in a new virtual environment."
-)
 FIX_AND_RERUN = "Finished shards are kept: fix this and rerun the same command."
 
 
 class InvalidInputError(ValueError):
     """Something in the input that must be fixed; nothing was done.
 
-    Attributes:
-      problems: One line each: what must hold, where, what was found, what to do.
+    Its arguments are one line each: what must hold, where, what was found, what to do.
     """
 
-    def __init__(self, *problems: str):
-        super().__init__(*problems)
-        self.problems = problems
-
     def __str__(self) -> str:
-        return "\n".join(self.problems)
+        return "\n".join(self.args)
 
 
 class RunError(RuntimeError):
-    """A run that had to stop; the message is one line with the cause and a remedy."""
+    """Why a run had to stop: one line with the cause and a remedy."""
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Opens a file for unbuffered reading; never waits for the writer of a pipe.
-
-    Raises:
-      OSError: It cannot be opened, or is a directory, a pipe or a device.
-    """
+    """Opens a regular file for unbuffered reading; refuses a pipe, not waits for it."""
     file_descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(file_descriptor).st_mode):
         os.close(file_descriptor)
@@ -216,13 +193,11 @@ def open_regular(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
-    """Adds what keeps the run from beginning to a list, instead of raising it."""
+    """Collects the problems of an error instead of raising it."""
     try:
         yield
-    except InvalidInputError as error:
-        problems.extend(error.problems)
-    except RunError as error:
-        problems.append(str(error))
+    except (InvalidInputError, RunError) as error:
+        problems.extend(error.args)
 
 
 # ---------------------------------------------------------------------------------
@@ -629,7 +604,7 @@ def read_labels(labels_path: str) -> list[str]:
 # ---------------------------------------------------------------------------------
 # 2. Plan: which image goes into which shard
 
-RECORD_FORMAT = 1  # raise it when the same images would give other bytes
+RECORD_FORMAT = 1  # increase it when the same images would give different bytes
 RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, approximately
 
 
@@ -647,10 +622,6 @@ class Shard:
     index: int
     num_shards: int
     images: tuple[RawImage, ...]
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.num_shards:
-            raise ValueError(f"No shard {self.index:,} of {self.num_shards:,}.")
 
     @property
     def name(self) -> str:
@@ -678,7 +649,7 @@ class Shard:
         )
 
     def versions(self) -> str:
-        """Hashes when, and where in their tars, the images were last changed here."""
+        """Hashes the images' times of modification here and their offsets in tars."""
         return _sha256(*(f"{i.version} {i.offset}\n" for i in self.images))
 
 
@@ -716,7 +687,7 @@ def _cut(split: str, images: Sequence[RawImage], num_shards: int) -> list[Shard]
 # 3. One image: read ahead, checked, repaired if need be
 
 
-READ_AHEAD = 32  # images opened before their turn, so also open files, a worker
+READ_AHEAD = 32  # images that a worker opens ahead, so also its open files
 SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 ms
 
 
@@ -735,21 +706,17 @@ class OpenImage:
             file.seek(offset)
         except OSError as error:
             return cls(image, error)
-        with contextlib.suppress(OSError):  # not every file system can; 0 means all
+        with contextlib.suppress(OSError):  # not everywhere possible; 0 means all
             descriptor, advice = file.fileno(), os.POSIX_FADV_WILLNEED
             os.posix_fadvise(descriptor, offset, num_bytes or 1, advice)
         return cls(image, file)
 
     def read(self) -> bytes:
-        """Reads the image, no more than was listed, and closes its file.
-
-        Raises:
-          OSError: It cannot be read, or is not the image that was listed.
-        """
+        """Reads the image if it is the one that was listed, and closes its file."""
         if isinstance(self.file, OSError):
             raise self.file
         in_tar = self.image.offset is not None
-        left = self.image.num_bytes + (not in_tar)  # one more shows a file that grew
+        left = self.image.num_bytes + (not in_tar)  # one more reveals a file that grew
         parts = []
         with self.file as file:
             while left and (part := file.read(left)):  # it may return less than asked
@@ -767,7 +734,7 @@ def _file_of(image: RawImage) -> str:
     return image.path if image.offset is None else image.source
 
 
-# They start when the first image is submitted, and serve all shards of a worker.
+# Threads that start when first used, and serve all shards of a worker.
 _openers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD)
 
 
@@ -802,10 +769,11 @@ class _ImageError(ValueError):
 
 
 def problem_of(image: RawImage, error: Exception) -> str:
-    """Words whatever kept an image from its record, in a line that names its file."""
+    """Says in one line, with the file's name, why an image cannot be used."""
     reason = str(error) if isinstance(error, _ImageError) else repr(error)
     if isinstance(error, FileNotFoundError):
-        reason = "a link to nothing" if os.path.islink(image.path) else "it is gone"
+        is_link = os.path.islink(image.path)
+        reason = "it is a dangling link" if is_link else "it no longer exists"
     elif isinstance(error, OSError):
         reason = f"{error.strerror}"
     verb = "read" if isinstance(error, OSError) else "decode"
@@ -817,12 +785,10 @@ class EncodedImage:
     """An image as it goes into its record.
 
     Attributes:
-      jpeg: A JPEG of 1 or 3 components.
-      height, width: Pixels.
       repaired: Whether it was a PNG or a CMYK JPEG and had to be encoded again.
     """
 
-    jpeg: bytes
+    jpeg: bytes  # of 1 or 3 components
     height: int
     width: int
     repaired: bool = False
@@ -846,8 +812,8 @@ class Skeleton:
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
-# FF 00 is a data byte FF, FF FF is filling, FF 01 and FF D0 to FF D7 stand alone and
-# change nothing: every other FF begins a segment (ITU-T T.81, B.1.1).
+# FF 00 is a data byte FF, FF FF is fill, FF 01 and FF D0 to FF D7 stand alone and
+# change nothing; any other FF begins a segment (ITU-T T.81, B.1.1).
 _FILLING = 0xFF
 _BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
 _END_MARKER = 0xD9
@@ -859,11 +825,7 @@ _MAX_VALUES = 2**29  # height x width x components; TensorFlow's limit (jpeg_mem
 
 
 def encode_image(data: bytes) -> EncodedImage:
-    """Checks an image, and makes it a JPEG that every reader can decode.
-
-    Raises:
-      _ImageError: A full decode would reject it.
-    """
+    """Checks an image, and makes it a JPEG that every reader can decode."""
     if data.startswith(PNG_START):
         width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
         _check_values(height, width)
@@ -882,9 +844,6 @@ def read_skeleton(data: bytes) -> Skeleton:
     libjpeg fails on bad segments and on a missing end, never on the data between them:
     it fills in what is broken. So decoding the skeleton gives the verdict on the whole
     image in an eighth of the time.
-
-    Raises:
-      _ImageError: It is not a JPEG, or has no frame header or no end.
     """
     if not data.startswith(JPEG_START):
         found = f"not a JPEG (starts with {data[:4]!r})"
@@ -925,7 +884,7 @@ def read_skeleton(data: bytes) -> Skeleton:
 
 
 def _check_values(height: int, width: int, num_components: int = 3) -> None:
-    """Refuses sizes for which a small file would take gigabytes, as a full decode does."""
+    """Refuses, as a full decode does, sizes that would take gigabytes to decode."""
     declared = f"its header declares {width:,} x {height:,} pixels"
     if max(height, width) > _MAX_SIDE:
         raise _ImageError(f"{declared}; no side may have more than {_MAX_SIDE:,}")
@@ -940,7 +899,7 @@ def _check_decodes(skeleton: Skeleton) -> None:
     import tensorflow as tf
 
     def decode() -> None:
-        contents = tf.constant(skeleton.jpeg)  # bytes, or 1 for 1.0, would take longer
+        contents = tf.constant(skeleton.jpeg)  # plain bytes, or 1 for 1.0, are slower
         tf.raw_ops.DecodeJpeg(contents=contents, ratio=8, acceptable_fraction=1.0)
 
     try:
@@ -951,11 +910,10 @@ def _check_decodes(skeleton: Skeleton) -> None:
 
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
     """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
-    with tempfile.TemporaryFile() as caught, _stderr_to(caught.fileno()):
-        with contextlib.suppress(Exception):
+    with _unnamed_file() as caught:
+        with _stderr_to(caught.fileno()), contextlib.suppress(Exception):
             decode()
-        caught.seek(0)
-        lines = caught.read().decode(errors="replace").splitlines()
+        lines = _text(caught).splitlines()
     reasons = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)]
     return reasons[-1].rstrip(".") if reasons else "libjpeg cannot decode it"
 
@@ -973,11 +931,11 @@ def _stderr_to(file_descriptor: int) -> Iterator[None]:
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:
-    """Makes a PNG or CMYK JPEG an RGB JPEG with the pixels of the reference's shards."""
+    """Re-encodes a PNG or CMYK JPEG as an RGB JPEG, with the reference's pixels."""
     import tensorflow as tf
 
     try:
-        pixels = tf.io.decode_jpeg(data, channels=3)  # it decodes a PNG as well
+        pixels = tf.io.decode_jpeg(data, channels=3)  # decodes PNGs, too
     except tf.errors.InvalidArgumentError as error:
         raise _ImageError(f"it is a {kind} that cannot be decoded") from error
     jpeg = tf.io.encode_jpeg(pixels, format="rgb", quality=100).numpy()
@@ -993,8 +951,8 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
 
     Protobuf's map would otherwise be written in an order that changes from run to run.
-    A new `Example` filled in place is three times as fast as one made of parts; one
-    that is filled again keeps every JPEG in its memory.
+    Filling a new `Example` in place is three times as fast as composing one of parts;
+    one that is reused keeps the memory of every JPEG.
     """
     import tensorflow as tf
 
@@ -1014,7 +972,7 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
 
 
 # ---------------------------------------------------------------------------------
-# 5. One shard: written complete or not at all, with a stamp that says of what
+# 5. One shard: written completely or not at all, with a stamp that describes it
 
 WRITE_BUFFER_BYTES = 2**20
 READ_BLOCK_BYTES = 2**20
@@ -1051,7 +1009,7 @@ class Stamp:
 
 
 class BadImagesError(InvalidInputError):
-    """Images that cannot be used; everything but the shards that hold them is done."""
+    """Images that cannot be used; all shards without them are done."""
 
 
 def shard_path(shard: Shard, scratch_dir: str) -> str:
@@ -1066,12 +1024,7 @@ def _stamp_path(path: str) -> str:
 
 
 def write_records(shard: Shard, temporary_path: str) -> Stamp:
-    """Writes the records of a shard to a file; runs in a worker process.
-
-    Raises:
-      BadImagesError: All bad images of the shard.
-      OSError: The disk cannot hold it.
-    """
+    """Writes the records of a shard to a file; runs in a worker process."""
     problems: list[str] = []
     num_repaired = 0
     with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
@@ -1080,7 +1033,7 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
             try:
                 encoded = encode_image(opened.read())
                 example = make_example(opened.image, encoded)
-            except Exception as error:  # noqa: BLE001  # of whatever kind, of one image
+            except Exception as error:  # noqa: BLE001  # it concerns one image
                 problems.append(problem_of(opened.image, error))
                 continue
             if not problems:
@@ -1109,13 +1062,8 @@ def write_shard(
     Args:
       write: `write_records`, here or in a worker process.
       durable: Whether the shard must survive a loss of power.
-
-    Raises:
-      BadImagesError: All bad images of the shard; nothing was written.
-      OSError: The scratch directory cannot hold it; nothing was written.
     """
     path = shard_path(shard, scratch_dir)
-    forget_stamp(path)  # of another plan
     with _complete_or_absent(path, durable) as temporary_path:
         stamp = write(shard, temporary_path)
         mtime_ns = os.stat(temporary_path).st_mtime_ns
@@ -1133,7 +1081,7 @@ def read_stamp(path: str) -> Stamp | None:
 
 
 def forget_stamp(path: str) -> None:
-    """Has the next run write a shard again."""
+    """Makes the next run rewrite a shard."""
     pathlib.Path(_stamp_path(path)).unlink(missing_ok=True)
 
 
@@ -1156,7 +1104,7 @@ def read_crc32c(path: str) -> str:
 
 
 def measure(path: str) -> Stamp:
-    """Reads a file for the stamp that it should have; digest and times may be unknown."""
+    """Reads a file to make its stamp; keeps the digest only if its own still fits."""
     stamp, crc32c = read_stamp(path), read_crc32c(path)
     if stamp and is_as_stamped(path, stamp) and stamp.crc32c == crc32c:
         return stamp
@@ -1169,17 +1117,13 @@ class RecordWriter:
     A record is its length (8 bytes, little-endian), the masked crc32c of these 8
     bytes, the data, and the masked crc32c of the data
     (https://www.tensorflow.org/tutorials/load_data/tfrecord). TensorFlow's own writer
-    does not tell the file's checksum, so all 147 GB would have to be read again.
-
-    Attributes:
-      num_bytes: Written so far.
-      crc32c: Of all of these, unmasked.
+    does not report the file's checksum, so all 147 GB would have to be reread.
     """
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self.num_bytes = 0
-        self.crc32c = 0
+        self.crc32c = 0  # of all bytes written so far, unmasked
 
     def write(self, data: bytes) -> None:
         length = struct.pack("<Q", len(data))
@@ -1204,8 +1148,8 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
     """Yields a hidden path to write to, and then gives the file its name.
 
     Args:
-      durable: Whether to wait until the disk has the file. A stamp or a manifest need
-        not be: torn by a loss of power it cannot be read, which is as good as absent.
+      durable: Whether to wait until the disk has the file. Stamps and manifests need
+        not: one that a power loss tears is unreadable, which is as good as absent.
     """
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
@@ -1220,13 +1164,13 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
         with contextlib.suppress(OSError):
             os.unlink(temporary_path)
         if isinstance(error, OSError) and error.filename in (None, temporary_path):
-            error.filename = path  # a write does not say to which file
+            error.filename = path  # a failed write does not name its file
         raise
 
 
 def _flush(path: str) -> None:
     """Waits until the disk has a file, if the file system can tell."""
-    file_descriptor = os.open(path, os.O_WRONLY)  # SMB does not flush for readers
+    file_descriptor = os.open(path, os.O_WRONLY)  # SMB does not flush for reading
     try:
         os.fsync(file_descriptor)
     except OSError as error:
@@ -1258,7 +1202,7 @@ def read_text(path: str) -> str:
 # 6. All shards: the processes that write and the threads that upload
 
 PARALLEL_UPLOADS = 8  # the client's connection pool holds 10
-WAITING_SHARDS = 16  # written, but not yet uploaded, before the workers wait
+WAITING_SHARDS = 16  # written but not uploaded, at most; then the workers wait
 LOG_SECONDS = 10.0
 REDRAW_SECONDS = 0.5
 SPEED_SECONDS = 30.0
@@ -1266,12 +1210,12 @@ SPEED_SECONDS = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is left to do of a plan, or of a task's share of it.
+    """What is left to do.
 
     Attributes:
-      to_write: Shards that are finished neither here nor in the bucket.
-      to_upload: Shards that are finished here but are not in the bucket.
-      done: Stamps of the others, by name.
+      to_write: This task's shards that are finished neither here nor in the bucket.
+      to_upload: This task's shards that are finished here but not in the bucket.
+      done: Stamps of the finished shards of all tasks, by name.
     """
 
     to_write: list[Shard] = dataclasses.field(default_factory=list)
@@ -1282,13 +1226,9 @@ class Work:
     def is_done(self) -> bool:
         return not (self.to_write or self.to_upload)
 
-    @property
-    def images_to_write(self) -> int:
-        return sum(len(shard.images) for shard in self.to_write)
-
 
 class Progress:
-    """Counts what several threads have done, and says how fast they are.
+    """Counts what the threads have done, and says how fast they are.
 
     Attributes:
       images: Written in this run.
@@ -1301,7 +1241,7 @@ class Progress:
 
     def __init__(self, work: Work, is_uploading: bool):
         self.shards_to_write = len(work.to_write)
-        self.images_to_write = work.images_to_write
+        self.images_to_write = sum(len(shard.images) for shard in work.to_write)
         num_uploads = len(work.to_write) + len(work.to_upload)
         self.shards_to_upload = num_uploads if is_uploading else 0
         self.images = self.num_bytes = self.repaired = 0
@@ -1323,7 +1263,7 @@ class Progress:
         return max(time.monotonic() - self._start, 1e-3)
 
     def line(self) -> str:
-        """Says how far the run is, its speed in the last half minute, and the rest."""
+        """Says how far the run is, how fast of late, and how much time is left."""
         seconds, images, num_bytes, uploads = self._lately()
         parts = []
         if self.shards_to_write:
@@ -1358,29 +1298,23 @@ class Progress:
 
 
 def write_and_upload(job: Job, progress: Progress) -> None:
-    """Takes each shard its whole way, each in a thread of its own.
+    """Takes each shard all the way from its images to the bucket, in its own thread.
 
-    There are `num_workers` + 16 threads, so no more shards than that are begun and not
-    yet uploaded, however slow the network is.
-
-    Args:
-      progress: Counts, and keeps what was done.
-
-    Raises:
-      RunError, OSError: The first failure but for bad images; whatever has not begun
-        is cancelled.
+    There are `num_workers` + 16 threads, so no more shards than that are on their way
+    at any time, however slow the network is. Bad images do not stop the others.
     """
     options, destination = job.options, job.destination
     uploads = threading.Semaphore(PARALLEL_UPLOADS)
     stopping = threading.Event()
-    workers = Workers(options.workers)
+    workers = Workers(options.workers, stopping)
 
     def take(shard: Shard, stamp: Stamp | None) -> None:
         path = shard_path(shard, options.scratch_dir)
         if stamp:
             check_undamaged(path, stamp)
         else:
-            write, durable = workers.calling(write_records), options.keep_local_shards
+            write = functools.partial(workers.call, write_records)
+            durable = options.keep_local_shards
             stamp = write_shard(shard, options.scratch_dir, write, durable)
             progress.wrote(shard.name, stamp)
         if destination:
@@ -1400,11 +1334,11 @@ def write_and_upload(job: Job, progress: Progress) -> None:
             try:
                 future.result()
             except BadImagesError as error:
-                progress.bad_images.extend(error.problems)
+                progress.bad_images.extend(error.args)
 
 
 def _in_turns(*lists: Iterable[Any]) -> list[Any]:
-    """Merges lists so that each begins at once: [1, 2, 3], [4] gives [1, 4, 2, 3]."""
+    """Interleaves lists: [1, 2, 3], [4] gives [1, 4, 2, 3]."""
     turns = itertools.zip_longest(*lists)
     return [item for turn in turns for item in turn if item is not None]
 
@@ -1413,7 +1347,7 @@ def _in_turns(*lists: Iterable[Any]) -> list[Any]:
 def _closing(
     pool: concurrent.futures.Executor, stopping: threading.Event | None = None
 ) -> Iterator[None]:
-    """Waits for what a pool does; if something failed, drops what has not begun."""
+    """Waits for a pool to finish; on an error, cancels what has not begun instead."""
     try:
         yield
     except BaseException:
@@ -1425,22 +1359,18 @@ def _closing(
 
 
 def check_undamaged(path: str, stamp: Stamp) -> None:
-    """Checks that a shard that another run wrote still has the bytes of its stamp.
-
-    Raises:
-      RunError: It has not; its stamp is removed, so the next run writes it again.
-    """
+    """Stops the run if a shard no longer has its bytes; the next run rewrites it."""
     if read_crc32c(path) != stamp.crc32c:
         forget_stamp(path)
         raise RunError(
-            f"{path} must be as it was written, but its bytes have changed. Rerun the "
-            "same command: it writes this shard again."
+            f"{path} has changed since it was written. Rerun the same command to write "
+            "it again."
         )
 
 
 @contextlib.contextmanager
 def reporting(say: Callable[[], str]) -> Iterator[None]:
-    """Shows that something goes on: on a terminal a live line, else one in 10 seconds."""
+    """Shows progress: a live line on a terminal, else a log line every 10 seconds."""
     is_over = threading.Event()
 
     def report() -> None:
@@ -1458,21 +1388,23 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------
-# 7. Cloud Storage: what is in the bucket, and getting more there
+# 7. Cloud Storage: what is in the bucket, and uploading more
 
 
-UPLOAD_THREADS = 8  # the client's connection pool holds 10
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # in memory for each thread
 SMALL_UPLOAD_BYTES = 8 * 2**20  # up to here the client uploads in one request
-TIMEOUT = (10, 60)  # seconds to connect, and to answer
-CHUNK_TIMEOUT = (10, 300)  # and to send a chunk: at 0.02 MB/s at least
-START_SECONDS = 120  # how long to wait for a fault to pass before the first image
-UPLOAD_SECONDS = 600  # and for each request of an upload
+TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
+CHUNK_TIMEOUT = (10, 300)  # the same, with time to send a chunk at 0.02 MB/s
+START_SECONDS = 120  # how long a request waits for a fault to pass at the start
+UPLOAD_SECONDS = 600  # and during an upload
 WARNING_SECONDS = 10
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 LISTED_FIELDS = (
     "name,size,crc32c,metadata,retentionExpirationTime,temporaryHold,eventBasedHold"
 )
+
+# https://cloud.google.com/storage/docs/buckets#naming
+_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 AnyCall: TypeAlias = "Callable[..., Any]"
 
@@ -1489,61 +1421,48 @@ class GcsPath:
     directory: str
 
     def __str__(self) -> str:
-        return "gs://" + "/".join(filter(None, [self.bucket, self.directory]))
+        return f"gs://{self.bucket}/{self.directory}".removesuffix("/")
 
     @classmethod
     def parse(cls, text: str) -> GcsPath:
-        """Parses `gs://bucket` or `gs://bucket/directory`, with or without a final `/`.
-
-        Raises:
-          InvalidInputError: It is anything else.
-        """
+        """Parses `gs://bucket` or `gs://bucket/directory`; a final `/` may follow."""
         match = re.fullmatch(r"gs://([^/]*)/?(.*)", text)
-        bucket, directory = match.groups() if match else ("", "")
-        if not match:
-            problem = "must start with gs://, as in gs://bucket/directory"
-        elif not _BUCKET_NAME.fullmatch(bucket):
+        if match and _BUCKET_NAME.fullmatch(match[1]):
+            return cls(match[1], match[2].strip("/"))
+        problem = "must start with gs://, as in gs://bucket/directory"
+        if match:
             problem = (
                 "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', "
-                f"'_' and '.'; found {bucket!r}"
+                f"'_' and '.'; found {match[1]!r}"
             )
-        else:
-            return cls(bucket, directory.strip("/"))
         raise InvalidInputError(f"--gcs_output_path={text} {problem}.")
 
     def name_of(self, filename: str) -> str:
         """Names a file of the directory as the bucket does: `directory/filename`."""
-        return "/".join(filter(None, [self.directory, filename]))
-
-
-# https://cloud.google.com/storage/docs/buckets#naming
-_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+        return f"{self.directory}/{filename}".lstrip("/")
 
 
 class Destination:
     """A directory in a bucket, and the client that reaches it.
 
-    It never calls the client's `get_bucket`, which needs `storage.buckets.get`: the
-    roles for objects do not include that.
+    It never calls the client's `get_bucket`, which needs `storage.buckets.get`: roles
+    for objects do not grant that.
 
     Attributes:
-      is_listed: Whether the last listing was permitted.
-      held: Why an object of the last listing cannot be replaced, by base name.
+      objects: Stamps of what the last listing found, by base name.
+      is_listed: Whether that listing was permitted.
+      held: Why some of the objects cannot be replaced, by base name.
     """
 
-    def __init__(
-        self,
-        path: GcsPath,
-        project: str | None,
-        client: storage.Client | None = None,
-    ):
+    def __init__(self, path: GcsPath, project: str | None, client: Any = None):
         # Otherwise the client also asks for the bucket's metadata, in its own thread.
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "1")
-        for library in ("google", "urllib3"):  # each of their retries is a warning
+        for library in ("google", "urllib3"):  # they warn of each retry
             python_logging.getLogger(library).setLevel(python_logging.ERROR)
         from google.cloud import storage
 
         self.path = path
+        self.objects: dict[str, Stamp] = {}
         self.is_listed = True
         self.held: dict[str, str] = {}
         self._next_warning = 0.0
@@ -1551,11 +1470,11 @@ class Destination:
             create = self._patiently(START_SECONDS)(storage.Client)
             self._client = client or create(project=project)
             self._bucket = self._client.bucket(path.bucket)
-            _ = self._client._http  # created without a lock: do it before the threads
+            _ = self._client._http  # made without a lock, so before the threads
         self._payer = project or self._client.project
 
     def check_access(self) -> None:
-        """Starts an upload and cancels it, which takes the permissions of an upload."""
+        """Starts an upload and cancels it, which takes the permission to upload."""
         from google.api_core import exceptions
 
         with self._explained(MANIFEST_FILE):
@@ -1564,7 +1483,7 @@ class Destination:
             except exceptions.BadRequest as error:
                 if "requester pays" not in str(error):
                     raise
-                # To bill a project takes a permission in it: only where it must be.
+                # Billing a project takes a permission in it, so only if it must be.
                 self._bucket = self._client.bucket(self.path.bucket, self._payer)
                 self._start_and_cancel()
 
@@ -1578,7 +1497,7 @@ class Destination:
         """Lists the destination by base name; nothing if that is not permitted."""
         from google.api_core import exceptions
 
-        prefix = self.path.directory + "/" if self.path.directory else ""
+        prefix = self.path.name_of("")
         with self._explained(""):
             blobs = self._client.list_blobs(
                 self._bucket,
@@ -1594,19 +1513,19 @@ class Destination:
                 if self.is_listed:
                     logging.warning(
                         f"Cannot list {self.path} (storage.objects.list is not granted): "
-                        "all shards will be uploaded, whatever is there, and only the "
-                        "answer to each upload says that it is right."
+                        "all shards will be uploaded, whatever is there, and the result "
+                        "cannot be checked as a whole."
                     )
-                self.is_listed = False
-                return {}
+                self.is_listed, listed = False, {}
         self.held = {name: why for name, blob in listed.items() if (why := _hold(blob))}
-        return {name: _stamp_of(blob) for name, blob in listed.items()}
+        self.objects = {name: _stamp_of(blob) for name, blob in listed.items()}
+        return self.objects
 
     def upload(self, path: str, stamp: Stamp) -> None:
-        """Uploads a file, from its start again if the client has given up.
+        """Uploads a file, and starts over when the client gives up.
 
-        The client itself retries one request; not a lost upload (404 or 410), nor an
-        answer that does not match.
+        The client retries single requests, but neither a lost upload (404 or 410) nor
+        an answer that does not match.
         """
         name = os.path.basename(path)
         with self._explained(name):
@@ -1634,8 +1553,8 @@ class Destination:
                 size=stamp.num_bytes,
                 content_type="application/octet-stream",
                 timeout=CHUNK_TIMEOUT,
-                # The service refuses other bytes than of this checksum. For small files
-                # the client computes it, for others it passes on what it is told.
+                # The service refuses bytes of any other checksum. For small files, the
+                # client computes it; for others, it passes on the given one.
                 checksum="crc32c" if is_small else None,
                 crc32c_checksum_value=stamp.crc32c,
                 retry=self._patiently(UPLOAD_SECONDS),
@@ -1647,21 +1566,19 @@ class Destination:
                 f"{stored.crc32c}, not {stamp.num_bytes:,} of {stamp.crc32c}"
             )
 
-    def delete(self, filename: str, must: bool) -> None:
-        """Deletes a file of the directory if it is there.
-
-        Args:
-          must: Whether it is known to be there; otherwise a refusal is no error.
-        """
+    def delete(self, filename: str) -> None:
+        """Deletes a file of the directory; without a listing, it may be refused."""
         from google.api_core import exceptions
 
-        no_error = [exceptions.NotFound, *([] if must else [exceptions.Forbidden])]
+        if self.is_listed and filename not in self.objects:
+            return
+        no_error = [exceptions.NotFound] + [exceptions.Forbidden] * (not self.is_listed)
         blob = self._bucket.blob(self.path.name_of(filename))
         with self._explained(filename), contextlib.suppress(*no_error):
             blob.delete(timeout=TIMEOUT, retry=self._patiently(START_SECONDS))
 
     def _patiently(self, seconds: float) -> Callable[[AnyCall], AnyCall]:
-        """Makes the `retry` of a request: it waits so long for a fault to pass."""
+        """Returns a `retry` for a request: it waits this long for a fault to pass."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         retry = DEFAULT_RETRY.with_predicate(may_pass).with_timeout(seconds)
@@ -1671,7 +1588,7 @@ class Destination:
         )
 
     def _warn(self, start: float, seconds: float, error: BaseException) -> None:
-        """Says what a request waits for: after 10 s, for all threads once a minute."""
+        """Says what requests wait for: after 10 s, then once a minute in all."""
         now = time.monotonic()
         if now >= max(start + WARNING_SECONDS, self._next_warning):
             self._next_warning = now + 60
@@ -1680,7 +1597,7 @@ class Destination:
 
     @contextlib.contextmanager
     def _explained(self, filename: str) -> Iterator[None]:
-        """Turns any error but that of a missing file into one line."""
+        """Turns any error, except for a missing local file, into one line."""
         try:
             yield
         except (RunError, FileNotFoundError):
@@ -1693,8 +1610,8 @@ class Destination:
 class _ChunkReader(io.BufferedReader):
     """Reads a file for the client, which asks for a chunk at a time, into one buffer.
 
-    With `bytes` the client would hold two chunks a thread, each cleared by the kernel:
-    8 threads took 120 MB then, and a fifth more processor time; now they take 41 MB.
+    With `bytes`, the client would hold two chunks per thread, each zeroed by the
+    kernel: 8 threads took 120 MB, and a fifth more processor time, instead of 41 MB.
     """
 
     def __init__(self, file: io.RawIOBase):
@@ -1708,12 +1625,12 @@ class _ChunkReader(io.BufferedReader):
 def _stamp_of(blob: storage.Blob) -> Stamp:
     """What the bucket says of an object; its digest only if the bytes are as written.
 
-    Some servers leave a size of 0 out.
+    Some servers omit a size of 0.
     """
     metadata = blob.metadata or {}
     is_as_written = metadata.get("crc32c") == blob.crc32c
     digest = metadata.get("digest", "") if is_as_written else ""
-    return Stamp(digest, 0, blob.size or 0, blob.crc32c or "", 0)
+    return Stamp(digest, 0, blob.size or 0, blob.crc32c or "")
 
 
 def _hold(blob: storage.Blob) -> str:
@@ -1728,19 +1645,10 @@ def _hold(blob: storage.Blob) -> str:
     return ", ".join(why for is_held, why in holds if is_held)
 
 
-def held_problem(path: GcsPath, held: Mapping[str, str]) -> str:
-    """Words that a run must replace objects that cannot be (some of `held`)."""
-    some = _some([f"{name} ({why})" for name, why in sorted(held.items())])
-    return (
-        f"{path} must not hold back what this run has to replace; found {some}. Release "
-        "the holds, or choose another directory."
-    )
-
-
 def foreign_problem(path: GcsPath, names: Sequence[str]) -> str:
-    """Words that models would read other objects too, and how to delete just those."""
+    """Says that models would read other objects, too, and how to delete just those."""
     pattern = r"(\w+-)(\d{5})(-of-(\d{5}))"
-    globs = {  # not of an index beyond the count: that may be the count of this run
+    globs = {  # no * for an index beyond the count: it could match this run's shards
         re.sub(pattern, lambda m: f"{m[1]}*{m[3]}" if m[2] < m[4] else m[0], name)
         for name in names
     }
@@ -1760,55 +1668,60 @@ def find_work(
     shards: Iterable[Shard],
     scratch_dir: str,
     objects: Mapping[str, Stamp] | None,
-    compare_versions: bool = True,
+    is_own: Callable[[Shard], bool] = lambda _: True,
 ) -> Work:
     """Compares a plan with what the scratch directory and the bucket hold.
 
     Args:
       objects: Of the bucket, by base name; None if nothing is to be uploaded.
-      compare_versions: Whether a shard is not done if an image was touched since.
+      is_own: Whether a shard is of this task. For the others, only the bucket counts
+        if there is one, and no times: their machines' copies may have different ones.
     """
     work = Work()
     for shard in shards:
         path = shard_path(shard, scratch_dir)
-        here, there = read_stamp(path), (objects or {}).get(shard.name)
+        here = read_stamp(path) if is_own(shard) or objects is None else None
+        there = (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
-        is_ours = bool(here and here.digest == digest)
-        if here and is_ours and compare_versions and here.versions != shard.versions():
-            work.to_write.append(shard)
-        elif here and is_ours and is_as_stamped(path, here):
-            if objects is None or (there and there.same_bytes(here)):
-                work.done[shard.name] = here
-            else:
-                work.to_upload.append((shard, here))
-        elif there and there.digest == digest:
+        if here and here.digest != digest:
+            here = None
+        is_here = here and is_as_stamped(path, here)
+        is_there = there and (
+            there.same_bytes(here) if here else there.digest == digest
+        )
+        if here and is_own(shard) and here.versions != shard.versions():
+            work.to_write.append(shard)  # an image was touched since
+        elif here and is_here and objects is None:
+            work.done[shard.name] = here
+        elif there and is_there:
             work.done[shard.name] = there
-        else:
+        elif here and is_here:
+            work.to_upload.append((shard, here))
+        elif is_own(shard):
             work.to_write.append(shard)
     return work
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run, with everything that is known before its first image.
+    """A run, with all that is known before its first image.
 
     Attributes:
       synsets: As in `Dataset`.
       shards: The whole plan, including the shards of other tasks.
       destination: Where to upload to; None to write the shards only.
-      objects: Stamps of what the bucket holds there, by base name; None without an
-        upload.
-      work: What is left to do of this task's share.
-      num_missing: How many shards are not done yet, over all tasks.
     """
 
     options: Options
     synsets: tuple[str, ...]
     shards: list[Shard]
     destination: Destination | None
-    objects: Mapping[str, Stamp] | None
     work: Work
-    num_missing: int
+
+    @property
+    def num_missing(self) -> int:
+        """How many shards are not done yet, over all tasks."""
+        return len(self.shards) - len(self.work.done)
 
     @property
     def manifest_path(self) -> str:
@@ -1816,21 +1729,16 @@ class Job:
 
     @property
     def place(self) -> str:
-        """Where the finished data set stands."""
-        return str(
-            self.destination.path if self.destination else self.options.scratch_dir
-        )
+        """Where the finished data set is."""
+        destination = self.destination
+        return str(destination.path) if destination else self.options.scratch_dir
 
 
 def plan_job(options: Options) -> Job:
-    """Reads, plans and checks everything that can be before the first image.
-
-    Raises:
-      InvalidInputError: All that keeps the run from beginning.
-    """
+    """Reads, plans and checks all that can be checked before the first image."""
     problems: list[str] = []
     dataset = EMPTY_DATASET
-    destination, objects = None, None
+    destination = None
     background = concurrent.futures.ThreadPoolExecutor(1)
     with _closing(background):
         opened = background.submit(_open_destination, options)
@@ -1839,12 +1747,12 @@ def plan_job(options: Options) -> Job:
                 dataset = read_dataset(options.raw_dir)
             _log_dataset(dataset, options)
         with _collecting(problems):
-            destination = opened.result()
-            objects = destination.list_objects() if destination else None
+            if destination := opened.result():
+                destination.list_objects()
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
-    work = find_work(options.share(shards), options.scratch_dir, objects)
-    num_missing = len(shards) - len(_find_done(options, shards, objects, work.done))
-    job = Job(options, dataset.synsets, shards, destination, objects, work, num_missing)
+    objects = destination.objects if destination else None
+    work = find_work(shards, options.scratch_dir, objects, options.is_own)
+    job = Job(options, dataset.synsets, shards, destination, work)
     problems += [*_scratch_problems(job), *_bucket_problems(job)]
     if problems:
         raise InvalidInputError(*problems)
@@ -1866,11 +1774,7 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
 
 
 def _open_destination(options: Options) -> Destination | None:
-    """Reaches the bucket; does nothing if nothing is to be uploaded.
-
-    Raises:
-      RunError: An upload would not succeed.
-    """
+    """Checks that the bucket takes uploads; does nothing without an upload."""
     if not options.gcs_upload:
         return None
     path = GcsPath.parse(options.gcs_output_path or "")
@@ -1880,42 +1784,43 @@ def _open_destination(options: Options) -> Destination | None:
 
 
 def _foreign(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
-    """Picks what models would read besides the shards of this plan."""
+    """Picks the names that models would read besides the shards of this plan."""
     planned = {shard.name for shard in shards}
     pattern = re.compile(f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-")
     return sorted(n for n in filenames if pattern.match(n) and n not in planned)
 
 
 def _bucket_problems(job: Job) -> Iterator[str]:
-    """Words what is in the bucket that should not be, or could not be replaced."""
+    """Says what in the bucket should not be there, or cannot be replaced."""
     if not job.destination:
         return
-    if foreign := _foreign(job.objects or (), job.shards):
+    if job.options.task_count > 1 and not job.destination.is_listed:
+        yield f"--task_count needs the permission to list {job.destination.path}."
+    if foreign := _foreign(job.destination.objects, job.shards):
         yield foreign_problem(job.destination.path, foreign)
     to_replace = [shard.name for shard in job.work.to_write]
     to_replace += [shard.name for shard, _ in job.work.to_upload]
     to_replace += [MANIFEST_FILE] * bool(job.num_missing)
-    held = {n: why for n, why in job.destination.held.items() if n in to_replace}
-    if held:
-        yield held_problem(job.destination.path, held)
-
-
-def _shard_files(scratch_dir: str) -> Iterable[pathlib.Path]:
-    """Finds everything that is named like a finished shard, of whatever plan."""
-    return pathlib.Path(scratch_dir).glob("*/*-of-*")
+    held = sorted(job.destination.held.items())
+    found = [f"{name} ({why})" for name, why in held if name in to_replace]
+    if found and job.synsets:  # else the raw directory is wrong, and nothing planned
+        yield (
+            f"{job.destination.path} must not hold back what this run has to replace; "
+            f"found {_some(found)}. Release the holds, or choose another directory."
+        )
 
 
 def _scratch_problems(job: Job) -> list[str]:
-    """Words why the disk cannot take the shards that are still to be written."""
+    """Says why the disk cannot hold the shards that are still to be written."""
     options, work = job.options, job.work
     sizes = sorted((shard.num_bytes for shard in work.to_write), reverse=True)
-    needed = sum(sizes[: options.max_local_shards])
+    most = None if options.keep_local_shards else options.workers + WAITING_SHARDS
+    needed = sum(sizes[:most])
     remedy = ""
     if options.gcs_upload and options.keep_local_shards:
         remedy = ", or pass --nokeep_local_shards"
     elif options.gcs_upload:  # those that the bucket has will be removed first
-        shards = _shard_files(options.scratch_dir)
-        needed -= sum(path.stat().st_size for path in shards if path.name in work.done)
+        needed -= sum(path.stat().st_size for path in _uploaded_before(job))
     flag = f"--local_scratch_dir={options.scratch_dir}"
     return room_problems(flag, options.scratch_dir, needed, "shards", remedy)
 
@@ -1936,7 +1841,7 @@ def room_problems(
 
 
 def nearest_directory(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path itself, or what exists above it."""
+    """The path itself, or the nearest thing above it that exists."""
     place = pathlib.Path(path)
     return next(p for p in (place, *place.parents) if p.exists())
 
@@ -1945,6 +1850,7 @@ def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
     options, work = job.options, job.work
     num_shards = len(options.share(job.shards))
+    num_done = num_shards - len(work.to_write) - len(work.to_upload)
     _warn_of_foreign_files(job)
     if options.task_count > 1:
         logging.info(
@@ -1955,10 +1861,10 @@ def log_intent(job: Job) -> None:
         logging.info(
             f"Nothing to do: {_count(num_shards, 'shard')} are up to date in {job.place}."
         )
-    elif work.done or work.to_upload:
+    elif num_done or work.to_upload:
         pending = f"; {len(work.to_upload):,} need only be uploaded"
         logging.info(
-            f"Resuming: {len(work.done):,} of {_count(num_shards, 'shard')} are up to "
+            f"Resuming: {num_done:,} of {_count(num_shards, 'shard')} are up to "
             f"date{pending if work.to_upload else ''}."
         )
     if work.to_write:
@@ -1978,7 +1884,7 @@ def _shards_of_images(shards: Sequence[Shard]) -> str:
 
 def _warn_of_foreign_files(job: Job) -> None:
     scratch_dir = job.options.scratch_dir
-    found = [path.name for path in _shard_files(scratch_dir)]
+    found = [path.name for path in pathlib.Path(scratch_dir).glob("*/*-of-*")]
     if foreign := _foreign(found, job.shards):
         logging.warning(
             f"{scratch_dir} also holds {_count(len(foreign), 'shard')} of another plan: "
@@ -1986,36 +1892,14 @@ def _warn_of_foreign_files(job: Job) -> None:
         )
 
 
-def _find_done(
-    options: Options,
-    shards: Sequence[Shard],
-    objects: Mapping[str, Stamp] | None,
-    stamps: Mapping[str, Stamp],
-) -> Mapping[str, Stamp]:
-    """Adds the stamps of what other tasks have done to those of this one.
-
-    Their copies of the raw data may have other times than this one's.
-    """
-    if options.task_count == 1:
-        return stamps
-    own = {shard.name for shard in options.share(shards)}
-    others = [shard for shard in shards if shard.name not in own]
-    work = find_work(others, options.scratch_dir, objects, compare_versions=False)
-    return {**work.done, **stamps}
-
-
 def carry_out(job: Job) -> None:
-    """Does the work, checks that everything is where it should be, and says so.
-
-    Raises:
-      BadImagesError: All was done but the shards of these images.
-      RunError: What stopped it.
-    """
+    """Does the work, checks that everything is where it should be, and says so."""
     _remove_temporary_files(job.options)
     if job.num_missing:
-        _remove_manifest(job, MANIFEST_FILE in (job.objects or ()))
+        _remove_manifest(job)
     if not job.options.keep_local_shards:
-        _remove_uploaded(job)
+        for path in _uploaded_before(job):
+            path.unlink(missing_ok=True)
     progress = Progress(job.work, is_uploading=bool(job.destination))
     if not job.work.is_done:
         with reporting(progress.line):
@@ -2027,11 +1911,10 @@ def carry_out(job: Job) -> None:
             "shards are left out. Replace them and rerun the same command."
         )
         raise BadImagesError(*sorted(progress.bad_images))
-    stamps = {**job.work.done, **progress.stamps, **progress.uploaded}
     try:
-        stamps |= _check_finished(job, stamps, written=progress.stamps)
+        stamps = _check_finished(job, progress)
     except RunError:
-        _remove_manifest(job, is_there=None)
+        _remove_manifest(job)
         raise
     if missing := len(job.shards) - len(stamps):
         logging.info(
@@ -2072,111 +1955,76 @@ def _log_complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     )
 
 
-def _check_finished(
-    job: Job, stamps: Mapping[str, Stamp], written: Container[str]
-) -> Mapping[str, Stamp]:
-    """Checks what this task and the others have finished; adds the others' stamps.
+def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
+    """Looks again at what is there: nothing of this task may be left to do.
 
-    Args:
-      written: Names of the shards that this run wrote, and so need not be read.
-
-    Raises:
-      RunError: Something is missing, damaged or not of this plan.
+    Returns:
+      Stamps of the finished shards of all tasks, by name.
     """
-    objects = None
-    if job.destination:
-        objects = check_uploaded(job.destination, stamps)
-        if foreign := _foreign(objects, job.shards):
-            raise RunError(foreign_problem(job.destination.path, foreign))
-    stamps = _find_done(job.options, job.shards, objects, stamps)
-    if len(stamps) == len(job.shards) and not job.destination:
-        _check_local(job, stamps, written)
-    return stamps
+    options, destination = job.options, job.destination
+    objects = destination.list_objects() if destination else None
+    if destination and not destination.is_listed:
+        return {**job.work.done, **progress.uploaded}
+    work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
+    left = [shard.name for shard in [*work.to_write, *(s for s, _ in work.to_upload)]]
+    check_none_wrong(left, len(options.share(job.shards)), job.place)
+    if destination and (foreign := _foreign(destination.objects, job.shards)):
+        raise RunError(foreign_problem(destination.path, foreign))
+    if len(work.done) == len(job.shards) and not destination:
+        _check_local(job, work.done, written=progress.stamps)
+    return work.done
 
 
 def _check_local(
     job: Job, stamps: Mapping[str, Stamp], written: Container[str]
 ) -> None:
-    """Reads the shards that other runs wrote, before a manifest vouches for them."""
+    """Reads what other runs wrote before the manifest vouches for it."""
     if read_text(job.manifest_path) == _manifest(job, stamps):
         return
     others = [shard for shard in job.shards if shard.name not in written]
-    paths = [shard_path(shard, job.options.scratch_dir) for shard in others]
     num_checked = 0
-    with reporting(
-        lambda: f"Checked {num_checked:,} of {_count(len(others), 'earlier shard')}."
-    ):
-        for shard, path in zip(others, paths, strict=True):
+    say = lambda: f"Checked {num_checked:,} of {_count(len(others), 'earlier shard')}."
+    with reporting(say):
+        for shard in others:
+            path = shard_path(shard, job.options.scratch_dir)
             check_undamaged(path, stamps[shard.name])
             num_checked += 1
 
 
-def check_uploaded(
-    destination: Destination, expected: Mapping[str, Stamp]
-) -> Mapping[str, Stamp]:
-    """Lists the destination once and compares it with what should be there.
-
-    Returns:
-      What was listed, by base name.
-
-    Raises:
-      RunError: An object is missing or is not of the right size and crc32c.
-    """
-    objects = destination.list_objects()
-    wrong = _differing(objects, expected) if destination.is_listed else []
+def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> None:
+    """Stops the run if some shards are not, or no longer, where they should be."""
     if wrong:
         raise RunError(
-            f"All {_count(len(expected), 'object')} in {destination.path} must be as "
-            f"written; found {len(wrong):,} missing or different: {_some(wrong)}. Rerun "
-            "the same command to upload them again."
+            f"All {_count(num_shards, 'shard')} in {place} must be as written; found "
+            f"{len(wrong):,} missing or different: {_some(wrong)}. Rerun the same "
+            "command to replace them."
         )
-    return objects
-
-
-def _differing(
-    objects: Mapping[str, Stamp], expected: Mapping[str, Stamp]
-) -> list[str]:
-    """Names what is not in the bucket, or is there with other bytes."""
-    return [
-        name
-        for name, stamp in expected.items()
-        if name not in objects or not objects[name].same_bytes(stamp)
-    ]
 
 
 def _remove_temporary_files(options: Options) -> None:
-    """Removes what a killed run of this task left half written."""
+    """Removes what a killed run of this task left half-written."""
     scratch_dir = pathlib.Path(options.scratch_dir)
-    splits = f"{TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY}"
-    pattern = rf"\.+({splits})-(\d+)-of-\d+(\.json)?\..*{re.escape(TEMPORARY_SUFFIX)}"
-    for path in scratch_dir.glob(f"*/.*{TEMPORARY_SUFFIX}"):
-        match = re.fullmatch(pattern, path.name)
-        if match and int(match[2]) % options.task_count == options.task:
+    for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
+        index = re.match(r"\.+(?:train|validation)-(\d+)-of-\d", path.name)
+        if index and int(index[1]) % options.task_count == options.task:
             path.unlink(missing_ok=True)
     if options.task_count == 1:
         for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)
 
 
-def _remove_uploaded(job: Job) -> None:
-    """Removes shards that the bucket held before this run, but not their stamps."""
-    for shard in job.options.share(job.shards):
-        if shard.name in job.work.done:
-            path = pathlib.Path(shard_path(shard, job.options.scratch_dir))
-            path.unlink(missing_ok=True)
+def _uploaded_before(job: Job) -> list[pathlib.Path]:
+    """Lists this task's shards that the bucket holds already and that are here, too."""
+    done = [s for s in job.options.share(job.shards) if s.name in job.work.done]
+    paths = [pathlib.Path(shard_path(s, job.options.scratch_dir)) for s in done]
+    return [path for path in paths if path.exists()]
 
 
-def _remove_manifest(job: Job, is_there: bool | None) -> None:
-    """Removes the mark of a complete data set while it is not one.
-
-    Args:
-      is_there: Whether the bucket has one; None if that is not known.
-    """
+def _remove_manifest(job: Job) -> None:
+    """Removes the mark of a complete data set while it is not one."""
     pathlib.Path(job.manifest_path).unlink(missing_ok=True)
-    if job.destination and not job.destination.is_listed:
-        is_there = None
-    if job.destination and is_there is not False:
-        job.destination.delete(MANIFEST_FILE, must=bool(is_there))
+    if job.destination:
+        job.destination.delete(MANIFEST_FILE)
 
 
 def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
@@ -2213,9 +2061,10 @@ def _write_manifest(job: Job, stamps: Mapping[str, Stamp]) -> None:
     if read_text(path) != text:
         write_text(path, text)
     stamp = measure(path)
-    there = (job.objects or {}).get(MANIFEST_FILE) if job.work.is_done else None
-    if job.destination and not (there and there.same_bytes(stamp)):
-        job.destination.upload(path, stamp)
+    if destination := job.destination:
+        there = destination.objects.get(MANIFEST_FILE)
+        if not (there and there.same_bytes(stamp)):
+            destination.upload(path, stamp)
 
 
 # ---------------------------------------------------------------------------------
@@ -2227,13 +2076,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user asks for: the flags of the same names, and the client to use.
-
-    Raises:
-      InvalidInputError: All that is wrong with them.
-    """
+    """What the user asks for: the flags of the same names, checked, and the client."""
 
     raw_data_dir: str | None
     gcs_upload: bool
@@ -2277,99 +2122,72 @@ class Options:
         return self.num_workers or _num_processors()
 
     @property
-    def max_local_shards(self) -> int:
-        """How many shards may be in the scratch directory at the same time."""
-        if self.keep_local_shards:
-            return self.training_shards + self.validation_shards
-        return self.workers + WAITING_SHARDS
-
-    @property
     def task(self) -> int:
         return self.task_index or 0
 
+    def is_own(self, shard: Shard) -> bool:
+        """Whether a shard, of either split, is for this task."""
+        return shard.index % self.task_count == self.task
+
     def share(self, shards: Iterable[Shard]) -> list[Shard]:
-        """This task's part of a plan, of both splits."""
-        return [s for s in shards if s.index % self.task_count == self.task]
+        return list(filter(self.is_own, shards))
 
     def _checks(self) -> Iterator[tuple[object, str]]:
-        """Pairs what must hold with what to say if it does not."""
+        """Pairs what must hold with what to say where it does not."""
         yield from self._directory_checks()
         yield from self._upload_checks()
         yield from self._number_checks()
         packages = ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload
         for name in packages:
-            advice = "run python3 -m pip install -r requirements.txt"
-            yield _is_installed(name), f"The package {name} is missing: {advice}."
+            yield _is_installed(name), f"The package {name} is missing: run {INSTALL}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
-        raw, scratch = f"--raw_data_dir={self.raw_data_dir}", self.scratch_dir
+        splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
         fault = _directory_fault(self.raw_data_dir or "", self.raw_dir)
         if not self.raw_data_dir:
             yield False, "--raw_data_dir must name the directory of the raw ImageNet."
         elif not self.makes_fake or os.path.lexists(self.raw_dir):
-            yield (
-                not fault,
-                (
-                    f"{raw} must be a directory with {TRAINING_DIRECTORY}/, "
-                    f"{VALIDATION_DIRECTORY}/ and {LABELS_FILE}, but {fault}."
-                ),
-            )
-        flag = f"--local_scratch_dir={self.local_scratch_dir or scratch}"
-        place = nearest_directory(scratch)
+            problem = "must be a directory with {}/, {}/ and {}, but {}."
+            problem = problem.format(*splits, LABELS_FILE, fault)
+            yield not fault, f"--raw_data_dir={self.raw_data_dir} {problem}"
+        flag = f"--local_scratch_dir={self.local_scratch_dir or self.scratch_dir}"
+        place = nearest_directory(self.scratch_dir)
         fault = _directory_fault(self.local_scratch_dir or "", str(place))
-        writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
-        own = [
-            os.path.join(self.raw_dir, TRAINING_DIRECTORY, ""),
-            os.path.join(self.raw_dir, VALIDATION_DIRECTORY, ""),
-        ]
-        within = os.path.join(os.path.realpath(scratch), "")
         is_given = self.local_scratch_dir or os.path.isdir(self.raw_dir)
         yield (
-            not fault or not is_given,
+            not (fault and is_given),
             f"{flag} must be a local directory, but {fault}.",
         )
+        writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
-        yield (
-            os.path.realpath(scratch) != os.path.realpath(self.raw_dir)
-            and not any(within.startswith(os.path.realpath(d) + os.sep) for d in own),
-            (
-                f"{flag} must be another directory than --raw_data_dir and its "
-                f"{TRAINING_DIRECTORY}/ and {VALIDATION_DIRECTORY}/."
-            ),
+        raw, *taken, scratch = (
+            pathlib.Path(os.path.realpath(os.path.join(self.raw_dir, each)))
+            for each in ("", *splits, self.scratch_dir)
         )
+        is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
+        others = "--raw_data_dir and its {}/ and {}/".format(*splits)
+        yield is_free, f"{flag} must be another directory than {others}."
 
     def _upload_checks(self) -> Iterator[tuple[object, str]]:
         local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
         yield self.gcs_project or local, f"--project must be given {instead}."
-        yield (
-            self.gcs_output_path or local,
-            f"--gcs_output_path=gs://bucket/directory must be given {instead}.",
-        )
-        yield (
-            self.keep_local_shards or not local,
-            "--nokeep_local_shards needs an upload: drop --nogcs_upload.",
-        )
+        path = "--gcs_output_path=gs://bucket/directory"
+        yield self.gcs_output_path or local, f"{path} must be given {instead}."
+        stays = self.keep_local_shards or self.gcs_upload
+        yield stays, "--nokeep_local_shards needs an upload: drop --nogcs_upload."
 
     def _number_checks(self) -> Iterator[tuple[object, str]]:
-        for flag in (
-            "num_workers",
-            "training_shards",
-            "validation_shards",
-            "task_count",
-        ):
+        for flag in "num_workers", "training_shards", "validation_shards", "task_count":
             value = getattr(self, flag)
             problem = f"--{flag} must be from 1 to 99,999; found {value}."
             yield value is None or 0 < value < 100_000, problem
+        is_known = self.task_index is not None or self.task_count <= 1
+        yield is_known, "--task_index must be given with --task_count."
+        is_task = 0 <= self.task < max(self.task_count, 1)
+        found = f"{self.task:,} of {self.task_count:,}"
         yield (
-            self.task_index is not None or self.task_count <= 1,
-            "--task_index must be given with --task_count.",
-        )
-        yield (
-            0 <= self.task < max(self.task_count, 1),
-            (
-                f"--task_index must be from 0 to --task_count - 1; found {self.task:,} of "
-                f"{self.task_count:,}."
-            ),
+            is_task,
+            f"--task_index must be from 0 to --task_count - 1; found {found}.",
         )
 
 
@@ -2408,7 +2226,7 @@ def run(
     client: storage.Client | None = None,
     **options: Any,
 ) -> None:
-    """Writes the shards that are missing, and uploads those that the bucket lacks.
+    """Writes the shards that are missing and uploads those that the bucket lacks.
 
     Args:
       raw_data_dir: Holds `train/`, `validation/` and `synset_labels.txt`.
@@ -2425,15 +2243,8 @@ def run(
       RunError: What stopped the run; finished shards are kept.
     """
     with failures_in_words():
-        checked = Options(
-            raw_data_dir=raw_data_dir,
-            gcs_upload=gcs_upload,
-            gcs_project=gcs_project,
-            gcs_output_path=gcs_output_path,
-            local_scratch_dir=local_scratch_dir,
-            client=client,
-            **options,
-        )
+        upload = gcs_upload, gcs_project, gcs_output_path
+        checked = Options(raw_data_dir, *upload, local_scratch_dir, client, **options)
         with _locked(checked):
             if not checked.dry_run:
                 start_forkserver()  # imports TensorFlow while images are listed
@@ -2450,9 +2261,6 @@ def _locked(options: Options) -> Iterator[None]:
     """Keeps a second run out of the scratch directory; the lock dies with the process.
 
     Tasks of the same count may share the directory.
-
-    Raises:
-      RunError: Another run is there.
     """
     if options.dry_run:
         yield
@@ -2464,7 +2272,7 @@ def _locked(options: Options) -> Iterator[None]:
     with _lock_file(path):
         for other in scratch_dir.glob(".lock-*-of-*"):
             if not other.name.endswith(f"-of-{count}"):
-                with _lock_file(other):
+                with _lock_file(other, fcntl.LOCK_SH):
                     pass
         try:
             yield
@@ -2477,11 +2285,11 @@ def _locked(options: Options) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock_file(path: pathlib.Path) -> Iterator[None]:
+def _lock_file(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
                 f"Another run is writing to {path.parent}: wait until it ends, or choose "
@@ -2517,11 +2325,11 @@ def upload_to_gcs(
     gcs_project: str | None,
     client: storage.Client | None = None,
 ) -> None:
-    """Uploads shards under their base names, but for those that are there already.
+    """Uploads shards under their base names, except those that are already there.
 
     Raises:
       InvalidInputError: The output path is not one of Cloud Storage.
-      RunError: The upload failed; what is there will not be uploaded again.
+      RunError: The upload failed; the next call skips what is already there.
     """
     with failures_in_words():
         destination = Destination(GcsPath.parse(gcs_output_path), gcs_project, client)
@@ -2529,30 +2337,34 @@ def upload_to_gcs(
             os.path.basename(p): p for p in [*training_records, *validation_records]
         }
         stamps = {name: measure(path) for name, path in paths.items()}
+
+        def missing() -> list[str]:
+            there = destination.list_objects()
+            unlike = Stamp("", 0, -1, "")
+            return [
+                n for n, s in stamps.items() if not there.get(n, unlike).same_bytes(s)
+            ]
+
         destination.check_access()
-        missing = _differing(destination.list_objects(), stamps)
         threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
         with _closing(threads):
-            for _ in threads.map(
-                destination.upload,
-                [paths[name] for name in missing],
-                [stamps[name] for name in missing],
-            ):
-                pass
-        check_uploaded(destination, stamps)
+            list(
+                threads.map(
+                    lambda n: destination.upload(paths[n], stamps[n]), missing()
+                )
+            )
+        wrong = missing() if destination.is_listed else []
+        check_none_wrong(wrong, len(stamps), destination.path)
 
 
 @contextlib.contextmanager
 def failures_in_words() -> Iterator[None]:
-    """Says in one line why the machine did not let the run go on.
-
-    Raises:
-      RunError: In place of that error.
-    """
+    """Turns a failure of the machine into a RunError of one line."""
     try:
         yield
     except OSError as error:
-        what = f"Cannot write {error.filename}: " if error.filename else ""
+        verb = "find" if isinstance(error, FileNotFoundError) else "write"
+        what = f"Cannot {verb} {error.filename}: " if error.filename else ""
         problem = f"{what}{error.strerror or error}. {FIX_AND_RERUN}"
         raise RunError(problem) from error
     except RuntimeError as error:
@@ -2567,52 +2379,43 @@ def failures_in_words() -> Iterator[None]:
 class Stopped(BaseException):
     """A signal that ends the run: Ctrl-C, or the preemption of the machine."""
 
-    def __init__(self, signal_number: int):
-        super().__init__(signal_number)
-        self.signal = signal.Signals(signal_number)
-
 
 def _raise_stopped(signal_number: int, _: object) -> NoReturn:
-    for other in STOP_SIGNALS:  # one is enough
+    for other in STOP_SIGNALS:  # further ones change nothing
         signal.signal(other, signal.SIG_IGN)
-    raise Stopped(signal_number)
+    raise Stopped(signal.Signals(signal_number))
 
 
 def _stop_at_signals() -> None:
-    """Stops the run at a signal, but for those that `nohup` and the like ignore."""
+    """Stops the run at these signals, unless they are ignored, as under `nohup`."""
     for signal_number in STOP_SIGNALS:
         if signal.getsignal(signal_number) != signal.SIG_IGN:
             signal.signal(signal_number, _raise_stopped)
 
 
 class LiveLine:
-    """A line at the bottom of a terminal that is redrawn in place.
+    """A line at the bottom of a terminal that is redrawn in place."""
 
-    Attributes:
-      is_on: Whether this is the command, and stderr a terminal.
-    """
-
-    is_on = False
+    is_on = False  # whether this is the command, and stderr a terminal
 
     def draw(self, text: str) -> None:
         """Draws the line, cut to the width of the terminal; clears it if empty."""
         if not self.is_on:
             return
         handler = logging.get_absl_handler().python_handler
-        handler.acquire()  # not while another thread is at a line of the log
-        with contextlib.suppress(OSError):  # the terminal is gone
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        # Not while another thread is at a line of the log, nor if the terminal is gone.
+        with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
-        handler.release()
 
 
 live_line = LiveLine()
 
 
 class _LogFormatter(python_logging.Formatter):
-    """Formats a log line as '2026-11-22 07:10:33 WARNING: ...', INFO without its name.
+    """Formats a line as '2026-11-22 07:10:33 WARNING: ...', without the level for INFO.
 
-    It stays one line, shown as it is, whatever a file's name contains.
+    It stays one line, with control characters escaped, whatever a file is called.
     """
 
     def format(self, record: python_logging.LogRecord) -> str:
@@ -2637,21 +2440,18 @@ def main(arguments: Sequence[str]) -> None:
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
-    except InvalidInputError as error:
-        _exit(1, *error.problems)
-    except RunError as error:
-        _exit(1, str(error))
-    except Stopped as error:
-        _exit(
-            128 + error.signal,
-            f"Stopped by {error.signal.name}. Rerun the same command to resume.",
-        )
+    except (InvalidInputError, RunError) as error:
+        _exit(1, *error.args)
+    except Stopped as stopped:
+        number = stopped.args[0]
+        words = f"Stopped by {number.name}. Rerun the same command to resume."
+        _exit(128 + number, words)
 
 
 def _exit(status: int, *errors: str) -> NoReturn:
-    """Ends the process at once, without waiting for uploads that hang in a request.
+    """Ends the process at once, without waiting for uploads that hang.
 
-    The kernel ends the forkserver with it, and the workers with that.
+    The kernel ends the forkserver and the workers with it: `_end_with_run`.
     """
     for line in errors:
         logging.error(line)
@@ -3019,32 +2819,31 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 # ---------------------------------------------------------------------------------
 # C. Worker processes
 
-# Whether TensorFlow's log is wanted on stderr; otherwise what is said there is kept.
+# Whether to show TensorFlow's log on stderr; otherwise, what is said there is kept.
 IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
-# What of it is nobody's last words: the log, stack traces, source lines of a traceback.
+# Lines that do not tell a cause: the log, stack traces, a traceback's source lines.
 NOISE = re.compile(r"\s|\*\*\* |WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")
 
 
 class Workers:
     """Processes that check and encode images, each for one thread at a time."""
 
-    def __init__(self, num_workers: int):
+    def __init__(self, num_workers: int, stopping: threading.Event):
         forkserver = start_forkserver()
+        self._stopping = stopping
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for _ in range(num_workers):
             self._idle.put(Worker(forkserver))
 
-    def calling(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Makes a function that is called in the next process that is idle."""
-
-        def call(*arguments: Any) -> Any:
-            worker = self._idle.get()
-            try:
-                return worker.call(functools.partial(function, *arguments))
-            finally:
-                self._idle.put(worker)
-
-        return call
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in the next process that is idle."""
+        worker = self._idle.get()
+        try:
+            if self._stopping.is_set():
+                raise concurrent.futures.CancelledError
+            return worker.call(functools.partial(function, *arguments))
+        finally:
+            self._idle.put(worker)
 
 
 class Worker:
@@ -3059,7 +2858,7 @@ class Worker:
             self._pipe = ours.makefile("rwb")
 
     def call(self, call: Callable[[], Any]) -> Any:
-        self._stderr.truncate(0)  # libjpeg warns of every image's skeleton
+        self._stderr.truncate(0)  # libjpeg warns about every skeleton
         try:
             self._pipe.write(pickle.dumps(call))
             self._pipe.flush()
@@ -3075,14 +2874,14 @@ class Forkserver:
     """The process that imports TensorFlow, once, and forks the workers.
 
     Unlike the standard library's, it needs no temporary directory, no semaphore and no
-    second import of this file, and can tell what a worker died of: when one dies, it
-    dies the same way. A session of its own keeps Ctrl-C and hangups from it.
+    second import of this file, and it tells what a worker died of, by dying the same
+    way. In its own session, Ctrl-C and hangups do not reach it.
     """
 
     def __init__(self) -> None:
         self._stderr = _unnamed_file()
         self._requests, stdin = socket.socketpair()
-        # Runs this file, whatever its name, as the module that it is here.
+        # Runs this file, whatever its name, as the same module; see its last lines.
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; import runpy; runpy.run_path("
             f"{os.path.abspath(__file__)!r}, {{'IS_FORKSERVER': True}}, {__name__!r})"
@@ -3100,13 +2899,14 @@ class Forkserver:
             )
 
     def fork(self, *file_descriptors: int) -> None:
-        """Starts a worker that gets its pipe and its stderr."""
+        """Starts a worker, with its end of the pipe and its stderr."""
         with contextlib.suppress(ConnectionError):  # then the pipe will break, too
             socket.send_fds(self._requests, [b"."], file_descriptors)
 
     def death(self, worker_words: str) -> RunError:
         """Says what a worker or the forkserver died of, in its last words."""
-        time.sleep(0.2)  # a signal to all processes of the run may still be on its way
+        time.sleep(0.2)  # a signal to the whole run may still be on its way
+        self._requests.close()  # ends it, in case that it lives
         status = self.process.wait()
         if status == -signal.SIGKILL:
             return RunError(
@@ -3124,7 +2924,8 @@ class Forkserver:
         if status == -signal.SIGILL:
             said += ", as if TensorFlow were built for another processor"
         if "import tensorflow" in text:
-            what, remedy = "TensorFlow cannot be imported", REINSTALL
+            what = "TensorFlow cannot be imported"
+            remedy = f"Run {INSTALL} in a new virtual environment."
         else:
             what, remedy = "A worker process died", FIX_AND_RERUN
         return RunError(f"{what}: {said}. {remedy}")
@@ -3149,7 +2950,7 @@ def start_forkserver() -> Forkserver:
 
 
 def _unnamed_file() -> BinaryIO:
-    # Appends, so that what is said after a truncation begins the file.
+    # In append mode, so that writes after a truncation begin at the start.
     return open(os.memfd_create("stderr"), "a+b", buffering=0)
 
 
@@ -3164,7 +2965,7 @@ def _serve_forks() -> None:
     A fork after TensorFlow has run anything would hang.
     """
     _end_with_run()
-    warnings.simplefilter("ignore")  # they are not what anything died of
+    warnings.simplefilter("ignore")  # they kill nothing
     signal.signal(signal.SIGCHLD, _die_like_worker)
     with _no_garbage_collection():
         import tensorflow  # noqa: F401
@@ -3203,7 +3004,7 @@ def _die_like_worker(*_: object) -> None:
 
 def _work(channel: int, stderr: int) -> NoReturn:
     """Makes the calls that the run sends to this worker, on one processor."""
-    os.dup2(channel, 0)  # the run sees the forkserver end even if a worker lives on
+    os.dup2(channel, 0)  # else a worker would keep the forkserver's socket open
     if not IS_VERBOSE:
         os.dup2(stderr, 2)
     import tensorflow as tf
@@ -3223,9 +3024,9 @@ def _work(channel: int, stderr: int) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Starts the command over with /dev/null for each of its streams that is closed.
+    """Restarts the command with /dev/null in place of each standard stream it lacks.
 
-    Otherwise the next file to be opened would become stderr, and take what is said.
+    Otherwise, the next file to be opened would become stderr and receive the log.
     """
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(null, True)
@@ -3235,15 +3036,13 @@ def _open_closed_streams() -> None:
 
 
 # ---------------------------------------------------------------------------------
-# D. Errors of Cloud Storage: which of them pass, and what they say
+# D. Errors of Cloud Storage: which ones pass, and what they say
 
 
 CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
 
-# Patterns for what `_read` says of an error: its classes, its status and its words.
-_LASTING = (
-    r"SSLCertVerificationError|407 Proxy"  # though they look like lost connections
-)
+# Patterns for the facts that `_read` returns: an error's classes, status and words.
+_LASTING = "SSLCertVerificationError|407 Proxy"  # they look like lost connections
 _PASSING = (
     r"HTTP (408|429|5\d\d)|Metadata server unavailable|temporarily_unavailable|"
     r"internal_failure|server_error|Internal Server Error|Bad Gateway|Service Unavail"
@@ -3297,9 +3096,9 @@ def may_pass(error: BaseException) -> bool:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     facts, _ = _read(error)
-    if re.search(_LASTING, facts) or re.search(_PASSING, facts):
-        return not re.search(_LASTING, facts)
-    return any(
+    if re.search(_LASTING, facts):
+        return False
+    return bool(re.search(_PASSING, facts)) or any(
         DEFAULT_RETRY._predicate(each) or getattr(each, "retryable", False)
         for each in _chain(error)
     )
@@ -3311,7 +3110,7 @@ def is_final(error: BaseException) -> bool:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says, in one line without its JSON, URL and final period."""
+    """What an error says, in one line without JSON, URL and final period."""
     return _read(error)[1]
 
 
@@ -3359,14 +3158,13 @@ def _words_without_answer(chain: Sequence[BaseException]) -> str:
     text = re.sub(r"(?s)<[^>]*>|https?://\S+|Response( details)?:.*|{.*", " ", text)
     for each in chain:
         if request := getattr(each, "request", None):
-            return (
-                f"cannot reach {urllib.parse.urlsplit(request.url).hostname} ({text})"
-            )
+            host = urllib.parse.urlsplit(request.url).hostname
+            return f"cannot reach {host} ({text})"
     return text
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those within it, outermost first: each library wraps in its way."""
+    """An error and those within it, outermost first; libraries nest them in many ways."""
     while error is not None:
         yield error
         # As google.api_core, urllib3, requests and google.auth, and `raise from` do.
@@ -3381,7 +3179,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 FAKE_TRAINING_IMAGES = 2048
 FAKE_VALIDATION_IMAGES = 256
 FAKE_IMAGE_BYTES = 100_000  # at most
-FAKE_MARK = ".fake_imagenet"  # in the directory of a fake one
+FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 
 
 def make_fake_imagenet(options: Options) -> None:
@@ -3390,9 +3188,6 @@ def make_fake_imagenet(options: Options) -> None:
     They have ImageNet's layout and its usual size of 500 x 375, and leave none of the
     1,024 and 128 shards empty. The synsets, from n90000000 on, are not in WordNet. A
     complete fake is left as it is; an interrupted one is generated again.
-
-    Raises:
-      InvalidInputError: The directory contains something else, or has no room.
     """
     root = pathlib.Path(options.raw_dir)
     scratch_name = os.path.relpath(options.scratch_dir, root).split(os.sep)[0]
@@ -3428,11 +3223,12 @@ def _fake_paths(root: pathlib.Path, synsets: Sequence[str]) -> Iterator[pathlib.
 
 
 def _draw_all(paths: Sequence[pathlib.Path], num_workers: int) -> None:
-    draw = Workers(num_workers).calling(draw_fake_image)
+    stopping = threading.Event()
+    draw = functools.partial(Workers(num_workers, stopping).call, draw_fake_image)
     threads = concurrent.futures.ThreadPoolExecutor(num_workers)
     number = 0
     say = lambda: f"Generated {number:,} of {len(paths):,} fake images."
-    with reporting(say), _closing(threads):
+    with reporting(say), _closing(threads, stopping):
         for _ in threads.map(draw, paths, itertools.count()):
             number += 1
 

@@ -44,7 +44,7 @@ def no_tables(path: Path) -> str:
 def dangling_link(path: Path) -> str:
     path.unlink()
     path.symlink_to("nowhere")
-    return "read {}: a link to nothing"
+    return "read {}: it is a dangling link"
 
 
 def unreadable(path: Path) -> str:

@@ -326,8 +326,8 @@ def replace(path: Path, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("missing", "it is gone"),
-        ("dangling link", "a link to nothing"),
+        ("missing", "it no longer exists"),
+        ("dangling link", "it is a dangling link"),
         ("directory", "not a regular file"),
         ("pipe", "not a regular file"),
         ("device", "not a regular file"),

@@ -28,7 +28,7 @@ def problems(raw: Path) -> list[str]:
     """Returns what keeps a raw directory from being a data set."""
     with pytest.raises(InvalidInputError) as caught:
         read_dataset(str(raw))
-    return list(caught.value.problems)
+    return list(caught.value.args)
 
 
 def convert(raw: Path, scratch: Path, *flags: str) -> Finished:

@@ -70,22 +70,6 @@ def test_plan_is_the_contracts(
     assert found == contract.expected_shards(raw, *numbers)
 
 
-@pytest.mark.parametrize(
-    ("index", "num_shards", "message"),
-    [
-        (-1, 5, "No shard -1 of 5."),
-        (0, 0, "No shard 0 of 0."),
-        (1_024, 1_024, "No shard 1,024 of 1,024."),
-    ],
-)
-def test_shard_is_refused_when_its_number_is_impossible(
-    index: int, num_shards: int, message: str
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        script.Shard("train", index, num_shards, ())
-    assert str(caught.value) == message
-
-
 # ----------------------------------------------------------------------- the digest
 
 SHARD = script.Shard("train", 3, 8, tuple(make_images(5)))

@@ -202,9 +202,9 @@ def test_closing_check_finds_what_the_answer_hid(
     assert done.status == 1
     assert done.errors == [
         (
-            "All 5 objects in gs://bucket/imagenet must be as written; found 1 "
-            f"missing or different: {name}. Rerun the same command to upload "
-            "them again."
+            "All 5 shards in gs://bucket/imagenet must be as written; found 1 "
+            f"missing or different: {name}. Rerun the same command to replace "
+            "them."
         )
     ]
     assert not is_done(done)
@@ -272,8 +272,8 @@ def test_damaged_shard_never_reaches_the_bucket_when_it_looks_as_it_was(
     assert done.status == 1
     assert done.errors == [
         (
-            f"{path} must be as it was written, but its bytes have changed. Rerun the same "
-            "command: it writes this shard again."
+            f"{path} has changed since it was written. Rerun the same command to write it "
+            "again."
         )
     ]
     assert not is_done(done)

@@ -182,7 +182,7 @@ def test_workers_end_with_run_and_all_ends_with_the_program(
 
 
 def test_error_of_a_worker_shows_its_traceback() -> None:
-    code = "import imagenet_to_gcs as i; i.Workers(1).calling(int)('x')"
+    code = "import threading, imagenet_to_gcs as i; i.Workers(1, threading.Event()).call(int, 'x')"
     done = run_code(code)
     assert "in a worker process:\nTraceback" in done.stderr
     assert done.lines[-1] == "ValueError: invalid literal for int() with base 10: 'x'"
