@@ -375,6 +375,29 @@ def made_of(raw: Path, shards: tuple[int, int]) -> dict[str, list[Any]]:
     }
 
 
+def test_changed_image_is_not_forgotten_when_the_run_fails(
+    small: Data, tmp_path: Path, emulator: Emulator
+) -> None:
+    """Its size is the same, so only the local stamp tells it from what is uploaded."""
+    raw = copy_tree(small.raw, tmp_path / "raw")
+    scratch = copy_tree(small.scratch, tmp_path / "scratch")
+    fill(emulator, scratch)
+    path = next(raw.glob("train/*/*.JPEG"))
+    data = path.read_bytes()
+    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}", *UPLOAD]
+    flags += ["--training_shards=8", "--validation_shards=4"]
+    path.write_bytes(bytes(len(data)))
+    for _ in range(2):
+        done = run_command(*flags, env=emulator.environment)
+        assert done.status == 1
+        assert str(path) in done.errors[0]
+        assert "imagenet/manifest.json" not in emulator.objects()
+    path.write_bytes(data)
+    done = run_command(*flags, env=emulator.environment)
+    assert done.status == 0, done.stderr
+    assert contents(scratch) == contents(small.scratch)
+
+
 @pytest.mark.parametrize(
     ("change", "shards", "num_changed"),
     [
