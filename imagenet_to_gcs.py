@@ -182,6 +182,10 @@ class RunError(RuntimeError):
     """Why a run had to stop: one line with the cause and a remedy."""
 
 
+class BadImagesError(InvalidInputError):
+    """Images that cannot be used; all shards without them are done."""
+
+
 def open_regular(path: str) -> BinaryIO:
     """Opens a regular file for unbuffered reading; refuses a pipe, not waits for it."""
     file_descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1008,10 +1012,6 @@ class Stamp:
         return (self.num_bytes, self.crc32c) == (other.num_bytes, other.crc32c)
 
 
-class BadImagesError(InvalidInputError):
-    """Images that cannot be used; all shards without them are done."""
-
-
 def shard_path(shard: Shard, scratch_dir: str) -> str:
     """Where a shard goes: `<scratch_dir>/train/train-00007-of-01024`."""
     return os.path.join(scratch_dir, shard.split, shard.name)
@@ -1080,11 +1080,6 @@ def read_stamp(path: str) -> Stamp | None:
         return None
 
 
-def forget_stamp(path: str) -> None:
-    """Makes the next run rewrite a shard."""
-    pathlib.Path(_stamp_path(path)).unlink(missing_ok=True)
-
-
 def is_as_stamped(path: str, stamp: Stamp) -> bool:
     """Whether a shard has the stamp's size and time; its bytes are not read."""
     try:
@@ -1109,6 +1104,16 @@ def measure(path: str) -> Stamp:
     if stamp and is_as_stamped(path, stamp) and stamp.crc32c == crc32c:
         return stamp
     return Stamp("", 0, os.path.getsize(path), crc32c)
+
+
+def check_undamaged(path: str, stamp: Stamp) -> None:
+    """Stops the run if a shard no longer has its bytes; the next run rewrites it."""
+    if read_crc32c(path) != stamp.crc32c:
+        os.utime(path)  # now it is not as stamped, so the next run rewrites it
+        raise RunError(
+            f"{path} has changed since it was written. Rerun the same command to write "
+            "it again."
+        )
 
 
 class RecordWriter:
@@ -1356,16 +1361,6 @@ def _closing(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
-
-
-def check_undamaged(path: str, stamp: Stamp) -> None:
-    """Stops the run if a shard no longer has its bytes; the next run rewrites it."""
-    if read_crc32c(path) != stamp.crc32c:
-        forget_stamp(path)
-        raise RunError(
-            f"{path} has changed since it was written. Rerun the same command to write "
-            "it again."
-        )
 
 
 @contextlib.contextmanager
