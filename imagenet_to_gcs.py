@@ -1073,11 +1073,14 @@ def write_shard(
 
 
 def read_stamp(path: str) -> Stamp | None:
-    """Reads the stamp of a shard, even of one that was removed; None if unreadable."""
+    """Reads the stamp of a shard, even of one that was removed; None if there is none.
+
+    One that is unreadable says nothing of any shard: its digest is empty.
+    """
     try:
         return Stamp(**json.loads(read_text(_stamp_path(path))))
     except (ValueError, TypeError, RecursionError):
-        return None
+        return Stamp("", 0, 0, "") if os.path.lexists(_stamp_path(path)) else None
 
 
 def is_as_stamped(path: str, stamp: Stamp) -> bool:
@@ -1504,6 +1507,7 @@ class Destination:
             )
             try:
                 listed = {blob.name.removeprefix(prefix): blob for blob in blobs}
+                self.is_listed = True
             except exceptions.Forbidden:
                 if self.is_listed:
                     logging.warning(
@@ -1678,14 +1682,14 @@ def find_work(
         here = read_stamp(path) if is_own(shard) or objects is None else None
         there = (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
-        if here and here.digest != digest:
-            here = None
+        if here and here.digest and here.digest != digest:
+            here = None  # it is of another plan
         is_here = here and is_as_stamped(path, here)
         is_there = there and (
             there.same_bytes(here) if here else there.digest == digest
         )
         if here and is_own(shard) and here.versions != shard.versions():
-            work.to_write.append(shard)  # an image was touched since
+            work.to_write.append(shard)  # an image was touched, or might have been
         elif here and is_here and objects is None:
             work.done[shard.name] = here
         elif there and is_there:
@@ -1903,7 +1907,7 @@ def carry_out(job: Job) -> None:
     if progress.bad_images:
         logging.info(
             f"{_count(len(progress.bad_images), 'image')} cannot be used, and their "
-            "shards are left out. Replace them and rerun the same command."
+            "shards were not written. Replace them and rerun the same command."
         )
         raise BadImagesError(*sorted(progress.bad_images))
     try:
@@ -2435,6 +2439,7 @@ def main(arguments: Sequence[str]) -> None:
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
+        _exit(0)
     except (InvalidInputError, RunError) as error:
         _exit(1, *error.args)
     except Stopped as stopped:
@@ -2448,6 +2453,8 @@ def _exit(status: int, *errors: str) -> NoReturn:
 
     The kernel ends the forkserver and the workers with it: `_end_with_run`.
     """
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
     for line in errors:
         logging.error(line)
     logging.flush()
