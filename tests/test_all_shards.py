@@ -100,7 +100,7 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
             rf"directories, validation images in a directory\."
         ),
         (
-            "WARNING: 2 of 9 training shards will be empty, for there are 21 training "
+            "WARNING: 2 of 9 training shards will be empty, given 21 training "
             "images; a smaller --training_shards avoids that."
         ),
         rf"Writing 12 shards of 29 images \([\d.]+ KB\) to {scratch}\.",
