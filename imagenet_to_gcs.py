@@ -2828,22 +2828,24 @@ NOISE = re.compile(r"\s|\*\*\* |WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")
 
 
 class Workers:
-    """Processes that check and encode images, each for one thread at a time."""
+    """Processes that check and encode images for the threads of the run."""
 
     def __init__(self, num_workers: int, stopping: threading.Event):
         forkserver = start_forkserver()
         self._stopping = stopping
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for _ in range(num_workers):
-            self._idle.put(Worker(forkserver))
+        # Twice each: it gets the next call before it has answered the one before.
+        for worker in [Worker(forkserver) for _ in range(num_workers)] * 2:
+            self._idle.put(worker)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the next process that is idle."""
+        request = pickle.dumps(functools.partial(function, *arguments))
         worker = self._idle.get()
         try:
             if self._stopping.is_set():
                 raise concurrent.futures.CancelledError
-            return worker.call(functools.partial(function, *arguments))
+            return worker.call(request)
         finally:
             self._idle.put(worker)
 
@@ -2858,13 +2860,18 @@ class Worker:
         with ours, theirs:
             forkserver.fork(theirs.fileno(), self._stderr.fileno())
             self._pipe = ours.makefile("rwb")
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
 
-    def call(self, call: Callable[[], Any]) -> Any:
-        self._stderr.truncate(0)  # libjpeg warns about every skeleton
+    def call(self, request: bytes) -> Any:
         try:
-            self._pipe.write(pickle.dumps(call))
-            self._pipe.flush()
-            result, error, trace = pickle.load(self._pipe)
+            with self._sending:  # until it is this call's turn to receive
+                self._pipe.write(request)
+                self._pipe.flush()
+                self._receiving.acquire()
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._receiving.release)
+                result, error, trace = pickle.load(self._pipe)
+                self._stderr.truncate(0)  # libjpeg warns about every skeleton
         except (EOFError, ConnectionError, pickle.UnpicklingError):
             raise self._forkserver.death(_text(self._stderr)) from None
         if error:
