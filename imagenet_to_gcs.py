@@ -2868,10 +2868,11 @@ class Worker:
                 self._pipe.write(request)
                 self._pipe.flush()
                 self._receiving.acquire()
-            with contextlib.ExitStack() as stack:
-                stack.callback(self._receiving.release)
+            try:
                 result, error, trace = pickle.load(self._pipe)
                 self._stderr.truncate(0)  # libjpeg warns about every skeleton
+            finally:
+                self._receiving.release()
         except (EOFError, ConnectionError, pickle.UnpicklingError):
             raise self._forkserver.death(_text(self._stderr)) from None
         if error:
@@ -2964,8 +2965,9 @@ def _unnamed_file() -> BinaryIO:
 
 
 def _text(file: BinaryIO) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace").strip()
+    file_descriptor = file.fileno()  # without a position, which threads would share
+    text = os.pread(file_descriptor, os.fstat(file_descriptor).st_size, 0)
+    return text.decode(errors="replace").strip()
 
 
 def _serve_forks() -> None:
