@@ -692,6 +692,7 @@ def _cut(split: str, images: Sequence[RawImage], num_shards: int) -> list[Shard]
 
 
 READ_AHEAD = 32  # images that a worker opens ahead, so also its open files
+FIRST_IMAGES = 8  # of a shard, announced while it waits for a worker
 SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 ms
 
 
@@ -732,6 +733,13 @@ class OpenImage:
         if (len(data), version) != (self.image.num_bytes, self.image.version):
             raise OSError(errno.ESTALE, "it has changed since the run began")
         return data
+
+
+def announce(images: Iterable[RawImage]) -> None:
+    """Makes the disk fetch the images that a worker will need first."""
+    for opened in map(OpenImage.of, images):
+        if not isinstance(opened.file, OSError):
+            opened.file.close()
 
 
 def _file_of(image: RawImage) -> str:
@@ -1321,6 +1329,7 @@ def write_and_upload(job: Job, progress: Progress) -> None:
         if stamp:
             check_undamaged(path, stamp)
         else:
+            announce(shard.images[:FIRST_IMAGES])
             write = functools.partial(workers.call, write_records)
             durable = options.keep_local_shards
             stamp = write_shard(shard, options.scratch_dir, write, durable)
