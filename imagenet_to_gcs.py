@@ -2832,8 +2832,11 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 # Whether to show TensorFlow's log on stderr; otherwise, what is said there is kept.
 IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
-# Lines that do not tell a cause: the log, stack traces, a traceback's source lines.
-NOISE = re.compile(r"\s|\*\*\* |WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")
+# Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
+# and what libjpeg says of each skeleton.
+NOISE = re.compile(
+    r"\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
+)
 
 
 class Workers:
