@@ -186,13 +186,18 @@ class BadImagesError(InvalidInputError):
     """Images that cannot be used; all shards without them are done."""
 
 
-def open_regular(path: str) -> BinaryIO:
-    """Opens a regular file for unbuffered reading; refuses a pipe, not waits for it."""
-    file_descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(file_descriptor).st_mode):
-        os.close(file_descriptor)
+def open_regular(path: str) -> int:
+    """Opens a regular file for reading; refuses a pipe instead of waiting for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
-    return open(file_descriptor, "rb", buffering=0)
+    return descriptor
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a regular file for unbuffered reading."""
+    return open(open_regular(path), "rb", buffering=0)
 
 
 @contextlib.contextmanager
@@ -582,7 +587,7 @@ def read_labels(labels_path: str) -> list[str]:
     Accepts Windows line ends, a byte order mark and a missing last newline.
     """
     try:
-        with open_regular(labels_path) as file:
+        with open_file(labels_path) as file:
             text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInputError(
@@ -696,50 +701,57 @@ FIRST_IMAGES = 8  # of a shard, announced while it waits for a worker
 SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 ms
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class OpenImage:
-    """An image that the disk is already fetching, or the error that prevents it."""
+class OpenImage(NamedTuple):
+    """An image that the disk is already fetching, or the error that prevents it.
+
+    Attributes:
+      file: The file's descriptor, at the image's first byte.
+    """
 
     image: RawImage
-    file: BinaryIO | OSError
+    file: int | OSError
 
     @classmethod
     def of(cls, image: RawImage) -> OpenImage:
-        offset, num_bytes = image.offset or 0, image.num_bytes
         try:
             file = open_regular(_file_of(image))
-            file.seek(offset)
         except OSError as error:
             return cls(image, error)
-        with contextlib.suppress(OSError):  # not everywhere possible; 0 means all
-            descriptor, advice = file.fileno(), os.POSIX_FADV_WILLNEED
-            os.posix_fadvise(descriptor, offset, num_bytes or 1, advice)
+        offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0 means all
+        os.lseek(file, offset, os.SEEK_SET)
+        with contextlib.suppress(OSError):  # not everywhere possible
+            os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
         return cls(image, file)
 
+    def close(self) -> None:
+        if not isinstance(self.file, OSError):
+            os.close(self.file)
+
     def read(self) -> bytes:
-        """Reads the image if it is the one that was listed, and closes its file."""
-        if isinstance(self.file, OSError):
-            raise self.file
-        in_tar = self.image.offset is not None
-        left = self.image.num_bytes + (not in_tar)  # one more reveals a file that grew
+        """Reads the image, if it is the one that was listed, and closes its file."""
+        image, file = self
+        if isinstance(file, OSError):
+            raise file
         parts = []
-        with self.file as file:
-            while left and (part := file.read(left)):  # it may return less than asked
+        left = image.num_bytes
+        try:
+            while left and (part := os.read(file, left)):  # can be less than asked for
                 parts.append(part)
                 left -= len(part)
-            status = os.fstat(file.fileno())
-        data = b"".join(parts)
-        version = tar_version(status) if in_tar else file_version(status)
-        if (len(data), version) != (self.image.num_bytes, self.image.version):
+            status = os.fstat(file)
+        finally:
+            os.close(file)
+        version = file_version(status) if image.offset is None else tar_version(status)
+        has_grown = image.offset is None and status.st_size > image.num_bytes
+        if left or has_grown or version != image.version:
             raise OSError(errno.ESTALE, "it has changed since the run began")
-        return data
+        return b"".join(parts)
 
 
 def announce(images: Iterable[RawImage]) -> None:
     """Makes the disk fetch the images that a worker will need first."""
-    for opened in map(OpenImage.of, images):
-        if not isinstance(opened.file, OSError):
-            opened.file.close()
+    for image in images:
+        OpenImage.of(image).close()
 
 
 def _file_of(image: RawImage) -> str:
@@ -758,8 +770,7 @@ def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
     """
     start = time.perf_counter()
     for image in images[:1]:
-        with contextlib.suppress(OSError):
-            open_regular(_file_of(image)).close()
+        OpenImage.of(image).close()
     if time.perf_counter() - start < SLOW_OPEN_SECONDS:
         yield from _ahead(map(OpenImage.of, images))
     else:
@@ -1103,7 +1114,7 @@ def is_as_stamped(path: str, stamp: Stamp) -> bool:
 def read_crc32c(path: str) -> str:
     """Reads a file for its crc32c, as in `Stamp`."""
     crc32c = 0
-    with open_regular(path) as file:
+    with open_file(path) as file:
         while block := file.read(READ_BLOCK_BYTES):
             crc32c = google_crc32c.extend(crc32c, block)
     return _crc32c_text(crc32c)
@@ -1208,7 +1219,7 @@ def write_text(path: str, text: str) -> None:
 def read_text(path: str) -> str:
     """Reads a small file that this script wrote; empty if it cannot be read."""
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             return file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
@@ -1555,7 +1566,7 @@ class Destination:
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         is_small = stamp.num_bytes <= SMALL_UPLOAD_BYTES
         reader: AnyCall = io.BufferedReader if is_small else _ChunkReader
-        with reader(open_regular(path)) as file:
+        with reader(open_file(path)) as file:
             blob.upload_from_file(
                 file,
                 size=stamp.num_bytes,
@@ -2539,7 +2550,9 @@ def list_tar(source: ImageSource) -> tuple[Version, Members]:
       The tar's version, and its files by normalized name.
     """
     try:
-        with open_regular(source.path) as file:
+        with open_file(source.path) as file:
+            # Reading ahead between far headers makes a listing 1.2 times slower.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             version = tar_version(os.fstat(file.fileno()))
             if source.version not in (None, version):
                 raise ValueError("it has changed since the run began")
