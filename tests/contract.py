@@ -15,6 +15,7 @@ import io
 import math
 import os
 import random
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -259,3 +260,8 @@ def make_raw(
         (raw / path).write_bytes(image)
     (raw / "synset_labels.txt").write_text("".join(f"{label}\n" for label in labels))
     return raw
+
+
+def change(directory: Path, commands: str) -> None:
+    """Runs shell commands in a raw directory."""
+    subprocess.run(["bash", "-ec", commands], cwd=directory, check=True)

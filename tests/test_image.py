@@ -7,12 +7,11 @@ import functools
 import io
 import os
 import random
-import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contract
 import jpegs
 import pytest
 import tars
@@ -257,14 +256,10 @@ def test_memory_is_bounded_when_an_image_is_made_to_take_much(tmp_path: Path) ->
 # --------------------------------------------------------------------------- reading
 
 
-def listed(path: Path) -> script.RawImage:
-    """Makes what the listing makes of a file."""
-    size, version = path.stat().st_size, script.file_version(path.stat())
-    return script.RawImage(str(path.parent), path.name, "n1", 1, size, version)
-
-
-def listed_in_tar(path: Path) -> list[script.RawImage]:
-    return script.ImageSource(str(path), "n1", start=0).list_images([])
+def listed(source: Path) -> list[script.RawImage]:
+    """Lists the images of a directory or a tar."""
+    start = None if source.is_dir() else 0
+    return script.ImageSource(str(source), "n1", start).list_images([])
 
 
 def read(images: list[script.RawImage]) -> list[bytes]:
@@ -285,15 +280,16 @@ def test_images_are_read_in_order_when_opened_ahead(
     """Few files are open at once, whether threads open them or not."""
     if slow:  # as if every disk were
         monkeypatch.setattr(script, "SLOW_OPEN_SECONDS", 0)
-    paths = [tmp_path / f"{i}.JPEG" for i in range(200)]
-    for path in paths:
-        path.write_bytes(random.Random(path.name).randbytes(5_000))
+    expected = [random.Random(i).randbytes(5_000) for i in range(200)]
+    for i, data in enumerate(expected):
+        (tmp_path / f"{i:03d}.JPEG").write_bytes(data)
+    images = listed(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     contents, num_open = [], []
-    for opened in script.open_ahead([listed(path) for path in paths]):
+    for opened in script.open_ahead(images):
         num_open.append(len(os.listdir("/proc/self/fd")) - before)
         contents.append(opened.read())
-    assert contents == [path.read_bytes() for path in paths]
+    assert contents == expected
     assert 1 < max(num_open) <= 64
     assert len(os.listdir("/proc/self/fd")) == before
     assert read([]) == []
@@ -302,64 +298,49 @@ def test_images_are_read_in_order_when_opened_ahead(
 def test_image_in_a_tar_is_read_in_place(tmp_path: Path) -> None:
     files = {"a.JPEG": BASELINE, "b.JPEG": b"", "c.JPEG": CMYK}
     path = tars.write_tar(tmp_path / "x.tar", files)
-    assert read(listed_in_tar(path)) == list(files.values())
-
-
-def keep_time(change: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Changes a file in a way that only its size tells."""
-
-    def changed(path: Path) -> None:
-        time = path.stat().st_mtime_ns
-        change(path)
-        os.utime(path, ns=(time, time))
-
-    return changed
-
-
-def replace(make: Callable[[Path], object]) -> Callable[[Path], object]:
-    return lambda path: (path.unlink(), make(path))
+    assert read(listed(path)) == list(files.values())
 
 
 CHANGED = "it has changed since the run began"
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("commands", "reason"),
     [
-        (Path.unlink, "it no longer exists"),
-        (replace(lambda path: path.symlink_to("nothing")), "it is a dangling link"),
-        (replace(Path.mkdir), "not a regular file"),
-        (replace(os.mkfifo), "not a regular file"),
-        (replace(lambda path: path.symlink_to("/dev/zero")), "not a regular file"),
-        (keep_time(lambda path: path.write_bytes(BASELINE + b"x")), CHANGED),
-        (keep_time(lambda path: os.truncate(path, 100)), CHANGED),
-        (lambda path: os.utime(path, ns=(0, 1_000_000)), CHANGED),
+        ("rm x.JPEG", "it no longer exists"),
+        ("ln -sf nothing x.JPEG", "it is a dangling link"),
+        ("rm x.JPEG; mkdir x.JPEG", "not a regular file"),
+        ("rm x.JPEG; mkfifo x.JPEG", "not a regular file"),
+        ("ln -sf /dev/zero x.JPEG", "not a regular file"),
+        ("echo >>x.JPEG; touch -d @9 x.JPEG", CHANGED),
+        ("truncate -s 100 x.JPEG; touch -d @9 x.JPEG", CHANGED),
+        ("touch x.JPEG", CHANGED),
     ],
 )
 def test_image_is_refused_when_it_is_not_the_one_listed(
-    tmp_path: Path, change: Callable[[Path], object], reason: str
+    tmp_path: Path, commands: str, reason: str
 ) -> None:
-    path = tmp_path / "image.JPEG"
+    path = tmp_path / "x.JPEG"
     path.write_bytes(BASELINE)
-    image = listed(path)
-    change(path)
+    os.utime(path, (9, 9))
+    [image] = listed(tmp_path)
+    contract.change(tmp_path, commands)
     assert problem(image) == f"Cannot read {path}: {reason}."
 
 
-@pytest.mark.parametrize("same", ["size", "size and time"])
+@pytest.mark.parametrize(
+    "commands",
+    ["cp y.tar x.tar", "touch -d @9 y.tar; mv y.tar x.tar"],
+    ids=["another time", "another inode"],
+)
 def test_image_in_a_tar_is_refused_when_the_tar_is_another(
-    tmp_path: Path, same: str
+    tmp_path: Path, commands: str
 ) -> None:
     """Rewritten in another order, it has another image at the same place."""
     files = {"a.JPEG": BASELINE, "b.JPEG": BASELINE[::-1]}
     path = tars.write_tar(tmp_path / "x.tar", files)
-    image = listed_in_tar(path)[0]
-    time = path.stat().st_mtime_ns
-    other = tars.write_tar(tmp_path / "y.tar", dict(reversed(files.items())))
-    if same == "size and time":
-        os.utime(other, ns=(time, time))
-        other.rename(path)
-    else:
-        shutil.copyfile(other, path)  # the inode stays
-        os.utime(path, ns=(time, time + 1_000_000))
+    os.utime(path, (9, 9))
+    image = listed(path)[0]
+    tars.write_tar(tmp_path / "y.tar", dict(reversed(files.items())))
+    contract.change(tmp_path, commands)
     assert problem(image) == f"Cannot read {path}/a.JPEG: {CHANGED}."

@@ -40,10 +40,6 @@ def convert(raw: Path, scratch: Path) -> Finished:
     return run_command(*flags, "--nogcs_upload")
 
 
-def change(raw: Path, commands: str) -> None:
-    subprocess.run(["bash", "-ec", commands], cwd=raw, check=True)
-
-
 # ---------------------------------------------------------------- the same shards
 
 
@@ -168,7 +164,7 @@ def test_first_layout_of_the_table_is_used_when_several_are_there(
 ) -> None:
     """Unless it is empty. A whole tar that lies in its directory is no class."""
     merged = merge(raw, tmp_path, layouts)
-    change(merged, commands)
+    contract.change(merged, commands)
     found = read_dataset(str(merged))
     expected = f"training images in {training}, validation images in {validation}"
     assert found.layout == expected
@@ -218,7 +214,7 @@ def test_error_names_the_tars_when_they_are_half_extracted(
     raw: Path, tmp_path: Path, layouts: tuple[str, str], remove: str, left: str
 ) -> None:
     half = merge(raw, tmp_path, [(layout, "flat") for layout in layouts])
-    change(half, remove)
+    contract.change(half, remove)
     (problem,) = problems(half)
     assert problem == (
         "Class tars must all be extracted, or none; these are not, or only in part: "

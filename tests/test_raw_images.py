@@ -3,19 +3,15 @@
 import itertools
 import os
 import random
-import subprocess
 from pathlib import Path
 
+import contract
 import pytest
 from command import run_code, run_command
 
 import imagenet_to_gcs as script
 
 SYNSETS = ["n01440764", "n01440801", "n01440838", "n01440875"]
-
-
-def change(raw: Path, commands: str) -> None:
-    subprocess.run(["bash", "-ec", commands], cwd=raw, check=True)
 
 
 # ------------------------------------------------------------------- what is listed
@@ -97,8 +93,8 @@ def test_other_files_are_passed_over_when_there_are_images(raw: Path) -> None:
 def test_links_are_followed(raw: Path) -> None:
     """The way to give another layout the names that it must have."""
     listed = script.read_dataset(str(raw))
-    change(raw, "mkdir -p linked/train; ln -s $PWD/train/* linked/train")
-    change(raw, "ln -s ../validation ../synset_labels.txt linked")
+    contract.change(raw, "mkdir -p linked/train; ln -s $PWD/train/* linked/train")
+    contract.change(raw, "ln -s ../validation ../synset_labels.txt linked")
     found = script.read_dataset(str(raw / "linked"))
     assert [image._replace(source="") for image in found.images] == [
         image._replace(source="") for image in listed.images
@@ -280,7 +276,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("commands", "problem"), REFUSALS.items())
 def test_command_says_what_is_wrong(raw: Path, commands: str, problem: str) -> None:
-    change(raw, commands)
+    contract.change(raw, commands)
     flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={raw.parent}/scratch"]
     done = run_command(*flags, "--nogcs_upload", timeout=60)
     assert [line.replace(str(raw), "RAW") for line in done.errors] == [problem]
@@ -332,7 +328,7 @@ FEW = ("--training_shards=2", "--validation_shards=2")
 def test_command_warns_of_what_is_missing(
     raw: Path, commands: str, warning: str
 ) -> None:
-    change(raw, commands)
+    contract.change(raw, commands)
     done = run_command(f"--raw_data_dir={raw}", "--nogcs_upload", *FEW, "--dry_run")
     assert done.status == 0, done.stderr
     assert f"WARNING: {warning.replace('RAW', str(raw))}" in done.lines
