@@ -123,7 +123,7 @@ def merge(raw: Path, directory: Path, layouts: Sequence[tuple[str, str]]) -> Pat
 
 
 TARS = ("whole_tar", "tar")
-MOVE = f"mkdir -p train validation; mv {TRAINING_TAR} train; mv {VALIDATION_TAR} $_"
+MOVE = "mkdir -p train validation; mv *_train.tar train; mv *_val.tar validation"
 
 
 @pytest.mark.parametrize(
