@@ -94,7 +94,7 @@ def test_skeleton_is_small_and_says_what_the_image_is() -> None:
 
 
 def compare(data: bytes) -> str:
-    """Says how the verdict on an image differs from that of a full decode, if it does."""
+    """Says how the verdict on an image differs from that of a full decode, if so."""
     shape = decoded_shape(data)
     try:
         encoded = script.encode_image(data)

@@ -183,8 +183,8 @@ REFUSALS = {
     ),
     **{
         command: (
-            f"RAW/synset_labels.txt has {labels} and RAW/validation {images}; they must "
-            "be equal in number."
+            f"RAW/synset_labels.txt has {labels} and RAW/validation {images}; they "
+            "must be equal in number."
         )
         for command, labels, images in (
             (": >synset_labels.txt", "0 labels", "4 images"),
@@ -209,14 +209,14 @@ REFUSALS = {
         "synset."
     ),
     "rm train/n01440838/*": (
-        "Each class must have images, but 1 of 4 classes have none: n01440838. No images "
-        "match RAW/train/n01440838/*.JPEG. Found nothing there."
+        "Each class must have images, but 1 of 4 classes have none: n01440838. No "
+        "images match RAW/train/n01440838/*.JPEG. Found nothing there."
     ),
     "rm validation/*": "No images match RAW/validation/*.JPEG. Found nothing there.",
     "seq 171 174 >synset_labels.txt": (
         f"{FOREIGN}{SEVERAL} 1 more; found 171, 172, 173 and 1 more. {HINT}"
     ),
-    "rm synset_labels.txt; cd validation; mkdir 1 2; mv *[12].JPEG 1; mv *[34].JPEG 2": (
+    "rm *.txt; cd validation; mkdir 1 2; mv *[12].JPEG 1; mv *[34].JPEG 2": (
         f"{FOREIGN}{SEVERAL} 1 more; found 1, 2. {HINT}"
     ),
     "rm synset_labels.txt; mkdir validation/images; mv validation/*.JPEG $_": (
@@ -226,11 +226,12 @@ REFUSALS = {
     "sed -i 4s/.*/n01440876/ synset_labels.txt": (
         f"{FOREIGN}{SEVERAL} 997 more; found n01440876. {HINT}"
     ),
-    f"cd validation; for s in {' '.join(SYNSETS)}; do mkdir $s; mv *$((++i)).JPEG $s; done;"
-    f"printf '%s\n' {SYNSETS[0]} {SYNSETS[1]} {SYNSETS[3]} x >../synset_labels.txt": (
+    "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
+    "sed -i 3s/.*/n01440875/ ../synset_labels.txt": (
         "RAW/synset_labels.txt and the folders of validation/ must agree; line 3 says "
         "n01440875, RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG is in "
-        "n01440838. If the folders are right, remove the label file; they do without it."
+        "n01440838. If the folders are right, remove the label file; they do without "
+        "it."
     ),
     "cd train; rm -r n01440838; ln -s nothing n01440838": f"{EACH} a broken link.",
     "cd train; rm -r n01440838; ln -s n01440838 n01440838": f"{EACH} a broken link.",
@@ -245,8 +246,8 @@ REFUSALS = {
         )
     },
     "mkdir -p ILSVRC/Data/CLS-LOC; mv train $_": (
-        f"{NO_TRAIN} RAW/ILSVRC/Data/CLS-LOC (Kaggle's layout): README says which links "
-        f"it takes. {BOTH}"
+        f"{NO_TRAIN} RAW/ILSVRC/Data/CLS-LOC (Kaggle's layout): README says which "
+        f"links it takes. {BOTH}"
     ),
     **{
         f"rm {IMAGE}; {command} {IMAGE}": f"{UNFIT}{IMAGE} is not."
@@ -268,8 +269,8 @@ REFUSALS = {
         f"{ALL_EMPTY} 1 .tar file there: extract them there."
     ),
     "tar -cf ILSVRC2012_img_train.tar train; rm -r train": (
-        "No images match */*.JPEG in RAW/ILSVRC2012_img_train.tar. Found 12 .JPEG files "
-        "there: extract each into train/<synset>/."
+        "No images match */*.JPEG in RAW/ILSVRC2012_img_train.tar. Found 12 .JPEG "
+        "files there: extract each into train/<synset>/."
     ),
 }
 
@@ -302,7 +303,7 @@ WARNINGS = {
         "2 images left out (2 *.JPEG)", "train/n01440801/more/m.JPEG"
     ),
     "cd validation; touch x.png; mkdir n01440764; mv *.JPEG n01440764; "
-    "mkdir n01440764/deep; touch n01440764/deep/x.JPEG; rm ../synset_labels.txt": left_out(
+    "mkdir n01440764/deep; touch n01440764/deep/x.JPEG; rm ../*.txt": left_out(
         "2 images left out (1 *.JPEG, 1 *.png)", "validation/n01440764/deep/x.JPEG"
     ),
     "cd train; touch n01440801/d.png; for d in *; do tar -cf $d.tar -C $d .; done; "
@@ -310,15 +311,16 @@ WARNINGS = {
         "1 image left out (1 *.png)", "ILSVRC2012_img_train.tar/d.png"
     ),
     f": >{IMAGE}; ln -sf nowhere validation/ILSVRC2012_val_00000001.JPEG": (
-        f"2 images are empty (zero bytes or dangling links), such as RAW/{IMAGE}; their "
-        "shards will not be written."
+        f"2 images are empty (zero bytes or dangling links), such as RAW/{IMAGE}; "
+        "their shards will not be written."
     ),
-    f"printf '%s\n' {SYNSETS[1]} {SYNSETS[2]} {SYNSETS[3]} n00000001 >synset_labels.txt": (
-        "1 of 5 synsets have validation images but no training images: n00000001 (label "
-        "1)."
+    "sed -i 1s/.*/n00000001/ synset_labels.txt": (
+        "1 of 5 synsets have validation images but no training images: n00000001 "
+        "(label 1)."
     ),
     "mkdir train/images; echo x >train/images/x.JPEG": (
-        "1 of 5 synsets have training images but no validation images: images (label 1)."
+        "1 of 5 synsets have training images but no validation images: images "
+        "(label 1)."
     ),
 }
 FEW = ("--training_shards=2", "--validation_shards=2")
@@ -374,8 +376,8 @@ def test_shortfalls_are_named_when_it_is_nearly_imagenet() -> None:
     validation[5:17] = [49] * 12
     assert warnings(imagenet(training, validation)) == [
         (
-            "ImageNet-1k has 1,281,167 training images, found 1,280,585 (-582). Classes of "
-            "fewer than 732: n00000000 (700)."
+            "ImageNet-1k has 1,281,167 training images, found 1,280,585 (-582). "
+            "Classes of fewer than 732: n00000000 (700)."
         ),
         "ImageNet-1k has 50,000 validation images, found 49,988 (-12). Classes of "
         "fewer than 50: "
