@@ -15,8 +15,9 @@ import io
 import math
 import os
 import random
+import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,38 +131,31 @@ def expected_shards(
     validation_shards: int = VALIDATION_SHARDS,
 ) -> dict[str, list[ExpectedRecord]]:
     """Tells what each shard holds, by base name: its records in their order."""
-    raw = os.fspath(raw_dir)
-    training = sorted(glob.glob(os.path.join(glob.escape(raw), "train", "*", "*.JPEG")))
-    validation = sorted(glob.glob(os.path.join(glob.escape(raw), "validation/*.JPEG")))
-    training_synsets = [os.path.basename(os.path.dirname(path)) for path in training]
-    validation_synsets = (Path(raw) / "synset_labels.txt").read_text().split()
-    assert len(validation_synsets) == len(validation), "labels and images differ"
-    synsets = sorted(set(training_synsets) | set(validation_synsets))
-    labels = {synset: rank for rank, synset in enumerate(synsets, 1)}
-
-    def records(paths: list[str], of_synset: list[str]) -> list[ExpectedRecord]:
-        return [
-            ExpectedRecord(os.path.basename(path), labels[synset], synset, path)
-            for path, synset in zip(paths, of_synset, strict=True)
-        ]
-
-    shuffled = records(training, training_synsets)
-    random.Random(0).shuffle(shuffled)
-    return _cut("train", shuffled, training_shards) | _cut(
-        "validation", records(validation, validation_synsets), validation_shards
-    )
-
-
-def _cut(
-    split: str, records: list[ExpectedRecord], num_shards: int
-) -> dict[str, list[ExpectedRecord]]:
-    size = math.ceil(len(records) / num_shards)
-    return {
-        f"{split}-{index:05d}-of-{num_shards:05d}": records[
-            index * size : (index + 1) * size
-        ]
-        for index in range(num_shards)
+    root = glob.escape(os.fspath(raw_dir))
+    training = sorted(glob.glob(f"{root}/train/*/*.JPEG"))
+    validation = sorted(glob.glob(f"{root}/validation/*.JPEG"))
+    labels = (Path(raw_dir) / "synset_labels.txt").read_text().split()
+    synset_of = {path: os.path.basename(os.path.dirname(path)) for path in training}
+    synset_of |= dict(zip(validation, labels, strict=True))
+    synsets = sorted(set(synset_of.values()))
+    records = {
+        path: ExpectedRecord(
+            os.path.basename(path), synsets.index(synset) + 1, synset, path
+        )
+        for path, synset in synset_of.items()
     }
+    random.Random(0).shuffle(training)
+    shards = {}
+    for split, paths, num_shards in (
+        ("train", training, training_shards),
+        ("validation", validation, validation_shards),
+    ):
+        size = math.ceil(len(paths) / num_shards)
+        for index in range(num_shards):
+            chunk = paths[index * size : (index + 1) * size]
+            name = f"{split}-{index:05d}-of-{num_shards:05d}"
+            shards[name] = [records[path] for path in chunk]
+    return shards
 
 
 # ---------------------------------------------------------------- asserting it
@@ -173,14 +167,7 @@ def assert_shards(
     training_shards: int = TRAINING_SHARDS,
     validation_shards: int = VALIDATION_SHARDS,
 ) -> None:
-    """Asserts that shards are what the contract makes of a raw directory.
-
-    Args:
-      shards: the contents of each shard by its base name, and nothing else.
-      raw_dir: the raw ImageNet that they were made of.
-      training_shards: how many there must be.
-      validation_shards: how many there must be.
-    """
+    """Asserts that shards, by base name, are what the contract makes of `raw_dir`."""
     expected = expected_shards(raw_dir, training_shards, validation_shards)
     missing, extra = sorted(expected.keys() - shards), sorted(shards.keys() - expected)
     assert not missing, f"{len(missing)} shards are missing: {missing[:3]}"
@@ -223,7 +210,6 @@ def _assert_record(record: Record, expected: ExpectedRecord) -> None:
 
 
 def _assert_repaired(name: str, encoded: bytes, original: Image.Image) -> None:
-    assert encoded[:3] == b"\xff\xd8\xff", f"{name} is not stored as a JPEG"
     image = Image.open(io.BytesIO(encoded))
     found = (image.format, image.mode, image.size)
     assert found == ("JPEG", "RGB", original.size), f"{name} is stored as {found}"
@@ -255,16 +241,9 @@ def make_raw(
     """Writes a small raw ImageNet, the same one at each call.
 
     Args:
-      directory: made if it is missing.
-      synsets: number of synsets: n01440764, n01440801, ...
-      training: number of training images of each synset.
+      training: number of training images of each synset: n01440764, n01440801, ...
       validation: number of validation images of all synsets together.
-      kinds: of `jpegs.KINDS`, or "png"; given to the images in turn.
-      width: pixels of each image, but for the kinds that are named after their size.
-      height: likewise.
-
-    Returns:
-      `directory`.
+      kinds: of `jpegs.KINDS`, given to the images in turn.
     """
     raw = Path(directory)
     names = [f"n{1440764 + 37 * index:08d}" for index in range(synsets)]
@@ -277,22 +256,12 @@ def make_raw(
         (raw / split).mkdir(parents=True, exist_ok=True)
     for seed, path in enumerate(paths):
         (raw / path).parent.mkdir(exist_ok=True)
-        image = _image(kinds[seed % len(kinds)], seed, width, height)
+        image = jpegs.jpeg(kinds[seed % len(kinds)], seed, width, height)
         (raw / path).write_bytes(image)
     (raw / "synset_labels.txt").write_text("".join(f"{label}\n" for label in labels))
     return raw
 
 
-def label_file(text: str) -> Callable[[Path], None]:
-    """Returns what gives a raw directory another label file."""
-
-    def write(raw: Path) -> None:
-        (raw / "synset_labels.txt").write_text(text)
-
-    return write
-
-
-def _image(kind: str, seed: int, width: int, height: int) -> bytes:
-    if kind == "png":
-        return jpegs.png(seed, width, height)
-    return jpegs.jpeg(kind, seed, width, height)
+def change(directory: Path, commands: str) -> None:
+    """Runs shell commands in a raw directory."""
+    subprocess.run(["bash", "-ec", commands], cwd=directory, check=True)

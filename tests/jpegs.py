@@ -1,4 +1,4 @@
-"""Images for tests, made on the spot: photographs, JPEGs of many kinds, and damage.
+"""Images for tests, made on the spot: photographs, files of many kinds, and damage.
 
 Everything is a pure function of its seed:
 
@@ -25,6 +25,9 @@ SOS = 0xDA
 COM = 0xFE
 
 HEADER_BYTES = 700  # they hold the tables and sizes of most JPEGs
+
+Kind = Callable[[int, int, int, int], bytes]  # of seed, width, height and quality
+Change = Callable[[bytes, np.random.Generator], bytes]
 
 
 # ---------------------------------------------------------------- photographs
@@ -76,7 +79,7 @@ def _texture(generator: np.random.Generator, width: int, height: int) -> np.ndar
     return texture
 
 
-# ---------------------------------------------------------------- kinds of JPEG
+# ---------------------------------------------------------------- kinds of images
 
 
 def jpeg(
@@ -86,16 +89,11 @@ def jpeg(
     height: int = HEIGHT,
     quality: int = QUALITY,
 ) -> bytes:
-    """Encodes the photograph of a seed as the JPEG that `KINDS` names.
+    """Encodes the photograph of a seed as the JPEG, or PNG, that `KINDS` names.
 
     The size is ignored by the kinds that are named after theirs.
     """
     return KINDS[kind](seed, *FIXED_SIZES.get(kind, (width, height)), quality)
-
-
-def png(seed: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """Encodes the photograph of a seed as an RGB PNG."""
-    return _save(photograph(seed, width, height), "PNG")
 
 
 def _save(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:
@@ -104,33 +102,28 @@ def _save(image: Image.Image, file_format: str = "JPEG", **options: Any) -> byte
     return file.getvalue()
 
 
-def _kind(mode: str = "RGB", **options: Any) -> Callable[[int, int, int, int], bytes]:
-    """Makes a kind of Pillow's options of writing a JPEG."""
+def _kind(mode: str = "RGB", file_format: str = "JPEG", **options: Any) -> Kind:
+    """Makes a kind of Pillow's options of writing a file."""
 
     def encode(seed: int, width: int, height: int, quality: int) -> bytes:
         image = photograph(seed, width, height).convert(mode)
-        return _save(image, quality=quality, **options)
+        return _save(image, file_format, quality=quality, **options)
 
     return encode
 
 
-def _exif_thumbnail(seed: int, width: int, height: int, quality: int) -> bytes:
-    image = photograph(seed, width, height)
-    thumbnail = _save(image.resize((160, 120)), quality=75)
-    return _save(image, quality=quality, exif=b"Exif\x00\x00" + thumbnail)
+def _changed(change: Change) -> Kind:
+    """Makes a kind by changing baseline JPEGs."""
+
+    def encode(seed: int, width: int, height: int, quality: int) -> bytes:
+        data = jpeg("baseline", seed, width, height, quality)
+        return change(data, np.random.default_rng(seed))
+
+    return encode
 
 
-def _icc_with_markers(seed: int, width: int, height: int, quality: int) -> bytes:
-    noise = np.random.default_rng(seed).bytes(1000)
-    profile = noise + 200 * (SOI + EOI + b"\xff\xda\x00\x0c") + noise + EOI
-    image = photograph(seed, width, height)
-    return _save(image, quality=quality, icc_profile=profile)
-
-
-def _long_comments(seed: int, width: int, height: int, quality: int) -> bytes:
+def _add_comments(data: bytes, generator: np.random.Generator) -> bytes:
     """Adds a comment of the greatest length, 65,533 bytes, and one of 2,000."""
-    data = jpeg("baseline", seed, width, height, quality)
-    generator = np.random.default_rng(seed)
     comments = b"".join(
         struct.pack(">BBH", 0xFF, COM, size + 2) + generator.bytes(size - 2) + EOI
         for size in (65_533, 2_000)
@@ -138,28 +131,21 @@ def _long_comments(seed: int, width: int, height: int, quality: int) -> bytes:
     return SOI + comments + data[2:]
 
 
-def _fill_bytes(seed: int, width: int, height: int, quality: int) -> bytes:
+def _add_fill(data: bytes, _generator: np.random.Generator) -> bytes:
     """Puts `FF FF` before every marker of the header and before the end marker."""
-    data = jpeg("baseline", seed, width, height, quality)
     segments = list(header_segments(data))
     scan = data[2 + sum(map(len, segments)) : -2]
     fill = b"\xff\xff"
     return SOI + b"".join(fill + s for s in segments) + scan + fill + EOI
 
 
-def _trailing_bytes(seed: int, width: int, height: int, quality: int) -> bytes:
-    data = jpeg("baseline", seed, width, height, quality)
-    return data + np.random.default_rng(seed).bytes(500)
-
-
-def _trailing_image(seed: int, width: int, height: int, quality: int) -> bytes:
-    data = jpeg("baseline", seed, width, height, quality)
-    return data + jpeg("progressive", seed + 1, 160, 120, quality)
-
+_NOISE = np.random.default_rng(0).bytes(1000)
+_PROFILE = _NOISE + 200 * (SOI + EOI + b"\xff\xda\x00\x0c") + _NOISE + EOI
+_THUMBNAIL = _save(photograph(0, 160, 120), quality=75)
 
 FIXED_SIZES = {"1x1": (1, 1), "3x17": (3, 17)}
 
-KINDS: dict[str, Callable[[int, int, int, int], bytes]] = {
+KINDS: dict[str, Kind] = {
     "baseline": _kind(),
     "progressive": _kind(progressive=True),
     "grey": _kind("L"),
@@ -172,15 +158,16 @@ KINDS: dict[str, Callable[[int, int, int, int], bytes]] = {
     "422": _kind(subsampling="4:2:2"),
     "rgb_kept": _kind(keep_rgb=True),
     "optimized": _kind(optimize=True),
-    "exif_thumbnail": _exif_thumbnail,
-    "icc_with_markers": _icc_with_markers,
-    "long_comments": _long_comments,
-    "fill_bytes": _fill_bytes,
-    "trailing_bytes": _trailing_bytes,
-    "trailing_image": _trailing_image,
+    "exif_thumbnail": _kind(exif=b"Exif\x00\x00" + _THUMBNAIL),
+    "icc_with_markers": _kind(icc_profile=_PROFILE),
+    "long_comments": _changed(_add_comments),
+    "fill_bytes": _changed(_add_fill),
+    "trailing_bytes": _changed(lambda data, generator: data + generator.bytes(500)),
+    "trailing_image": _changed(lambda data, _: data + _THUMBNAIL),
+    "png": _kind(file_format="PNG"),
     **dict.fromkeys(FIXED_SIZES, _kind()),
 }
-"""Kinds of JPEG by name; all are undamaged."""
+"""Kinds of images by name; all are undamaged, and all but `png` are JPEGs."""
 
 
 def header_segments(data: bytes) -> Iterator[bytes]:
@@ -209,9 +196,6 @@ def damage(kind: str, data: bytes, seed: int) -> bytes:
     raise ValueError(f"{kind} changes nothing in these {len(data):,} bytes")
 
 
-Damage = Callable[[bytes, np.random.Generator], bytes]
-
-
 def _below(generator: np.random.Generator, limit: int) -> int:
     return int(generator.integers(0, max(limit, 1)))
 
@@ -220,11 +204,11 @@ def _header(data: bytes) -> int:
     return min(HEADER_BYTES, len(data) - 2)
 
 
-def _cut(limit: Callable[[bytes], int]) -> Damage:
+def _cut(limit: Callable[[bytes], int]) -> Change:
     return lambda data, generator: data[: _below(generator, limit(data))]
 
 
-def _flip_bit(limit: Callable[[bytes], int]) -> Damage:
+def _flip_bit(limit: Callable[[bytes], int]) -> Change:
     def flip(data: bytes, generator: np.random.Generator) -> bytes:
         position = _below(generator, limit(data))
         flipped = data[position] ^ (1 << _below(generator, 8))
@@ -238,7 +222,7 @@ def _overwrite(
     size: int,
     limit: Callable[[bytes], int] = len,
     times: int = 1,
-) -> Damage:
+) -> Change:
     """Puts something in the place of so many bytes, or of half of a smaller image."""
 
     def overwrite(data: bytes, generator: np.random.Generator) -> bytes:
@@ -250,10 +234,6 @@ def _overwrite(
         return data
 
     return overwrite
-
-
-def _noise(generator: np.random.Generator, size: int) -> bytes:
-    return generator.bytes(size)
 
 
 def _zeros(_generator: np.random.Generator, size: int) -> bytes:
@@ -275,26 +255,24 @@ def _other_tail(data: bytes, generator: np.random.Generator) -> bytes:
     return data[: _below(generator, len(data))] + other[_below(generator, len(other)) :]
 
 
-def _appended(data: bytes, generator: np.random.Generator) -> bytes:
-    return data + generator.bytes(1 + _below(generator, 1000))
-
-
-DAMAGE: dict[str, Damage] = {
+DAMAGE: dict[str, Change] = {
     "truncated": _cut(len),
     "truncated_header": _cut(_header),
     "last_two_bytes_cut": lambda data, _: data[:-2],
     "bit_flipped": _flip_bit(len),
     "header_bit": _flip_bit(_header),
-    "header_byte": _overwrite(_noise, 1, _header),
-    "header_bytes": _overwrite(_noise, 1, _header, times=8),
+    "header_byte": _overwrite(np.random.Generator.bytes, 1, _header),
+    "header_bytes": _overwrite(np.random.Generator.bytes, 1, _header, times=8),
     "header_zeroed": _overwrite(_zeros, 12, _header),
     "header_deleted": _overwrite(_nothing, 12, _header),
     "zeroed_4096": _overwrite(_zeros, 4096),
     "zeroed_tail": _zeroed_tail,
-    "noise_64": _overwrite(_noise, 64),
-    "noise_4096": _overwrite(_noise, 4096),
+    "noise_64": _overwrite(np.random.Generator.bytes, 64),
+    "noise_4096": _overwrite(np.random.Generator.bytes, 4096),
     "deleted_4096": _overwrite(_nothing, 4096),
     "other_tail": _other_tail,
-    "appended": _appended,
+    "appended": lambda data, generator: (
+        data + generator.bytes(1 + _below(generator, 1000))
+    ),
 }
 """Kinds of damage by name; `header_...` strikes in the first 700 bytes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import contract
@@ -24,46 +23,15 @@ from processes import (
 SHARDS = ("--training_shards=40", "--validation_shards=10")
 
 
-def truncated(path: Path) -> str:
-    os.truncate(path, path.stat().st_size // 2)
-    return "decode {}: it is cut short: no end marker"
+TWELVE_BITS = r"LC_ALL=C sed -i 's/\xff\xc0\x00\x11\x08/\xff\xc0\x00\x11\x0c/'"
 
-
-def empty(path: Path) -> str:
-    os.truncate(path, 0)
-    return "decode {}: the file is empty"
-
-
-def no_tables(path: Path) -> str:
-    """Removes the segments between the first and the frame header."""
-    data = path.read_bytes()
-    path.write_bytes(data[:2] + data[data.index(b"\xff\xc0") :])
-    return "decode {}: Quantization table 0x00 was not defined"
-
-
-def dangling_link(path: Path) -> str:
-    path.unlink()
-    path.symlink_to("nowhere")
-    return "read {}: it is a dangling link"
-
-
-def unreadable(path: Path) -> str:
-    path.chmod(0)
-    return "read {}: Permission denied"
-
-
-DAMAGE: list[Callable[[Path], str]] = [
-    truncated,
-    empty,
-    no_tables,
-    dangling_link,
-    unreadable,
+DAMAGE = [
+    ("truncate -s 1500 {}", "decode {}: it is cut short: no end marker"),
+    ("truncate -s 0 {}", "decode {}: the file is empty"),
+    (TWELVE_BITS + " {}", "decode {}: Unsupported JPEG data precision 12"),
+    ("ln -sf nowhere {}", "read {}: it is a dangling link"),
+    ("chmod 0 {}", "read {}: Permission denied"),
 ]
-
-
-def restore(path: Path, good: Path) -> None:
-    path.unlink(missing_ok=True)
-    shutil.copy2(good, path)
 
 
 def test_bad_images_are_all_named_and_only_their_shards_are_missing(
@@ -71,17 +39,17 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
 ) -> None:
     """Every kind at once, two of them in one shard."""
     raw = contract.make_raw(tmp_path / "raw", 10, 8, 20)
-    good = shutil.copytree(raw, tmp_path / "good")
     scratch = tmp_path / "scratch"
     plan = contract.expected_shards(raw, 40, 10)
     names = list(plan)
     bad_shards = [*names[3:6], *names[41:42]]
     victims = [Path(plan[name][0].path) for name in bad_shards]
     victims.append(Path(plan[names[3]][1].path))
-    expected = [
-        f"Cannot {damage(path).format(path)}."
-        for path, damage in zip(victims, DAMAGE, strict=True)
-    ]
+    expected = []
+    for path, (damage, problem) in zip(victims, DAMAGE, strict=True):
+        shutil.copy2(path, tmp_path)
+        contract.change(raw, damage.format(path))
+        expected.append(f"Cannot {problem.format(path)}.")
     flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}"]
     flags += [*UPLOAD, *SHARDS, "--num_workers=2"]
     with started(*flags, env=emulator.environment, under=unprivileged()) as run:
@@ -98,14 +66,13 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
 
     before = identities(scratch)
     for path in victims:
-        restore(path, good / path.relative_to(raw))
+        path.unlink()
+        shutil.copy2(tmp_path / path.name, path)
     done = run_command(*flags, env=emulator.environment)
     assert done.status == 0, done.stderr
     assert any("46 of 50 shards are up to date" in line for line in done.lines)
     after = identities(scratch)
-    assert {name for name in after if after[name] != before.get(name)} == set(
-        bad_shards
-    )
+    assert {n for n in after if after[n] != before.get(n)} == set(bad_shards)
     assert sorted(uploads(emulator)[46:-1]) == sorted(bad_shards)
     assert uploads(emulator)[-1] == "manifest.json"
     contract.assert_shards(contents(scratch), raw, 40, 10)

@@ -7,10 +7,11 @@ import functools
 import io
 import os
 import random
-import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
+import contract
 import jpegs
 import pytest
 import tars
@@ -22,41 +23,43 @@ SEEDS = range(8)
 DAMAGE_SEEDS = range(24)  # times 16 kinds of damage and 21 of images: 8,064 images
 NUM_TAILS = 4_000
 SIZE = (64, 48)
-KINDS = [*jpegs.KINDS, "png"]
 REPAIRED = {"png", "cmyk", "cmyk_progressive"}
 
 
 @functools.cache
 def make_image(kind: str, seed: int) -> bytes:
-    return jpegs.png(seed, *SIZE) if kind == "png" else jpegs.jpeg(kind, seed, *SIZE)
+    return jpegs.jpeg(kind, seed, *SIZE)
 
 
-def decode_completely(data: bytes) -> tuple[int, ...] | None:
-    """Decodes as the reference does; returns the shape, or None for a bad image."""
+def decode(data: bytes) -> Any:
+    """Decodes as the reference does, whose pixels are the measure."""
     import tensorflow as tf
 
     is_png = data.startswith(b"\x89PNG\r\n\x1a\n")
-    try:
-        pixels = (tf.io.decode_png if is_png else tf.io.decode_jpeg)(data, channels=3)
-    except tf.errors.InvalidArgumentError:
-        return None
-    return tuple(pixels.shape)
+    return (tf.io.decode_png if is_png else tf.io.decode_jpeg)(data, channels=3)
 
 
 def encode_again(data: bytes) -> bytes:
-    """Encodes a PNG or CMYK JPEG as RGB, as the reference does."""
     import tensorflow as tf
 
-    is_png = data.startswith(b"\x89PNG\r\n\x1a\n")
-    pixels = (tf.io.decode_png if is_png else tf.io.decode_jpeg)(data, channels=3)
-    jpeg: bytes = tf.io.encode_jpeg(pixels, format="rgb", quality=100).numpy()
+    jpeg: bytes = tf.io.encode_jpeg(decode(data), format="rgb", quality=100).numpy()
     return jpeg
+
+
+def decoded_shape(data: bytes) -> tuple[int, ...] | None:
+    """Returns height, width and channels, or None for a bad image."""
+    import tensorflow as tf
+
+    try:
+        return tuple(decode(data).shape)
+    except tf.errors.InvalidArgumentError:
+        return None
 
 
 # ------------------------------------------------------------------ undamaged images
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", jpegs.KINDS)
 def test_image_is_untouched_unless_no_reader_takes_it(kind: str) -> None:
     width, height = jpegs.FIXED_SIZES.get(kind, SIZE)
     for seed in SEEDS:
@@ -91,8 +94,8 @@ def test_skeleton_is_small_and_says_what_the_image_is() -> None:
 
 
 def compare(data: bytes) -> str:
-    """Says how the verdict on an image differs from that of a full decode, if it does."""
-    shape = decode_completely(data)
+    """Says how the verdict on an image differs from that of a full decode, if so."""
+    shape = decoded_shape(data)
     try:
         encoded = script.encode_image(data)
     except script._ImageError:
@@ -105,7 +108,7 @@ def compare(data: bytes) -> str:
 def test_damaged_image_is_refused_when_a_full_decode_refuses_it(damage: str) -> None:
     """What is accepted is of the shape that a reader finds."""
     refused = []
-    for kind in KINDS:
+    for kind in jpegs.KINDS:
         for seed in DAMAGE_SEEDS:
             data = jpegs.damage(damage, make_image(kind, seed % 8), seed)
             verdict = compare(data)
@@ -136,23 +139,21 @@ def test_segment_in_the_tail_is_refused_when_a_full_decode_refuses_it() -> None:
 
 
 BASELINE = jpegs.jpeg("baseline", 0, *SIZE)
-PNG = jpegs.png(0, *SIZE)
+PNG = jpegs.jpeg("png", 0, *SIZE)
 CMYK = jpegs.jpeg("cmyk", 0, *SIZE)
 FRAME = b"\xff\xc0\x00\x11\x08"  # marker, length, 8 bits a value; the size follows
 CMYK_FRAME = b"\xff\xc0\x00\x14\x08"
 TABLE = BASELINE.index(b"\xff\xc4")  # marker, length, number, and 16 counts of codes
 CUT_SHORT = "it is cut short: no end marker"
-NO_FRAME = "it has no frame header"
-BAD_PNG = "it is a PNG that cannot be decoded"
 
 
-def with_size(data: bytes, frame: bytes, height: int, width: int) -> bytes:
+def with_size(data: bytes, frame: bytes, width: int, height: int) -> bytes:
     """Has the header of a JPEG declare another size."""
     start = data.index(frame) + len(frame)
     return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
 
 
-def with_png_size(height: int, width: int) -> bytes:
+def with_png_size(width: int, height: int) -> bytes:
     return PNG[:16] + struct.pack(">II", width, height) + PNG[24:]
 
 
@@ -162,6 +163,10 @@ def too_large(width: int, height: int, num_components: int = 3) -> str:
         "components; the product must be from 1 to 536,870,911"
     )
 
+
+HUGE = (65_500, 65_500)
+HUGE_JPEG = with_size(BASELINE, FRAME, *HUGE)
+HUGE_CMYK = with_size(CMYK, CMYK_FRAME, *HUGE)
 
 REFUSED = {
     "empty": (b"", "the file is empty"),
@@ -173,24 +178,21 @@ REFUSED = {
     "2 bytes": (b"\xff\xd8", r"not a JPEG (starts with b'\xff\xd8')"),
     "cut": (BASELINE[:1_500], CUT_SHORT),
     "half an end": (BASELINE[:-1], CUT_SHORT),
-    "only the ends": (BASELINE[:2] + BASELINE[-2:], NO_FRAME),
-    "no height": (with_size(BASELINE, FRAME, 0, 64), too_large(64, 0)),
-    "huge": (with_size(BASELINE, FRAME, 65_500, 65_500), too_large(65_500, 65_500)),
+    "only the ends": (BASELINE[:2] + BASELINE[-2:], "it has no frame header"),
+    "no height": (with_size(BASELINE, FRAME, 64, 0), too_large(64, 0)),
+    "huge": (HUGE_JPEG, too_large(*HUGE)),
     "just too large": (
         with_size(BASELINE, FRAME, 13_378, 13_378),
         too_large(13_378, 13_378),
     ),
-    "huge CMYK": (
-        with_size(CMYK, CMYK_FRAME, 65_500, 65_500),
-        too_large(65_500, 65_500, 4),
-    ),
+    "huge CMYK": (HUGE_CMYK, too_large(*HUGE, 4)),
     "long side": (
-        with_size(BASELINE, FRAME, 65_501, 64),
+        with_size(BASELINE, FRAME, 64, 65_501),
         "its header declares 64 x 65,501 pixels; no side may have more than 65,500",
     ),
-    "huge PNG": (with_png_size(60_000, 50_000), too_large(50_000, 60_000)),
+    "huge PNG": (with_png_size(50_000, 60_000), too_large(50_000, 60_000)),
     "PNG of 8 bytes": (PNG[:8], too_large(0, 0)),
-    "PNG cut later": (PNG[:1_000], BAD_PNG),
+    "PNG cut later": (PNG[:1_000], "it is a PNG that cannot be decoded"),
     "12 bits": (
         BASELINE.replace(FRAME, b"\xff\xc0\x00\x11\x0c"),
         "Unsupported JPEG data precision 12",
@@ -206,13 +208,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_image_is_refused_in_words(case: str) -> None:
-    data, reason = REFUSED[case]
+@pytest.mark.parametrize(("data", "reason"), REFUSED.values(), ids=REFUSED)
+def test_image_is_refused_in_words(data: bytes, reason: str) -> None:
     with pytest.raises(script._ImageError) as caught:
         script.encode_image(data)
     assert str(caught.value) == reason
-    assert decode_completely(data) is None
+    assert decoded_shape(data) is None
 
 
 def test_memory_is_bounded_when_an_image_is_made_to_take_much(tmp_path: Path) -> None:
@@ -221,9 +222,9 @@ def test_memory_is_bounded_when_an_image_is_made_to_take_much(tmp_path: Path) ->
         "a": BASELINE,
         "b": CMYK,
         "c": PNG,
-        "huge": with_size(BASELINE, FRAME, 65_500, 65_500),
-        "huge_cmyk": with_size(CMYK, CMYK_FRAME, 65_500, 65_500),
-        "huge_png": with_png_size(65_500, 65_500),
+        "huge": HUGE_JPEG,
+        "huge_cmyk": HUGE_CMYK,
+        "huge_png": with_png_size(*HUGE),
         "markers": BASELINE[:-2] + b"\xff\x01" * 10_000_000 + BASELINE[-2:],
     }
     for name, data in images.items():
@@ -255,13 +256,10 @@ def test_memory_is_bounded_when_an_image_is_made_to_take_much(tmp_path: Path) ->
 # --------------------------------------------------------------------------- reading
 
 
-def listed(path: Path, offset: int | None = None, size: int = 0) -> script.RawImage:
-    """Makes what the listing makes of a file, or of an image in a tar."""
-    if offset is not None:
-        tar = script.tar_version(path.stat())
-        return script.RawImage(str(path), "x.JPEG", "n1", 1, size, tar, offset)
-    size, version = path.stat().st_size, script.file_version(path.stat())
-    return script.RawImage(str(path.parent), path.name, "n1", 1, size, version)
+def listed(source: Path) -> list[script.RawImage]:
+    """Lists the images of a directory or a tar."""
+    start = None if source.is_dir() else 0
+    return script.ImageSource(str(source), "n1", start).list_images([])
 
 
 def read(images: list[script.RawImage]) -> list[bytes]:
@@ -270,9 +268,8 @@ def read(images: list[script.RawImage]) -> list[bytes]:
 
 def problem(image: script.RawImage) -> str:
     """Returns the line that says why an image is not in its shard; it must not be."""
-    [opened] = script.open_ahead([image])
     with pytest.raises(OSError) as caught:
-        opened.read()
+        read([image])
     return script.problem_of(image, caught.value)
 
 
@@ -283,15 +280,16 @@ def test_images_are_read_in_order_when_opened_ahead(
     """Few files are open at once, whether threads open them or not."""
     if slow:  # as if every disk were
         monkeypatch.setattr(script, "SLOW_OPEN_SECONDS", 0)
-    paths = [tmp_path / f"{i}.JPEG" for i in range(200)]
-    for path in paths:
-        path.write_bytes(random.Random(path.name).randbytes(5_000))
+    expected = [random.Random(i).randbytes(5_000) for i in range(200)]
+    for i, data in enumerate(expected):
+        (tmp_path / f"{i:03d}.JPEG").write_bytes(data)
+    images = listed(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     contents, num_open = [], []
-    for opened in script.open_ahead([listed(path) for path in paths]):
+    for opened in script.open_ahead(images):
         num_open.append(len(os.listdir("/proc/self/fd")) - before)
         contents.append(opened.read())
-    assert contents == [path.read_bytes() for path in paths]
+    assert contents == expected
     assert 1 < max(num_open) <= 64
     assert len(os.listdir("/proc/self/fd")) == before
     assert read([]) == []
@@ -300,68 +298,49 @@ def test_images_are_read_in_order_when_opened_ahead(
 def test_image_in_a_tar_is_read_in_place(tmp_path: Path) -> None:
     files = {"a.JPEG": BASELINE, "b.JPEG": b"", "c.JPEG": CMYK}
     path = tars.write_tar(tmp_path / "x.tar", files)
-    images = script.ImageSource(str(path), "n1", start=0).list_images([])
-    assert read(images) == list(files.values())
+    assert read(listed(path)) == list(files.values())
 
 
-def make_another(path: Path, change: str) -> None:
-    """Changes a file in a way that its size or its time of modification tells."""
-    status = path.stat()
-    data = path.read_bytes()
-    path.write_bytes({"grown": data + b"x", "shrunk": data[:100]}.get(change, data))
-    later = 1_000_000 * (change == "rewritten")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + later))
-
-
-def replace(path: Path, change: str) -> None:
-    path.unlink()
-    if change == "directory":
-        path.mkdir()
-    elif change == "pipe":
-        os.mkfifo(path)
-    elif change != "missing":
-        path.symlink_to("/dev/zero" if change == "device" else "nothing")
+CHANGED = "it has changed since the run began"
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("commands", "reason"),
     [
-        ("missing", "it no longer exists"),
-        ("dangling link", "it is a dangling link"),
-        ("directory", "not a regular file"),
-        ("pipe", "not a regular file"),
-        ("device", "not a regular file"),
-        ("grown", "it has changed since the run began"),
-        ("shrunk", "it has changed since the run began"),
-        ("rewritten", "it has changed since the run began"),
+        ("rm x.JPEG", "it no longer exists"),
+        ("ln -sf nothing x.JPEG", "it is a dangling link"),
+        ("rm x.JPEG; mkdir x.JPEG", "not a regular file"),
+        ("rm x.JPEG; mkfifo x.JPEG", "not a regular file"),
+        ("ln -sf /dev/zero x.JPEG", "not a regular file"),
+        ("echo >>x.JPEG; touch -d @9 x.JPEG", CHANGED),
+        ("truncate -s 100 x.JPEG; touch -d @9 x.JPEG", CHANGED),
+        ("touch x.JPEG", CHANGED),
     ],
 )
 def test_image_is_refused_when_it_is_not_the_one_listed(
-    tmp_path: Path, change: str, reason: str
+    tmp_path: Path, commands: str, reason: str
 ) -> None:
-    path = tmp_path / "image.JPEG"
+    path = tmp_path / "x.JPEG"
     path.write_bytes(BASELINE)
-    image = listed(path)
-    (make_another if reason.endswith("began") else replace)(path, change)
+    os.utime(path, (9, 9))
+    [image] = listed(tmp_path)
+    contract.change(tmp_path, commands)
     assert problem(image) == f"Cannot read {path}: {reason}."
 
 
-@pytest.mark.parametrize("same", ["size", "size and time"])
+@pytest.mark.parametrize(
+    "commands",
+    ["cp y.tar x.tar", "touch -d @9 y.tar; mv y.tar x.tar"],
+    ids=["another time", "another inode"],
+)
 def test_image_in_a_tar_is_refused_when_the_tar_is_another(
-    tmp_path: Path, same: str
+    tmp_path: Path, commands: str
 ) -> None:
     """Rewritten in another order, it has another image at the same place."""
-    path = tars.write_tar(tmp_path / "x.tar", {"a": BASELINE, "b": BASELINE[::-1]})
-    image = listed(path, 512, len(BASELINE))
-    status = path.stat()
-    other = tars.write_tar(tmp_path / "y.tar", {"b": BASELINE[::-1], "a": BASELINE})
-    time = status.st_mtime_ns + 1_000_000 * (same == "size")
-    os.utime(other, ns=(status.st_atime_ns, time))
-    if same == "size":
-        shutil.copyfile(other, path)  # the inode stays
-        os.utime(path, ns=(status.st_atime_ns, time))
-    else:
-        other.rename(path)
-    assert problem(image) == (
-        f"Cannot read {path}/x.JPEG: it has changed since the run began."
-    )
+    files = {"a.JPEG": BASELINE, "b.JPEG": BASELINE[::-1]}
+    path = tars.write_tar(tmp_path / "x.tar", files)
+    os.utime(path, (9, 9))
+    image = listed(path)[0]
+    tars.write_tar(tmp_path / "y.tar", dict(reversed(files.items())))
+    contract.change(tmp_path, commands)
+    assert problem(image) == f"Cannot read {path}/a.JPEG: {CHANGED}."
