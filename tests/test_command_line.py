@@ -7,7 +7,6 @@ from pathlib import Path
 import contract
 import pytest
 from command import IMPORTS, SCRIPT, UPLOAD, Finished, run_command
-from processes import started
 
 import imagenet_to_gcs as script
 
@@ -255,18 +254,6 @@ def test_log_shows_no_character_that_turns_the_direction(tmp_path: Path) -> None
         assert f"\\u{ord(character):04x}" in finished.stderr
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
-def test_command_works_when_a_stream_is_closed(
-    raw: Path, tmp_path: Path, closed: str
-) -> None:
-    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/scratch"]
-    flags += ["--nogcs_upload", "--training_shards=3", "--validation_shards=2"]
-    with started(*flags, under=["bash", "-c", f'exec "$@" {closed}', "-"]) as run:
-        assert run.finish().status == 0, run.output()
-    shards = contract.local_shards(tmp_path / "scratch")
-    contract.assert_shards(shards, raw, 3, 2)
-
-
 # ------------------------------------------------------------- imported by a program
 
 
@@ -301,17 +288,8 @@ def test_workers_are_as_many_as_the_container_has_processors(
     if limit:
         (tmp_path / "cpu.max").write_text(limit)
     monkeypatch.setattr(script, "PROCESSOR_LIMIT", str(tmp_path / "cpu.max"))
-    options = script.Options(
-        raw_data_dir=str(raw),
-        gcs_upload=False,
-        gcs_project=None,
-        gcs_output_path=None,
-        local_scratch_dir=None,
-    )
+    options = script.Options(str(raw), False, None, None, None)
     assert options.workers == number
-
-
-# ------------------------------------------------------------------------ packaging
 
 
 def test_script_can_be_run_by_its_name() -> None:

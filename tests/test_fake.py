@@ -1,4 +1,4 @@
-"""Appendix D: the fake ImageNet, if you have no ImageNet yet."""
+"""Appendix E: the fake ImageNet, if you have no ImageNet yet."""
 
 import collections
 import io
@@ -86,14 +86,8 @@ GENERATE = """if True:
     (raw / "shards" / ".lock").touch()
 
     def make_fake(num_workers):
-        options = imagenet_to_gcs.Options(
-            raw_data_dir=str(raw),
-            gcs_upload=False,
-            gcs_project=None,
-            gcs_output_path=None,
-            local_scratch_dir=f"{raw}/shards",
-            num_workers=num_workers,
-        )
+        local = str(raw), False, None, None, f"{raw}/shards"
+        options = imagenet_to_gcs.Options(*local, num_workers=num_workers)
         imagenet_to_gcs.make_fake_imagenet(options)
 
     make_fake(2)
@@ -143,15 +137,11 @@ def test_fake_is_refused_when_the_directory_contains_something_else(
     done = run_command(
         "--fake_imagenet", f"--raw_data_dir={tmp_path}", "--nogcs_upload"
     )
-    assert (done.status, done.errors) == (
-        1,
-        [
-            (
-                f"--raw_data_dir={tmp_path} must be empty or missing for "
-                f"--fake_imagenet; it contains {found}. Choose another directory."
-            )
-        ],
+    error = (
+        f"--raw_data_dir={tmp_path} must be empty or missing for --fake_imagenet; it "
+        f"contains {found}. Choose another directory."
     )
+    assert (done.status, done.errors) == (1, [error])
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
@@ -161,15 +151,11 @@ def test_fake_is_refused_when_the_disk_is_too_small(tmp_path: Path) -> None:
         flags = ("--fake_imagenet", f"--raw_data_dir={raw}", "--nogcs_upload")
         done = run_command(*flags)
         assert list(disk.iterdir()) == [disk / "new"]
-    assert (done.status, done.errors) == (
-        1,
-        [
-            (
-                f"--raw_data_dir={raw} must have room for 230.4 MB of fake images; its disk "
-                "has 1.0 MB free. Make room or choose another disk."
-            )
-        ],
+    error = (
+        f"--raw_data_dir={raw} must have room for 230.4 MB of fake images; its disk "
+        "has 1.0 MB free. Make room or choose another disk."
     )
+    assert (done.status, done.errors) == (1, [error])
 
 
 def test_fake_image_is_named_when_it_cannot_be_written(tmp_path: Path) -> None:
