@@ -441,8 +441,8 @@ def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
     left = [s.place for s in found if not _is_extracted(s, classes.get(s.synset))]
     if left:
         raise InvalidInputError(
-            "Class tars must all be extracted, or none; these are not, or only in part: "
-            f"{_some(sorted(left))}. Extract these too."
+            "Class tars must all be extracted, or none; these are not, or only in "
+            f"part: {_some(sorted(left))}. Extract these too."
         )
     return sorted(classes.values(), key=lambda c: os.fsencode(c.synset + "/"))
 
@@ -2660,8 +2660,8 @@ def _no_split(raw_data_dir: str, split: str) -> str:
         directory += f" (a link to {os.readlink(directory)})"
     found = _some(sorted(entry.name for entry in _scan(raw_data_dir)), 10) or "nothing"
     return (
-        f"No directory {directory}, and no {TARS[split]} beside it. Found {found} there. "
-        "Both splits are required; README, step 2, says in which layouts."
+        f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
+        "there. Both splits are required; README, step 2, says in which layouts."
     )
 
 
@@ -2692,9 +2692,9 @@ def _foreign_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
     if trained and foreign and len(foreign) > most:
         yield (
             "Validation images must be of the classes of the training images, such as "
-            f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of {LABELS_FILE} "
-            "is the synset of the i-th validation image; README, step 2, says where to "
-            "get it."
+            f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of "
+            f"{LABELS_FILE} is the synset of the i-th validation image; README, step "
+            "2, says where to get it."
         )
 
 
@@ -2707,8 +2707,8 @@ def warnings_about(
     if empty := [image for image in dataset.images if not image.num_bytes]:
         one, its = ("is", "its") if len(empty) == 1 else ("are", "their")
         yield (
-            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling links), "
-            f"such as {empty[0].path}; {its} shards will not be written."
+            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling "
+            f"links), such as {empty[0].path}; {its} shards will not be written."
         )
     synsets = dataset.synsets
     trained = collections.Counter(image.synset for image in dataset.training)

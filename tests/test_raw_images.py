@@ -157,7 +157,10 @@ HINT = (
     "Line i of synset_labels.txt is the synset of the i-th validation image; README, "
     "step 2, says where to get it."
 )
-EACH = "Each class must be a directory or a tar, not a file or a broken link:"
+EACH = (
+    "Each class must be a directory or a tar, not a file or a broken link: "
+    "RAW/train/n01440838."
+)
 UNFIT = "Images must be regular files of less than 2 GiB; RAW/"
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
@@ -234,9 +237,9 @@ REFUSALS = {
         "n01440838. If the folders are right, remove the label file; they do without "
         "it."
     ),
-    "cd train; rm -r n01440838; ln -s nothing n01440838": f"{EACH} RAW/train/n01440838.",
-    "cd train; rm -r n01440838; ln -s n01440838 n01440838": f"{EACH} RAW/train/n01440838.",
-    "cd train; rm -r n01440838; touch n01440838": f"{EACH} RAW/train/n01440838.",
+    "cd train; rm -r n01440838; ln -s nothing n01440838": EACH,
+    "cd train; rm -r n01440838; ln -s n01440838 n01440838": EACH,
+    "cd train; rm -r n01440838; touch n01440838": EACH,
     **{
         f"rm -r train/*; {command} train/n01440764.tar": (
             f"Cannot list the tar RAW/train/n01440764.tar: {reason}."
@@ -265,14 +268,15 @@ REFUSALS = {
         f"{EMPTY} 3 images left out (3 *.JPEG), such as "
         f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
     ),
-    "cd train; for d in *; do tar -cf $d.tar $d; rm $d/*; mv $d.tar $d; done": "\n".join(
+    "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
+        f"{EMPTY} Found n01440764.tar there."
+    ),
+    "rm train/*/*": "\n".join(
         [
-            *(
-                EMPTY.replace(SYNSETS[0], s) + f" Found {s}.tar there."
-                for s in SYNSETS[:3]
-            ),
-            "1 more class cannot be listed.",
+            f"No images match RAW/train/{s}/*.JPEG. Found nothing there."
+            for s in SYNSETS[:3]
         ]
+        + ["1 more class cannot be listed."]
     ),
     "tar -cf ILSVRC2012_img_train.tar train; rm -r train": (
         "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 12 images left out (12 "
