@@ -217,6 +217,7 @@ IMAGE_SUFFIX = ".JPEG"
 MOST_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no more
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
+TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
 NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
@@ -228,8 +229,6 @@ class RawImage(NamedTuple):
 
     Attributes:
       source: The directory or tar that holds it.
-      filename: Base name, `n01440764_18.JPEG`.
-      synset: WordNet id of its class, `n01440764`.
       label: 1-based rank of the synset among all synsets; 0 until it is known.
       version: Of its file (`file_version`), or of the tar it is in (`tar_version`).
       offset: Of its first byte in the tar; None for a file in a directory.
@@ -268,8 +267,8 @@ class ImageSource:
     Attributes:
       path: The directory, the tar, or the tar that holds the tar.
       synset: Class of all its images; empty if they are of many classes.
-      start: Where the tar begins in the file, in bytes; None for a directory.
-      end: Where it ends; None for the end of the file.
+      start, end: Of the tar in the file, in bytes; no start for a directory, no end for
+        a tar that ends with its file.
       version: Of the tar that holds it, when it was found there.
     """
 
@@ -300,8 +299,8 @@ class ImageSource:
         source, synset = self.path, self.synset
         for entry in _scan(source):
             name = entry.name
-            if not name.endswith(IMAGE_SUFFIX) or name[0] == ".":
-                left_out += _find_left_out(entry)
+            if not _is_named(name):
+                left_out += filter(_looks_like_image, _files_at(entry.path))
                 continue
             try:
                 status = entry.stat()
@@ -320,7 +319,7 @@ class ImageSource:
         seen: set[str] = set()
         for path, file in members.items():
             name, size, offset = os.path.basename(path), file.size, file.offset_data
-            if not name.endswith(suffix) or name[0] == ".":
+            if not _is_named(name, suffix):
                 left_out += [f"{self.path}/{path}"] * _looks_like_image(name)
                 continue
             if name in seen:
@@ -330,6 +329,10 @@ class ImageSource:
                 raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
             seen.add(name)
             yield RawImage(self.path, name, self.synset, label, size, version, offset)
+
+
+def _is_named(name: str, suffix: str = IMAGE_SUFFIX) -> bool:
+    return name.endswith(suffix) and name[0] != "."
 
 
 def _filename_in_bytes(image: RawImage) -> bytes:
@@ -347,9 +350,9 @@ class Dataset:
       left_out: Paths of images that are not read; see `warnings_about`.
     """
 
-    synsets: tuple[str, ...]
-    training: Sequence[RawImage]
-    validation: Sequence[RawImage]
+    synsets: tuple[str, ...] = ()
+    training: Sequence[RawImage] = ()
+    validation: Sequence[RawImage] = ()
     left_out: Sequence[str] = ()
 
     @property
@@ -364,9 +367,6 @@ class Dataset:
     def layout(self) -> str:
         training, validation = map(_layout, (self.training, self.validation))
         return f"training images in {training}, validation images in {validation}"
-
-
-EMPTY_DATASET = Dataset((), (), ())
 
 
 def _layout(images: Sequence[RawImage]) -> str:
@@ -394,8 +394,10 @@ def read_dataset(raw_data_dir: str) -> Dataset:
             classes = find_classes(raw_data_dir, left_out)
         with _collecting(problems):
             validation = list_validation(raw_data_dir, left_out)
+        with _collecting(problems):
+            validation = _with_synsets(validation, raw_data_dir)
         trained = {class_.synset for class_ in classes}
-        validated = {image.synset for image in validation}
+        validated = {image.synset for image in validation} - {""}
         problems += _foreign_classes(trained, validated)
         synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
@@ -428,49 +430,52 @@ def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
     Takes the first of these that exists: directories `train/<synset>`, tars
     `train/<synset>.tar`, a tar of such tars, `ILSVRC2012_img_train.tar`.
     """
-    training_dir = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
-    tar = _find_tar(training_dir, TRAINING_TAR)
-    found: list[ImageSource] = []
-    if os.path.isdir(training_dir) or not tar:
-        found = _scan_classes(training_dir, left_out)
+    directory, entries, tar = _find_split(raw_data_dir, TRAINING_DIRECTORY)
+    found = _classes_among(entries, left_out)
     if tar:
         found += _classes_in_tar(tar, [] if found else left_out)
     if not found:
-        raise InvalidInputError(_no_images(tar or ImageSource(training_dir), "*/*"))
+        raise InvalidInputError(_no_images(tar or directory, "*/*"))
     depth = min(source.depth for source in found)
     classes = {source.synset: source for source in found if source.depth == depth}
     left = [s.place for s in found if not _is_extracted(s, classes.get(s.synset))]
     if left:
         raise InvalidInputError(
-            "Class tars must all be extracted, or none; these are not, or only in part: "
-            f"{_some(sorted(left))}. Extract these too."
+            "Class tars must all be extracted, or none; these are not, or only in "
+            f"part: {_some(sorted(left))}. Extract these too."
         )
     return sorted(classes.values(), key=lambda c: os.fsencode(c.synset + "/"))
 
 
-def _find_tar(split_dir: str, filename: str) -> ImageSource | None:
-    """Finds the tar of a split, beside its directory or in it."""
-    places = os.path.dirname(split_dir), split_dir
-    paths = filter(os.path.exists, (os.path.join(p, filename) for p in places))
-    return next((ImageSource(path, start=0) for path in paths), None)
+def _find_split(
+    raw_data_dir: str, split: str
+) -> tuple[ImageSource, list[os.DirEntry[str]], ImageSource | None]:
+    """Finds the directory of a split, what is in it, and a tar beside it or in it."""
+    directory = os.path.join(raw_data_dir, split)
+    paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
+    tar = next((ImageSource(p, start=0) for p in paths if os.path.exists(p)), None)
+    if not (tar or os.path.exists(directory)):
+        raise InvalidInputError(_no_split(raw_data_dir, split))
+    entries = _scan(directory) if os.path.isdir(directory) or not tar else []
+    return ImageSource(directory), entries, tar
 
 
-def _scan_classes(split_dir: str, left_out: list[str]) -> list[ImageSource]:
-    """Finds class directories and class tars."""
+def _classes_among(
+    entries: Iterable[os.DirEntry[str]], left_out: list[str]
+) -> list[ImageSource]:
+    """Picks class directories and class tars."""
     found = []
-    for entry in filter(lambda entry: _is_visible(entry.name), _scan(split_dir)):
+    for entry in filter(lambda entry: _is_visible(entry.name), entries):
         name, path = entry.name, entry.path
         if os.path.isdir(path):
             found.append(ImageSource(path, name))
-        elif name.endswith(".tar"):
-            if not name.startswith("ILSVRC"):  # a whole split, or another task's
-                found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
+        elif name.endswith(".tar") and not name.startswith("ILSVRC"):  # a whole split
+            found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
         elif _looks_like_image(name):
             left_out.append(path)
         elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
-            kind = "a file" if os.path.exists(path) else "a broken link"
-            problem = f"Each class must be a directory or a tar; {path} is {kind}."
-            raise InvalidInputError(problem)
+            problem = "must be a directory or a tar, not a file or a broken link"
+            raise InvalidInputError(f"Each class {problem}: {path}.")
     return found
 
 
@@ -496,7 +501,6 @@ def list_training(
 ) -> list[RawImage]:
     """Lists the images of all classes, sorted by path."""
     images: list[RawImage] = []
-    empty: list[ImageSource] = []
     problems: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
         found = [
@@ -504,72 +508,47 @@ def list_training(
         ]
     for class_, listed in zip(classes, found, strict=True):
         with _collecting(problems):
+            if not listed.result():
+                raise InvalidInputError(_no_images(class_))
             images += listed.result()
-            empty += [] if listed.result() else [class_]
     if len(problems) > 3:
         problems[3:] = [f"{_count(len(problems) - 3, 'more class')} cannot be listed."]
-    if empty:
-        names = _some([class_.synset for class_ in empty])
-        problems.append(
-            f"Each class must have images, but {len(empty):,} of "
-            f"{_count(len(classes), 'class')} have none: {names}. {_no_images(empty[0])}"
-        )
     if problems:
         raise InvalidInputError(*problems)
     return images
 
 
 def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
-    """Lists the validation images by name, with their synsets but without labels.
+    """Lists the validation images by name, of the first of these that has any.
 
-    Line i of `synset_labels.txt` is the synset of image i; only images in directories
-    `validation/<synset>` can do without it.
+    `validation/*.JPEG`, `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Only
+    those in directories of classes have a synset already, and none has a label.
     """
-    labels_path = os.path.join(raw_data_dir, LABELS_FILE)
-    images: list[RawImage] = []
-    problems: list[str] = []
-    with _collecting(problems):
-        images = _find_validation(raw_data_dir, left_out)
-    if not (images and images[0].synset) or os.path.exists(labels_path):
-        with _collecting(problems):
-            images = _with_synsets(images, read_labels(labels_path), labels_path)
-    if problems:
-        raise InvalidInputError(*problems)
-    return images
-
-
-def _find_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
-    """Takes the first that has images: a directory, one of each class, the tar."""
-    directory = ImageSource(os.path.join(raw_data_dir, VALIDATION_DIRECTORY))
-    tar = _find_tar(directory.path, VALIDATION_TAR)
-    images: list[RawImage] = []
-    if os.path.isdir(directory.path) or not tar:
-        images = directory.list_images(left_out)
-        images = images or _list_folders(directory.path, left_out)
+    directory, entries, tar = _find_split(raw_data_dir, VALIDATION_DIRECTORY)
+    sources = [directory]
+    if not any(_is_named(entry.name) for entry in entries):
+        sources = [c for c in _classes_among(entries, left_out) if not c.depth]
+    images = [image for source in sources for image in source.list_images(left_out)]
     if tar and not images:
         images = tar.list_images(left_out)
     if not images:
         raise InvalidInputError(_no_images(tar or directory))
-    return images
-
-
-def _list_folders(validation_dir: str, left_out: list[str]) -> list[RawImage]:
-    """Lists `validation/<synset>/*.JPEG` in the order of the flat layout."""
-    folders = [s for s in _scan_classes(validation_dir, []) if not s.depth]
-    images = [image for folder in folders for image in folder.list_images(left_out)]
-    left_out[:] = {*left_out} - {image.path for image in images}
     return sorted(images, key=lambda i: (_filename_in_bytes(i), i.source))
 
 
-def _with_synsets(
-    images: list[RawImage], labels: list[str], labels_path: str
-) -> list[RawImage]:
+def _with_synsets(images: list[RawImage], raw_data_dir: str) -> list[RawImage]:
+    """Gives image i the synset in line i of the label file.
+
+    Only images in directories `validation/<synset>` can do without that file.
+    """
+    labels_path = os.path.join(raw_data_dir, LABELS_FILE)
+    if images and images[0].synset and not os.path.exists(labels_path):
+        return images
+    labels = read_labels(labels_path)
     if images and len(labels) != len(images):
-        place, synset = images[0].source, images[0].synset
         raise InvalidInputError(
-            f"{labels_path} has {_count(len(labels), 'label')} and "
-            f"{os.path.dirname(place) if synset else place} "
-            f"{_count(len(images), 'image')}; they must be equal in number."
+            f"{labels_path} has {_count(len(labels), 'label')} for "
+            f"{_count(len(images), 'validation image')}; they must be equal in number."
         )
     for line, (image, label) in enumerate(zip(images, labels), start=1):
         if image.synset not in ("", label):
@@ -589,15 +568,11 @@ def read_labels(labels_path: str) -> list[str]:
     try:
         with open_file(labels_path) as file:
             text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "it is not text in UTF-8")
         raise InvalidInputError(
-            f"{labels_path} must be text in UTF-8; found {error.object[:4]!r} at its "
-            "start. Save it as UTF-8."
-        ) from error
-    except OSError as error:
-        raise InvalidInputError(
-            f"Cannot read {labels_path}: {error.strerror}. It must hold the synset "
-            "of each validation image, a line each, in the order of their names."
+            f"Cannot read {labels_path}: {reason}. It must hold the synset of each "
+            "validation image, a line each, in the order of their names."
         ) from error
     lines = text.removesuffix("\n").split("\n") if text else []
     labels = [os.fsdecode(line.strip().encode()) for line in lines]
@@ -1756,7 +1731,7 @@ class Job:
 def plan_job(options: Options) -> Job:
     """Reads, plans and checks all that can be checked before the first image."""
     problems: list[str] = []
-    dataset = EMPTY_DATASET
+    dataset = Dataset()
     destination = None
     background = concurrent.futures.ThreadPoolExecutor(1)
     with _closing(background):
@@ -2333,7 +2308,7 @@ def convert_to_tf_records(
       InvalidInputError, BadImagesError, RunError: As `run`.
     """
     run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
-    paths = [shard_path(s, local_scratch_dir) for s in plan_shards(EMPTY_DATASET)]
+    paths = [shard_path(s, local_scratch_dir) for s in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
 
@@ -2534,20 +2509,17 @@ class TarHeader(tarfile.TarInfo):
                 header.size = int(plain[1], 8)
                 return header
         header = super().frombuf(buf, encoding, errors)
-        is_metadata = header.type in b"gxXKL"
-        if header.size < 0 or is_metadata and header.size > MOST_TAR_METADATA:
+        most = MOST_TAR_METADATA if header.type in b"gxXKL" else header.size
+        if not 0 <= header.size <= most:
             raise tarfile.ReadError
         return header
 
 
 def list_tar(source: ImageSource) -> tuple[Version, Members]:
-    """Lists the files in a tar, or in a tar within a file, by their headers.
+    """Lists the files in a tar by normalized name, and tells its version.
 
     Links to other members are these members under another name, as in extracting, and
     a name that comes again replaces the first.
-
-    Returns:
-      The tar's version, and its files by normalized name.
     """
     try:
         with open_file(source.path) as file:
@@ -2557,8 +2529,7 @@ def list_tar(source: ImageSource) -> tuple[Version, Members]:
             if source.version not in (None, version):
                 raise ValueError("it has changed since the run began")
             end = version[1] if source.end is None else source.end
-            found = _read_headers(file, source.start or 0, end)
-            return version, _resolve_links(found)
+            return version, _resolve_links(_read_headers(file, source.start or 0, end))
     except (OSError, ValueError, tarfile.TarError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         problem = f"Cannot list the tar {source.place}: {reason}."
@@ -2568,20 +2539,18 @@ def list_tar(source: ImageSource) -> tuple[Version, Members]:
 def _read_headers(file: BinaryIO, start: int, end: int) -> Members:
     found: Members = {}
     position = file.seek(start)
-    try:
-        with tarfile.TarFile(fileobj=file, tarinfo=TarHeader) as tar:
-            for member in tar:
-                if member.size < 0 or tar.offset <= position:  # would never end
-                    break
-                position = tar.offset
-                if position > end:
-                    break
-                name = _normalized(member.name)
-                if member.islnk():
-                    member = found.get(_normalized(member.linkname), member)
-                found[name] = member
-    except tarfile.ReadError:
-        pass  # `_check_end` says what is wrong at this position
+    with contextlib.suppress(tarfile.ReadError):  # `_check_end` says what is wrong
+        tar = tarfile.TarFile(fileobj=file, tarinfo=TarHeader)
+        for member in tar:
+            if member.size < 0 or tar.offset <= position:  # would never end
+                break
+            position = tar.offset
+            if position > end:
+                break
+            name = _normalized(member.name)
+            if member.islnk():
+                member = found.get(_normalized(member.linkname), member)
+            found[name] = member
     _check_end(file, position, end)
     return found
 
@@ -2627,29 +2596,31 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
         if rest.lstrip().startswith(start):
             raise ValueError(problem)
     at = f"at byte {position:,}"
-    if len(rest) < tarfile.BLOCKSIZE:
-        problem = "it is cut short"
-    elif any(rest[: tarfile.BLOCKSIZE]):
-        problem = f"it is damaged, or not a tar, {at}"
-    elif any(rest) or len(rest) > MOST_TAR_FILLING:
-        problem = f"it is damaged, or several tars in one: empty {at}, before its end"
-    else:
-        return
-    raise ValueError(f"{problem}. Download it again, and compare its checksum")
+    checks = (
+        (len(rest) >= tarfile.BLOCKSIZE, "it is cut short"),
+        (not any(rest[: tarfile.BLOCKSIZE]), f"it is damaged, or not a tar, {at}"),
+        (
+            not any(rest) and len(rest) <= MOST_TAR_FILLING,
+            f"it is damaged, or several tars in one: empty {at}, before its end",
+        ),
+    )
+    for holds, problem in checks:
+        if not holds:
+            raise ValueError(f"{problem}. Download it again, and compare its checksum")
 
 
 # ---------------------------------------------------------------------------------
 # B. Wrong raw directories, in words
 
 
-RENAMED_SUFFIXES = (".jpeg", ".jpg", ".png")  # a PNG is encoded again, as a JPEG
-OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
+OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FOREIGN_NAMES = (  # left by operating systems and network disks, with more after them
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
     *("System Volume Information", "__MACOSX", "lost+found"),
 )
 IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
-KAGGLE_DIRECTORIES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+# Images of ImageNet-1k, and of the smallest of its classes
+IMAGENET_SPLITS = {"training": (1_281_167, 732), "validation": (50_000, 50)}
 
 
 def _is_visible(name: str) -> bool:
@@ -2657,149 +2628,120 @@ def _is_visible(name: str) -> bool:
 
 
 def _looks_like_image(name: str) -> bool:
-    suffixes = RENAMED_SUFFIXES + OTHER_SUFFIXES
-    return name.lower().endswith(suffixes) and _is_visible(name)
+    return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
 
 
-def _find_left_out(entry: os.DirEntry[str]) -> list[str]:
-    """Finds images that are not read: with another suffix, or deeper down."""
-    if _looks_like_image(entry.name) or not _is_visible(entry.name):
-        return [entry.path] * _is_visible(entry.name)
-    paths = []
-    for place, directories, names in os.walk(entry.path):  # nothing if it is a file
+def _files_at(path: str) -> list[str]:
+    """Lists a file, or all files below a directory, but of foreign directories."""
+    if not _is_visible(path):
+        return []
+    if not os.path.isdir(path):
+        return [path]
+    files = []
+    for place, directories, names in os.walk(path):
         directories[:] = filter(_is_visible, directories)
-        paths += [f"{place}/{name}" for name in names if _looks_like_image(name)]
-    return paths
+        files += [f"{place}/{name}" for name in names]
+    return files
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(directory) as entries:
             return list(entries)
-    except FileNotFoundError:
-        raise InvalidInputError(_no_directory(directory)) from None
     except OSError as error:
         problem = f"Cannot list {directory}: {error.strerror}."
         raise InvalidInputError(problem) from error
 
 
-def _no_directory(directory: str) -> str:
+def _no_split(raw_data_dir: str, split: str) -> str:
     """Words the absence of `train/` or `validation/` with what is there instead."""
-    raw_data_dir, split = os.path.split(directory)
-    tar = TRAINING_TAR if split == TRAINING_DIRECTORY else VALIDATION_TAR
-    there = filter(os.path.isdir, (f"{raw_data_dir}/{d}" for d in KAGGLE_DIRECTORIES))
+    directory = os.path.join(raw_data_dir, split)
     if os.path.islink(directory):
-        found = f"a link to {os.readlink(directory)}, which does not exist"
-    elif kaggle_dir := next(there, None):
-        found = f"{kaggle_dir} (Kaggle's layout): README says which links it takes"
-    elif split == VALIDATION_DIRECTORY and os.path.isdir(f"{raw_data_dir}/val"):
-        found = f"{raw_data_dir}/val: rename it to {VALIDATION_DIRECTORY}"
-    else:
-        found = _some(sorted(os.listdir(raw_data_dir))) or "nothing"
+        directory += f" (a link to {os.readlink(directory)})"
+    found = _some(sorted(entry.name for entry in _scan(raw_data_dir)), 10) or "nothing"
     return (
-        f"No directory {directory}, and no {tar} beside it. Found {found}. "
-        "Both splits are required."
+        f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
+        "there. Both splits are required; README, step 2, says in which layouts."
     )
 
 
 def _no_images(source: ImageSource, below: str = "*") -> str:
     """Words a directory or tar without images with what is in it instead."""
-    if source.depth:
-        where, names = f"{below}{IMAGE_SUFFIX} in {source.path}", [*list_tar(source)[1]]
-        images = list(filter(_looks_like_image, names))
-        move = f"extract each into {TRAINING_DIRECTORY}/<synset>/"
-    else:
-        where, entries = f"{source.path}/{below}{IMAGE_SUFFIX}", _scan(source.path)
-        names = [entry.name for entry in entries]
-        images = [path for entry in entries for path in _find_left_out(entry)]
-        move = f"move each {'one up' if below == '*' else 'into a directory named after its synset'}"
-    found = images or [name for name in names if name.endswith(".tar")]
-    if not found:
-        what = _some(sorted(names)) or "nothing"
-        return f"No images match {where}. Found {what} there."
-    suffix = os.path.splitext(found[0])[1]
-    verb = "rename" if suffix.lower() in RENAMED_SUFFIXES else "convert"
-    remedies = {IMAGE_SUFFIX: move, ".tar": "extract them there"}
-    remedy = remedies.get(suffix, f"{verb} them to *{IMAGE_SUFFIX}")
-    files = _count(sum(name.endswith(suffix) for name in found), f"{suffix} file")
-    return f"No images match {where}. Found {files} there: {remedy}."
+    files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
+    images = [path for path in files if _looks_like_image(path)]
+    names = sorted(map(os.path.basename, files))
+    found = _left_out(images) if images else f"Found {_some(names) or 'nothing'} there."
+    return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}"
 
 
-def _foreign_classes(trained: set[str], validated: set[str]) -> list[str]:
+def _left_out(paths: Sequence[str]) -> str:
+    """Words images that are not read, with what would make them be."""
+    suffixes = collections.Counter(os.path.splitext(path)[1] for path in paths)
+    found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
+    return (
+        f"{_count(len(paths), 'image')} left out ({found}), such as {min(paths)}: only "
+        f"JPEG and PNG files named *{IMAGE_SUFFIX} directly in "
+        f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
+    )
+
+
+def _foreign_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
     """Words validation classes that must be wrong: they would move every label."""
     foreign = sorted(validated - trained)
     most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
-    if not (trained and validated) or len(foreign) <= most:
-        return []
-    problem = (
-        "Validation images must be of the classes of the training images, such as "
-        f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of {LABELS_FILE} is "
-        "the synset of the i-th validation image; README, step 2, says where to get it."
-    )
-    return [problem]
+    if trained and foreign and len(foreign) > most:
+        yield (
+            "Validation images must be of the classes of the training images, such as "
+            f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of "
+            f"{LABELS_FILE} is the synset of the i-th validation image; README, step "
+            "2, says where to get it."
+        )
 
 
 def warnings_about(
     dataset: Dataset, training_shards: int, validation_shards: int
 ) -> Iterator[str]:
     """Words what may be as it is, but is not so in ImageNet."""
-    if left_out := dataset.left_out:
-        suffixes = collections.Counter(os.path.splitext(path)[1] for path in left_out)
-        found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
-        yield (
-            f"{_count(len(left_out), 'image')} left out ({found}), such as "
-            f"{left_out[0]}: only *{IMAGE_SUFFIX} directly in "
-            f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
-        )
+    if dataset.left_out:
+        yield _left_out(dataset.left_out)
     if empty := [image for image in dataset.images if not image.num_bytes]:
         one, its = ("is", "its") if len(empty) == 1 else ("are", "their")
         yield (
-            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling links), "
-            f"such as {empty[0].path}; {its} shards will not be written."
+            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling "
+            f"links), such as {empty[0].path}; {its} shards will not be written."
         )
+    synsets = dataset.synsets
     trained = collections.Counter(image.synset for image in dataset.training)
     validated = collections.Counter(image.synset for image in dataset.validation)
-    synsets, both = dataset.synsets, trained.keys() & validated.keys()
-    yield from _unpaired(synsets, validated.keys() - both, "validation", "training")
-    if 3 * len(validated) >= 2 * len(trained):  # else few are there, for a trial
-        yield from _unpaired(synsets, trained.keys() - both, "training", "validation")
-    if len(synsets) == IMAGENET_SYNSETS:
-        yield from _short_split(trained, "training", 1_281_167, 732)
-        yield from _short_split(validated, "validation", 50_000, 50)
-    yield from _empty_shards("training", len(dataset.training), training_shards)
-    yield from _empty_shards("validation", len(dataset.validation), validation_shards)
+    yield from _lacks("training", synsets, trained, validated, training_shards)
+    yield from _lacks("validation", synsets, validated, trained, validation_shards)
 
 
-def _unpaired(
-    synsets: Sequence[str], lone: Container[str], split: str, other: str
+def _lacks(
+    split: str,
+    synsets: Sequence[str],
+    sizes: collections.Counter[str],
+    others: Mapping[str, int],
+    num_shards: int,
 ) -> Iterator[str]:
-    """Words classes that only one split has: each takes a label."""
+    """Words what a split lacks, whose classes, and the other's, have these sizes."""
     labels = enumerate(synsets, start=1)
-    if only := [f"{synset} (label {i})" for i, synset in labels if synset in lone]:
-        yield (
-            f"{len(only):,} of {_count(len(synsets), 'synset')} have {split} images but "
-            f"no {other} images: {_some(only)}."
-        )
-
-
-def _short_split(
-    sizes: collections.Counter[str], split: str, num_expected: int, smallest: int
-) -> Iterator[str]:
-    """Words a split that is not ImageNet-1k's, whose smallest class is known."""
-    found = sizes.total()
+    lone = [f"{s} (label {i})" for i, s in labels if s in sizes and s not in others]
+    is_trial = split == "training" and 3 * len(others) < 2 * len(sizes)
+    if lone and not is_trial:
+        num_synsets = _count(len(synsets), "synset")
+        yield f"{len(lone):,} of {num_synsets} have {split} images only: {_some(lone)}."
+    num_images = sizes.total()
+    num_expected, smallest = IMAGENET_SPLITS[split]
     short = [f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest]
     classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
-    if found != num_expected:
+    if len(synsets) == IMAGENET_SYNSETS and num_images != num_expected:
         yield (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {found:,} "
-            f"({found - num_expected:+,}).{classes}"
+            f"ImageNet-1k has {num_expected:,} {split} images, found {num_images:,} "
+            f"({num_images - num_expected:+,}).{classes}"
         )
-
-
-def _empty_shards(split: str, num_images: int, num_shards: int) -> Iterator[str]:
-    """Words how many shards get no image; see `plan_shards`."""
-    size = max(1, math.ceil(num_images / num_shards))
-    if num_empty := num_shards - math.ceil(num_images / size):
+    shard_size = max(1, math.ceil(num_images / num_shards))  # as in `plan_shards`
+    if num_empty := num_shards - math.ceil(num_images / shard_size):
         yield (
             f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty, "
             f"given {_count(num_images, f'{split} image')}; a smaller --{split}_shards "
@@ -2815,12 +2757,10 @@ def _count(number: int, noun: str) -> str:
 
 def _size(num_bytes: float) -> str:
     """Says a number of bytes in decimal units: '110.0 KB', '146.9 GB'."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if num_bytes < 1000:
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
             break
         num_bytes /= 1000
-    else:
-        unit = "TB"
     return f"{num_bytes:,.{0 if unit == 'bytes' else 1}f} {unit}"
 
 

@@ -147,9 +147,9 @@ def test_labels_are_refused(
 # ------------------------------------------------------ what a user has done to it
 
 
-NO_TRAIN = "No directory RAW/train, and no ILSVRC2012_img_train.tar beside it. Found"
+NO_TRAIN = "and no ILSVRC2012_img_train.tar beside it. Found"
 NO_VALIDATION = "No directory RAW/validation, and no ILSVRC2012_img_val.tar beside it."
-BOTH = "Both splits are required."
+BOTH = "there. Both splits are required; README, step 2, says in which layouts."
 NO_IMAGES = "No images match RAW/train/*/*.JPEG. Found"
 SEVERAL = "n01440764, n01440801, n01440838 and"
 FOREIGN = "Validation images must be of the classes of the training images, such as "
@@ -157,12 +157,16 @@ HINT = (
     "Line i of synset_labels.txt is the synset of the i-th validation image; README, "
     "step 2, says where to get it."
 )
-EACH = "Each class must be a directory or a tar; RAW/train/n01440838 is"
+EACH = (
+    "Each class must be a directory or a tar, not a file or a broken link: "
+    "RAW/train/n01440838."
+)
 UNFIT = "Images must be regular files of less than 2 GiB; RAW/"
 IMAGE = "train/n01440764/n01440764_1.JPEG"
-ALL_EMPTY = (
-    f"Each class must have images, but 4 of 4 classes have none: {SEVERAL} 1 more. No "
-    "images match RAW/train/n01440764/*.JPEG. Found"
+EMPTY = "No images match RAW/train/n01440764/*.JPEG."
+READ = (
+    "only JPEG and PNG files named *.JPEG directly in train/<synset>/ and validation/ "
+    "are read."
 )
 
 REFUSALS = {
@@ -178,39 +182,39 @@ REFUSALS = {
         )
     },
     "printf '\\xff\\xfen\\0' >synset_labels.txt": (  # as PowerShell's `>` writes
-        "RAW/synset_labels.txt must be text in UTF-8; found b'\\xff\\xfen\\x00' at its "
-        "start. Save it as UTF-8."
+        "Cannot read RAW/synset_labels.txt: it is not text in UTF-8. It must hold the "
+        "synset of each validation image, a line each, in the order of their names."
     ),
     **{
         command: (
-            f"RAW/synset_labels.txt has {labels} and RAW/validation {images}; they "
+            f"RAW/synset_labels.txt has {labels} for {images} validation images; they "
             "must be equal in number."
         )
         for command, labels, images in (
-            (": >synset_labels.txt", "0 labels", "4 images"),
-            ("seq 3 >synset_labels.txt", "3 labels", "4 images"),
-            ("iconv -t utf-16le s* >x; mv x s*", "5 labels", "4 images"),
-            ("seq 1 >s*; touch validation/{5..1001}.JPEG", "1 label", "1,001 images"),
+            (": >synset_labels.txt", "0 labels", "4"),
+            ("seq 3 >synset_labels.txt", "3 labels", "4"),
+            ("iconv -t utf-16le s* >x; mv x s*", "5 labels", "4"),
+            ("seq 1 >s*; touch validation/{5..1001}.JPEG", "1 label", "1,001"),
         )
     },
-    "rm -r train": f"{NO_TRAIN} synset_labels.txt, validation. {BOTH}",
-    "rm -r validation": f"{NO_VALIDATION} Found synset_labels.txt, train. {BOTH}",
-    "mv validation val": (
-        f"{NO_VALIDATION} Found RAW/val: rename it to validation. {BOTH}"
+    "rm -r train": (
+        f"No directory RAW/train, {NO_TRAIN} synset_labels.txt, validation {BOTH}"
     ),
+    "rm -r validation": f"{NO_VALIDATION} Found synset_labels.txt, train {BOTH}",
+    "mv validation val": f"{NO_VALIDATION} Found synset_labels.txt, train, val {BOTH}",
     "rm -r train; ln -s /nothing/train train": (
-        f"{NO_TRAIN} a link to /nothing/train, which does not exist. {BOTH}"
+        f"No directory RAW/train (a link to /nothing/train), {NO_TRAIN} "
+        f"synset_labels.txt, train, validation {BOTH}"
     ),
     "rm -r train; touch train": "Cannot list RAW/train: Not a directory.",
     "rm -r train/*": f"{NO_IMAGES} nothing there.",
     "rm -r train/*; touch train/{a,b,c,d,e}": f"{NO_IMAGES} a, b, c and 2 more there.",
     "rm -r train/*; touch train/n1_1.JPEG": (
-        f"{NO_IMAGES} 1 .JPEG file there: move each into a directory named after its "
-        "synset."
+        "No images match RAW/train/*/*.JPEG. 1 image left out (1 *.JPEG), such as "
+        f"RAW/train/n1_1.JPEG: {READ}"
     ),
     "rm train/n01440838/*": (
-        "Each class must have images, but 1 of 4 classes have none: n01440838. No "
-        "images match RAW/train/n01440838/*.JPEG. Found nothing there."
+        "No images match RAW/train/n01440838/*.JPEG. Found nothing there."
     ),
     "rm validation/*": "No images match RAW/validation/*.JPEG. Found nothing there.",
     "seq 171 174 >synset_labels.txt": (
@@ -233,9 +237,9 @@ REFUSALS = {
         "n01440838. If the folders are right, remove the label file; they do without "
         "it."
     ),
-    "cd train; rm -r n01440838; ln -s nothing n01440838": f"{EACH} a broken link.",
-    "cd train; rm -r n01440838; ln -s n01440838 n01440838": f"{EACH} a broken link.",
-    "cd train; rm -r n01440838; touch n01440838": f"{EACH} a file.",
+    "cd train; rm -r n01440838; ln -s nothing n01440838": EACH,
+    "cd train; rm -r n01440838; ln -s n01440838 n01440838": EACH,
+    "cd train; rm -r n01440838; touch n01440838": EACH,
     **{
         f"rm -r train/*; {command} train/n01440764.tar": (
             f"Cannot list the tar RAW/train/n01440764.tar: {reason}."
@@ -246,31 +250,37 @@ REFUSALS = {
         )
     },
     "mkdir -p ILSVRC/Data/CLS-LOC; mv train $_": (
-        f"{NO_TRAIN} RAW/ILSVRC/Data/CLS-LOC (Kaggle's layout): README says which "
-        f"links it takes. {BOTH}"
+        f"No directory RAW/train, {NO_TRAIN} ILSVRC, synset_labels.txt, validation "
+        f"{BOTH}"
     ),
     **{
         f"rm {IMAGE}; {command} {IMAGE}": f"{UNFIT}{IMAGE} is not."
         for command in ("ln -s /dev/zero", "mkfifo", "mkdir", "truncate -s 2G")
     },
     **{
-        f"cd train; for f in */*; do mv $f ${{f%.JPEG}}{suffix}; done": (
-            f"{ALL_EMPTY} 3 {suffix} files there: {remedy} them to *.JPEG."
+        f"cd train/n01440764; for f in *; do mv $f ${{f%.JPEG}}{suffix}; done": (
+            f"{EMPTY} 3 images left out (3 *{suffix}), such as "
+            f"RAW/train/n01440764/n01440764_1{suffix}: {READ}"
         )
-        for suffix, remedy in (
-            *((".png", "rename"), (".jpg", "rename"), (".JPG", "rename")),
-            *((".Jpeg", "rename"), (".webp", "convert"), (".bmp", "convert")),
-        )
+        for suffix in (".png", ".jpg", ".JPG", ".Jpeg", ".webp", ".bmp")
     },
-    "cd train; for d in *; do mkdir $d/images; mv $d/*.JPEG $d/images; done": (
-        f"{ALL_EMPTY} 3 .JPEG files there: move each one up."
+    "cd train/n01440764; mkdir images; mv *.JPEG images": (
+        f"{EMPTY} 3 images left out (3 *.JPEG), such as "
+        f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
     ),
-    "cd train; for d in *; do tar -cf $d.tar $d; rm $d/*; mv $d.tar $d; done": (
-        f"{ALL_EMPTY} 1 .tar file there: extract them there."
+    "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
+        f"{EMPTY} Found n01440764.tar there."
+    ),
+    "rm train/*/*": "\n".join(
+        [
+            f"No images match RAW/train/{s}/*.JPEG. Found nothing there."
+            for s in SYNSETS[:3]
+        ]
+        + ["1 more class cannot be listed."]
     ),
     "tar -cf ILSVRC2012_img_train.tar train; rm -r train": (
-        "No images match */*.JPEG in RAW/ILSVRC2012_img_train.tar. Found 12 .JPEG "
-        "files there: extract each into train/<synset>/."
+        "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 12 images left out (12 "
+        f"*.JPEG), such as train/n01440764/n01440764_1.JPEG: {READ}"
     ),
 }
 
@@ -280,14 +290,13 @@ def test_command_says_what_is_wrong(raw: Path, commands: str, problem: str) -> N
     contract.change(raw, commands)
     flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={raw.parent}/scratch"]
     done = run_command(*flags, "--nogcs_upload", timeout=60)
-    assert [line.replace(str(raw), "RAW") for line in done.errors] == [problem]
+    assert "\n".join(done.errors).replace(str(raw), "RAW") == problem
     assert done.status == 1
     assert not (raw.parent / "scratch").exists()
 
 
 def left_out(what: str, first: str) -> str:
-    where = "directly in train/<synset>/ and validation/ are read."
-    return f"{what}, such as RAW/{first}: only *.JPEG {where}"
+    return f"{what}, such as RAW/{first}: {READ}"
 
 
 WARNINGS = {
@@ -315,12 +324,10 @@ WARNINGS = {
         "their shards will not be written."
     ),
     "sed -i 1s/.*/n00000001/ synset_labels.txt": (
-        "1 of 5 synsets have validation images but no training images: n00000001 "
-        "(label 1)."
+        "1 of 5 synsets have validation images only: n00000001 (label 1)."
     ),
     "mkdir train/images; echo x >train/images/x.JPEG": (
-        "1 of 5 synsets have training images but no validation images: images "
-        "(label 1)."
+        "1 of 5 synsets have training images only: images (label 1)."
     ),
 }
 FEW = ("--training_shards=2", "--validation_shards=2")
