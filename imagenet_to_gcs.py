@@ -78,7 +78,6 @@ import pickle
 import queue
 import random
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -645,24 +644,19 @@ class Shard:
     def digest(self) -> str:
         """Hashes what the records are made of: 64 hexadecimal digits of SHA-256.
 
-        It changes with any image's name, class or size, with their order, and with
-        the shard's number. Times are left out, so machines with copies of the raw
-        data agree on it.
+        Times are left out, so machines with copies of the raw data agree on it.
         """
-        return _sha256(
-            f"{RECORD_FORMAT}\0{self.name}\n",
-            *(
-                f"{i.filename}\0{i.synset}\0{i.label}\0{i.num_bytes}\n"
-                for i in self.images
-            ),
-        )
+        lines = [f"{RECORD_FORMAT}\0{self.name}\n"]
+        for i in self.images:
+            lines.append(f"{i.filename}\0{i.synset}\0{i.label}\0{i.num_bytes}\n")
+        return _sha256(lines)
 
     def versions(self) -> str:
         """Hashes the images' times of modification here and their offsets in tars."""
-        return _sha256(*(f"{i.version} {i.offset}\n" for i in self.images))
+        return _sha256(f"{i.version} {i.offset}\n" for i in self.images)
 
 
-def _sha256(*lines: str) -> str:
+def _sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
@@ -793,40 +787,35 @@ class _ImageError(ValueError):
 
 def problem_of(image: RawImage, error: Exception) -> str:
     """Says in one line, with the file's name, why an image cannot be used."""
-    reason = str(error) if isinstance(error, _ImageError) else repr(error)
+    verb, reason = "decode", repr(error)
+    if isinstance(error, _ImageError):
+        reason = str(error)
+    elif isinstance(error, OSError):
+        verb, reason = "read", str(error.strerror)
     if isinstance(error, FileNotFoundError):
         is_link = os.path.islink(image.path)
         reason = "it is a dangling link" if is_link else "it no longer exists"
-    elif isinstance(error, OSError):
-        reason = f"{error.strerror}"
-    verb = "read" if isinstance(error, OSError) else "decode"
     return f"Cannot {verb} {image.path}: {reason}."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An image as it goes into its record.
-
-    Attributes:
-      repaired: Whether it was a PNG or a CMYK JPEG and had to be encoded again.
-    """
+    """An image as it goes into its record."""
 
     jpeg: bytes  # of 1 or 3 components
     height: int
     width: int
-    repaired: bool = False
+    repaired: bool = False  # it was a PNG or a CMYK JPEG, and was encoded again
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skeleton:
     """The marker segments of a JPEG, without the entropy-coded data between them.
 
-    Attributes:
-      jpeg: About 2 KB that declare 8 x 8 pixels: quick to decode, and of little memory.
-      height, width, num_components: What the image's frame header declares.
+    They declare 8 x 8 pixels, and so decode quickly; the other fields tell the truth.
     """
 
-    jpeg: bytes
+    jpeg: bytes  # about 2 KB
     height: int
     width: int
     num_components: int
@@ -933,24 +922,16 @@ def _check_decodes(skeleton: Skeleton) -> None:
 
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
     """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
+    stderr = os.dup(2)
     with _unnamed_file() as caught:
-        with _stderr_to(caught.fileno()), contextlib.suppress(Exception):
+        os.dup2(caught.fileno(), 2)
+        with contextlib.suppress(Exception):
             decode()
+        os.dup2(stderr, 2)
         lines = _text(caught).splitlines()
+    os.close(stderr)
     reasons = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)]
     return reasons[-1].rstrip(".") if reasons else "libjpeg cannot decode it"
-
-
-@contextlib.contextmanager
-def _stderr_to(file_descriptor: int) -> Iterator[None]:
-    """Redirects what C code writes to stderr, which `sys.stderr` does not see."""
-    kept = os.dup(2)
-    os.dup2(file_descriptor, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:
@@ -1121,11 +1102,10 @@ def read_crc32c(path: str) -> str:
 
 
 def measure(path: str) -> Stamp:
-    """Reads a file to make its stamp; keeps the digest only if its own still fits."""
-    stamp, crc32c = read_stamp(path), read_crc32c(path)
-    if stamp and is_as_stamped(path, stamp) and stamp.crc32c == crc32c:
-        return stamp
-    return Stamp("", 0, os.path.getsize(path), crc32c)
+    """Reads a file to make its stamp; keeps the one beside it if that is true."""
+    found = Stamp("", 0, os.path.getsize(path), read_crc32c(path))
+    stamp = read_stamp(path)
+    return stamp if stamp and stamp.same_bytes(found) else found
 
 
 def check_undamaged(path: str, stamp: Stamp) -> None:
@@ -1197,14 +1177,12 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
 
 def _flush(path: str) -> None:
     """Waits until the disk has a file, if the file system can tell."""
-    file_descriptor = os.open(path, os.O_WRONLY)  # SMB does not flush for reading
-    try:
-        os.fsync(file_descriptor)
-    except OSError as error:
-        if error.errno not in CANNOT_FLUSH:
-            raise
-    finally:
-        os.close(file_descriptor)
+    with open(path, "ab") as file:  # SMB does not flush one that is open for reading
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in CANNOT_FLUSH:
+                raise
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -1258,10 +1236,8 @@ class Progress:
     """Counts what the threads have done, and says how fast they are.
 
     Attributes:
-      images: Written in this run.
-      num_bytes: Of the shards written in this run.
-      repaired: Images that were encoded again.
       stamps: Of the shards that were written in this run, by name.
+      images, num_bytes, repaired: Totals of these.
       uploaded: Stamps of the shards that were uploaded in this run, by name.
       bad_images: A line for each image whose shard is left out.
     """
@@ -1276,7 +1252,7 @@ class Progress:
         self.uploaded: dict[str, Stamp] = {}
         self.bad_images: list[str] = []
         self._start = time.monotonic()
-        self._history = collections.deque([(self._start, 0, 0, 0)])
+        self._history = collections.deque([(0.0, 0, 0, 0)])
         self._lock = threading.Lock()
 
     def wrote(self, name: str, stamp: Stamp) -> None:
@@ -1301,9 +1277,8 @@ class Progress:
                 f"{images / seconds:,.0f} images/s, {_size(num_bytes / seconds)}/s",
             ]
         if self.shards_to_upload:
-            parts.append(
-                f"uploaded {len(self.uploaded):,} of {self.shards_to_upload:,}"
-            )
+            done = len(self.uploaded)
+            parts.append(f"uploaded {done:,} of {self.shards_to_upload:,}")
         to_do = [
             (self.images_to_write - self.images, images),
             (self.shards_to_upload - len(self.uploaded), uploads),
@@ -1313,15 +1288,13 @@ class Progress:
             parts.append(f"{_duration(left)} left")
         return ", ".join(parts) + "."
 
-    def _lately(self) -> tuple[float, int, int, int]:
+    def _lately(self) -> list[float]:
         """Seconds, images, bytes and uploads since about half a minute ago."""
-        now = (time.monotonic(), self.images, self.num_bytes, len(self.uploaded))
+        now = (self.seconds(), self.images, self.num_bytes, len(self.uploaded))
         while len(self._history) > 1 and now[0] - self._history[1][0] >= SPEED_SECONDS:
             self._history.popleft()
-        then = self._history[0]
         self._history.append(now)
-        seconds, images, num_bytes, uploads = (n - t for n, t in zip(now, then))
-        return max(seconds, 1e-3), int(images), int(num_bytes), int(uploads)
+        return [n - t for n, t in zip(now, self._history[0])]
 
 
 def write_and_upload(job: Job, progress: Progress) -> None:
@@ -1354,7 +1327,9 @@ def write_and_upload(job: Job, progress: Progress) -> None:
             if not options.keep_local_shards:
                 os.unlink(path)
 
-    tasks = _in_turns([(s, None) for s in job.work.to_write], job.work.to_upload)
+    tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
+    for i, upload in enumerate(job.work.to_upload):
+        tasks.insert(2 * i, upload)  # in turns, so that neither kind waits
     threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
     with _closing(threads, stopping):
         futures = [threads.submit(take, *task) for task in tasks]
@@ -1363,12 +1338,6 @@ def write_and_upload(job: Job, progress: Progress) -> None:
                 future.result()
             except BadImagesError as error:
                 progress.bad_images.extend(error.args)
-
-
-def _in_turns(*lists: Iterable[Any]) -> list[Any]:
-    """Interleaves lists: [1, 2, 3], [4] gives [1, 4, 2, 3]."""
-    turns = itertools.zip_longest(*lists)
-    return [item for turn in turns for item in turn if item is not None]
 
 
 @contextlib.contextmanager
@@ -2882,9 +2851,10 @@ class Worker:
         self._forkserver = forkserver
         self._stderr = _unnamed_file()
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            forkserver.fork(theirs.fileno(), self._stderr.fileno())
+        files = [theirs.fileno(), self._stderr.fileno()]
+        with ours, theirs, contextlib.suppress(ConnectionError):  # `call` meets it, too
             self._pipe = ours.makefile("rwb")
+            socket.send_fds(forkserver.requests, [b"."], files)
         self._sending, self._receiving = threading.Lock(), threading.Lock()
 
     def call(self, request: bytes) -> Any:
@@ -2915,15 +2885,14 @@ class Forkserver:
 
     def __init__(self) -> None:
         self._stderr = _unnamed_file()
-        self._requests, stdin = socket.socketpair()
+        self.requests, stdin = socket.socketpair()  # a byte, with a worker's files
         # Runs this file, whatever its name, as the same module; see its last lines. With
         # runpy, importing TensorFlow takes 0.4 s longer.
         code = (
-            f"import sys, types; sys.path[:] = {sys.path!r}; "
-            f"module = sys.modules[{__name__!r}] = types.ModuleType({__name__!r}); "
-            f"module.__file__ = path = {os.path.abspath(__file__)!r}; "
-            "module.IS_FORKSERVER = True; "
-            "exec(compile(open(path, 'rb').read(), path, 'exec'), vars(module))"
+            f"import sys; sys.path[:] = {sys.path!r}; IS_FORKSERVER = True; "
+            f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
+            "sys.modules[__name__] = sys.modules['__main__']; "
+            "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
         )
         level = "0" if IS_VERBOSE else "3"
         more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
@@ -2937,15 +2906,10 @@ class Forkserver:
                 start_new_session=True,
             )
 
-    def fork(self, *file_descriptors: int) -> None:
-        """Starts a worker, with its end of the pipe and its stderr."""
-        with contextlib.suppress(ConnectionError):  # then the pipe will break, too
-            socket.send_fds(self._requests, [b"."], file_descriptors)
-
     def death(self, worker_words: str) -> RunError:
         """Says what a worker or the forkserver died of, in its last words."""
         time.sleep(0.2)  # a signal to the whole run may still be on its way
-        self._requests.close()  # ends it, in case that it lives
+        self.requests.close()  # ends it, in case that it lives
         status = self.process.wait()
         if status == -signal.SIGKILL:
             return RunError(
@@ -2955,19 +2919,16 @@ class Forkserver:
             )
         text = worker_words or _text(self._stderr)
         lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
-        if status < 0:
-            words = [signal.Signals(-status).name, *lines[-1:]]
-        else:  # the last line that names an error
-            words = [line for line in lines if re.match(r"[\w.]+: ", line)][-1:]
+        errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
+        words = [signal.Signals(-status).name] if status < 0 else []
+        words += (errors or lines)[-1:]
         said = ": ".join(words).rstrip(".") or f"exit status {status}"
         if status == -signal.SIGILL:
             said += ", as if TensorFlow were built for another processor"
         if "import tensorflow" in text:
-            what = "TensorFlow cannot be imported"
             remedy = f"Run {INSTALL} in a new virtual environment."
-        else:
-            what, remedy = "A worker process died", FIX_AND_RERUN
-        return RunError(f"{what}: {said}. {remedy}")
+            return RunError(f"TensorFlow cannot be imported: {said}. {remedy}")
+        return RunError(f"A worker process died: {said}. {FIX_AND_RERUN}")
 
 
 _forkserver: Forkserver | None = None
@@ -3021,15 +2982,12 @@ def _end_with_run() -> None:
     """Has the kernel kill the forkserver and its workers when the run ends.
 
     Only the run holds the other end of stdout. When that closes, the kernel sends SIGIO
-    to this process group, which kills it.
+    to this process group, which kills it. A run that ended before this has closed the
+    socket, too, so there will be nothing to fork.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
-    stdout = select.poll()
-    stdout.register(1, 0)
-    if stdout.poll(0):  # the run has ended already
-        os._exit(0)
 
 
 def _die_like_worker(*_: object) -> None:
@@ -3282,11 +3240,8 @@ def draw_fake_image(path: pathlib.Path, seed: int) -> None:
     clouds = tf.image.resize(rng.integers(0, 256, (6, 8, 3)), (375, 500), "bicubic")
     grain = rng.integers(-8, 9, (375, 500, 1), np.int8)
     jpeg = tf.io.encode_jpeg(tf.saturate_cast(clouds + grain, tf.uint8))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg.numpy())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with _complete_or_absent(str(path)) as temporary_path:  # a full disk is named
+        pathlib.Path(temporary_path).write_bytes(jpeg.numpy())
 
 
 if "IS_FORKSERVER" in globals():
