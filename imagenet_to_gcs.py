@@ -992,10 +992,8 @@ class Stamp:
 
     Attributes:
       digest: `Shard.digest()` of what it was made of; empty if unknown.
-      num_examples: How many images it holds.
-      num_bytes: Size of the TFRecord file.
       crc32c: Of the file: base64 of 4 big-endian bytes, as Cloud Storage has it.
-      num_repaired: How many of its images were encoded again.
+      num_repaired: How many of its examples were encoded again.
       versions: `Shard.versions()` of what it was made of; empty for an object.
       mtime_ns: When the file was last modified; 0 for an object.
     """
@@ -1085,11 +1083,10 @@ def read_stamp(path: str) -> Stamp | None:
 
 def is_as_stamped(path: str, stamp: Stamp) -> bool:
     """Whether a shard has the stamp's size and time; its bytes are not read."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return False
-    return (status.st_size, status.st_mtime_ns) == (stamp.num_bytes, stamp.mtime_ns)
+        return (status.st_size, status.st_mtime_ns) == (stamp.num_bytes, stamp.mtime_ns)
+    return False
 
 
 def read_crc32c(path: str) -> str:
@@ -1196,11 +1193,9 @@ def write_text(path: str, text: str) -> None:
 
 def read_text(path: str) -> str:
     """Reads a small file that this script wrote; empty if it cannot be read."""
-    try:
-        with open_file(path) as file:
-            return file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open_file(path) as file:
+        return file.read().decode("utf-8", errors="replace")
+    return ""
 
 
 # ---------------------------------------------------------------------------------
@@ -1304,9 +1299,10 @@ def write_and_upload(job: Job, progress: Progress) -> None:
     at any time, however slow the network is. Bad images do not stop the others.
     """
     options, destination = job.options, job.destination
+    is_kept = options.keep_local_shards
     uploads = threading.Semaphore(PARALLEL_UPLOADS)
     stopping = threading.Event()
-    workers = Workers(options.workers, stopping)
+    write = functools.partial(Workers(options.workers, stopping).call, write_records)
 
     def take(shard: Shard, stamp: Stamp | None) -> None:
         path = shard_path(shard, options.scratch_dir)
@@ -1314,9 +1310,7 @@ def write_and_upload(job: Job, progress: Progress) -> None:
             check_undamaged(path, stamp)
         else:
             announce(shard.images[:FIRST_IMAGES])
-            write = functools.partial(workers.call, write_records)
-            durable = options.keep_local_shards
-            stamp = write_shard(shard, options.scratch_dir, write, durable)
+            stamp = write_shard(shard, options.scratch_dir, write, durable=is_kept)
             progress.wrote(shard.name, stamp)
         if destination:
             with uploads:
@@ -1324,7 +1318,7 @@ def write_and_upload(job: Job, progress: Progress) -> None:
                     return
                 destination.upload(path, stamp)
             progress.uploaded[shard.name] = stamp
-            if not options.keep_local_shards:
+            if not is_kept:
                 os.unlink(path)
 
     tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
@@ -3183,9 +3177,9 @@ FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 def make_fake_imagenet(options: Options) -> None:
     """Generates 2,048 training and 256 validation images of 1,000 synsets.
 
-    They have ImageNet's layout and its usual size of 500 x 375, and leave none of the
-    1,024 and 128 shards empty. The synsets, from n90000000 on, are not in WordNet. A
-    complete fake is left as it is; an interrupted one is generated again.
+    They leave none of the 1,024 and 128 shards empty. The synsets, from n90000000 on,
+    are not in WordNet. A complete fake is left as it is; an interrupted one is
+    generated again.
     """
     root = pathlib.Path(options.raw_dir)
     scratch_name = os.path.relpath(options.scratch_dir, root).split(os.sep)[0]
@@ -3213,8 +3207,7 @@ def make_fake_imagenet(options: Options) -> None:
 
 def _fake_paths(root: pathlib.Path, synsets: Sequence[str]) -> Iterator[pathlib.Path]:
     for i in range(FAKE_TRAINING_IMAGES):
-        number, synset_index = divmod(i, len(synsets))
-        synset = synsets[synset_index]
+        number, synset = i // len(synsets), synsets[i % len(synsets)]
         yield root / TRAINING_DIRECTORY / synset / f"{synset}_{number}.JPEG"
     for i in range(1, FAKE_VALIDATION_IMAGES + 1):
         yield root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i:08d}.JPEG"
