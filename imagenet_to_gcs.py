@@ -618,18 +618,12 @@ RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, approximately
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard as planned, before a byte of it is written.
+    """One shard as planned, before a byte of it is written."""
 
-    Attributes:
-      split: `train` or `validation`.
-      index: 0-based, below `num_shards`.
-      images: In the order of their records; empty if the split is small.
-    """
-
-    split: str
-    index: int
+    split: str  # `train` or `validation`
+    index: int  # from 0
     num_shards: int
-    images: tuple[RawImage, ...]
+    images: tuple[RawImage, ...]  # in the order of their records; can be none
 
     @property
     def name(self) -> str:
@@ -989,22 +983,15 @@ class Stamp:
     """What is known of a finished shard, in the scratch directory or in the bucket.
 
     A hidden JSON file beside the shard holds it; an object's metadata holds `digest`.
-
-    Attributes:
-      digest: `Shard.digest()` of what it was made of; empty if unknown.
-      crc32c: Of the file: base64 of 4 big-endian bytes, as Cloud Storage has it.
-      num_repaired: How many of its examples were encoded again.
-      versions: `Shard.versions()` of what it was made of; empty for an object.
-      mtime_ns: When the file was last modified; 0 for an object.
     """
 
-    digest: str
+    digest: str  # `Shard.digest()` of what it was made of; empty if unknown
     num_examples: int
     num_bytes: int
-    crc32c: str
-    num_repaired: int = 0
-    versions: str = ""
-    mtime_ns: int = 0
+    crc32c: str  # of the file: base64 of 4 big-endian bytes, as Cloud Storage has it
+    num_repaired: int = 0  # examples whose image was encoded again
+    versions: str = ""  # `Shard.versions()` of what it was made of; none for an object
+    mtime_ns: int = 0  # when the file was last modified; 0 for an object
 
     def same_bytes(self, other: Stamp) -> bool:
         return (self.num_bytes, self.crc32c) == (other.num_bytes, other.crc32c)
@@ -1151,9 +1138,8 @@ def _crc32c_text(crc32c: int) -> str:
 def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
     """Yields a hidden path to write to, and then gives the file its name.
 
-    Args:
-      durable: Whether to wait until the disk has the file. Stamps and manifests need
-        not: one that a power loss tears is unreadable, which is as good as absent.
+    If `durable`, first waits until the disk has it. Stamps and manifests need not be:
+    one that a power loss tears is unreadable, which is as good as absent.
     """
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
@@ -1228,24 +1214,17 @@ class Work:
 
 
 class Progress:
-    """Counts what the threads have done, and says how fast they are.
-
-    Attributes:
-      stamps: Of the shards that were written in this run, by name.
-      images, num_bytes, repaired: Totals of these.
-      uploaded: Stamps of the shards that were uploaded in this run, by name.
-      bad_images: A line for each image whose shard is left out.
-    """
+    """Counts what the threads have done, and says how fast they are."""
 
     def __init__(self, work: Work, is_uploading: bool):
         self.shards_to_write = len(work.to_write)
         self.images_to_write = sum(len(shard.images) for shard in work.to_write)
         num_uploads = len(work.to_write) + len(work.to_upload)
         self.shards_to_upload = num_uploads if is_uploading else 0
-        self.images = self.num_bytes = self.repaired = 0
-        self.stamps: dict[str, Stamp] = {}
-        self.uploaded: dict[str, Stamp] = {}
-        self.bad_images: list[str] = []
+        self.stamps: dict[str, Stamp] = {}  # of the shards written in this run, by name
+        self.uploaded: dict[str, Stamp] = {}  # the same of the shards uploaded
+        self.images = self.num_bytes = self.repaired = 0  # in the shards written
+        self.bad_images: list[str] = []  # a line for each; their shards are left out
         self._start = time.monotonic()
         self._history = collections.deque([(0.0, 0, 0, 0)])
         self._lock = threading.Lock()
