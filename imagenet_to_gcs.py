@@ -78,6 +78,7 @@ import pickle
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -2955,12 +2956,15 @@ def _end_with_run() -> None:
     """Has the kernel kill the forkserver and its workers when the run ends.
 
     Only the run holds the other end of stdout. When that closes, the kernel sends SIGIO
-    to this process group, which kills it. A run that ended before this has closed the
-    socket, too, so there will be nothing to fork.
+    to this process group, which kills it.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
+    stdout = select.poll()
+    stdout.register(1, 0)
+    if stdout.poll(0):  # the run has ended already
+        os._exit(0)
 
 
 def _die_like_worker(*_: object) -> None:
