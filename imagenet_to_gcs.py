@@ -594,18 +594,12 @@ RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, approximately
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard as planned, before a byte of it is written.
+    """One shard as planned, before a byte of it is written."""
 
-    Attributes:
-      split: `train` or `validation`.
-      index: 0-based, below `num_shards`.
-      images: In the order of their records; empty if the split is small.
-    """
-
-    split: str
-    index: int
+    split: str  # `train` or `validation`
+    index: int  # from 0
     num_shards: int
-    images: tuple[RawImage, ...]
+    images: tuple[RawImage, ...]  # in the order of their records; can be none
 
     @property
     def name(self) -> str:
@@ -620,24 +614,19 @@ class Shard:
     def digest(self) -> str:
         """Hashes what the records are made of: 64 hexadecimal digits of SHA-256.
 
-        It changes with any image's name, class or size, with their order, and with
-        the shard's number. Times are left out, so machines with copies of the raw
-        data agree on it.
+        Times are left out, so machines with copies of the raw data agree on it.
         """
-        return _sha256(
-            f"{RECORD_FORMAT}\0{self.name}\n",
-            *(
-                f"{i.filename}\0{i.synset}\0{i.label}\0{i.num_bytes}\n"
-                for i in self.images
-            ),
-        )
+        lines = [f"{RECORD_FORMAT}\0{self.name}\n"]
+        for i in self.images:
+            lines.append(f"{i.filename}\0{i.synset}\0{i.label}\0{i.num_bytes}\n")
+        return _sha256(lines)
 
     def versions(self) -> str:
         """Hashes the images' times of modification here and their offsets in tars."""
-        return _sha256(*(f"{i.version} {i.offset}\n" for i in self.images))
+        return _sha256(f"{i.version} {i.offset}\n" for i in self.images)
 
 
-def _sha256(*lines: str) -> str:
+def _sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
@@ -768,40 +757,35 @@ class _ImageError(ValueError):
 
 def problem_of(image: RawImage, error: Exception) -> str:
     """Says in one line, with the file's name, why an image cannot be used."""
-    reason = str(error) if isinstance(error, _ImageError) else repr(error)
+    verb, reason = "decode", repr(error)
+    if isinstance(error, _ImageError):
+        reason = str(error)
+    elif isinstance(error, OSError):
+        verb, reason = "read", str(error.strerror)
     if isinstance(error, FileNotFoundError):
         is_link = os.path.islink(image.path)
         reason = "it is a dangling link" if is_link else "it no longer exists"
-    elif isinstance(error, OSError):
-        reason = f"{error.strerror}"
-    verb = "read" if isinstance(error, OSError) else "decode"
     return f"Cannot {verb} {image.path}: {reason}."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An image as it goes into its record.
-
-    Attributes:
-      repaired: Whether it was a PNG or a CMYK JPEG and had to be encoded again.
-    """
+    """An image as it goes into its record."""
 
     jpeg: bytes  # of 1 or 3 components
     height: int
     width: int
-    repaired: bool = False
+    repaired: bool = False  # it was a PNG or a CMYK JPEG, and was encoded again
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skeleton:
     """The marker segments of a JPEG, without the entropy-coded data between them.
 
-    Attributes:
-      jpeg: About 2 KB that declare 8 x 8 pixels: quick to decode, and of little memory.
-      height, width, num_components: What the image's frame header declares.
+    They declare 8 x 8 pixels, and so decode quickly; the other fields tell the truth.
     """
 
-    jpeg: bytes
+    jpeg: bytes  # about 2 KB
     height: int
     width: int
     num_components: int
@@ -908,24 +892,16 @@ def _check_decodes(skeleton: Skeleton) -> None:
 
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
     """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
+    stderr = os.dup(2)
     with _unnamed_file() as caught:
-        with _stderr_to(caught.fileno()), contextlib.suppress(Exception):
+        os.dup2(caught.fileno(), 2)
+        with contextlib.suppress(Exception):
             decode()
+        os.dup2(stderr, 2)
         lines = _text(caught).splitlines()
+    os.close(stderr)
     reasons = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)]
     return reasons[-1].rstrip(".") if reasons else "libjpeg cannot decode it"
-
-
-@contextlib.contextmanager
-def _stderr_to(file_descriptor: int) -> Iterator[None]:
-    """Redirects what C code writes to stderr, which `sys.stderr` does not see."""
-    kept = os.dup(2)
-    os.dup2(file_descriptor, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:
@@ -983,24 +959,15 @@ class Stamp:
     """What is known of a finished shard, in the scratch directory or in the bucket.
 
     A hidden JSON file beside the shard holds it; an object's metadata holds `digest`.
-
-    Attributes:
-      digest: `Shard.digest()` of what it was made of; empty if unknown.
-      num_examples: How many images it holds.
-      num_bytes: Size of the TFRecord file.
-      crc32c: Of the file: base64 of 4 big-endian bytes, as Cloud Storage has it.
-      num_repaired: How many of its images were encoded again.
-      versions: `Shard.versions()` of what it was made of; empty for an object.
-      mtime_ns: When the file was last modified; 0 for an object.
     """
 
-    digest: str
+    digest: str  # `Shard.digest()` of what it was made of; empty if unknown
     num_examples: int
     num_bytes: int
-    crc32c: str
-    num_repaired: int = 0
-    versions: str = ""
-    mtime_ns: int = 0
+    crc32c: str  # of the file: base64 of 4 big-endian bytes, as Cloud Storage has it
+    num_repaired: int = 0  # examples whose image was encoded again
+    versions: str = ""  # `Shard.versions()` of what it was made of; none for an object
+    mtime_ns: int = 0  # when the file was last modified; 0 for an object
 
     def same_bytes(self, other: Stamp) -> bool:
         return (self.num_bytes, self.crc32c) == (other.num_bytes, other.crc32c)
@@ -1079,11 +1046,10 @@ def read_stamp(path: str) -> Stamp | None:
 
 def is_as_stamped(path: str, stamp: Stamp) -> bool:
     """Whether a shard has the stamp's size and time; its bytes are not read."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return False
-    return (status.st_size, status.st_mtime_ns) == (stamp.num_bytes, stamp.mtime_ns)
+        return (status.st_size, status.st_mtime_ns) == (stamp.num_bytes, stamp.mtime_ns)
+    return False
 
 
 def read_crc32c(path: str) -> str:
@@ -1096,11 +1062,10 @@ def read_crc32c(path: str) -> str:
 
 
 def measure(path: str) -> Stamp:
-    """Reads a file to make its stamp; keeps the digest only if its own still fits."""
-    stamp, crc32c = read_stamp(path), read_crc32c(path)
-    if stamp and is_as_stamped(path, stamp) and stamp.crc32c == crc32c:
-        return stamp
-    return Stamp("", 0, os.path.getsize(path), crc32c)
+    """Reads a file to make its stamp; keeps the one beside it if that is true."""
+    found = Stamp("", 0, os.path.getsize(path), read_crc32c(path))
+    stamp = read_stamp(path)
+    return stamp if stamp and stamp.same_bytes(found) else found
 
 
 def check_undamaged(path: str, stamp: Stamp) -> None:
@@ -1149,9 +1114,8 @@ def _crc32c_text(crc32c: int) -> str:
 def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
     """Yields a hidden path to write to, and then gives the file its name.
 
-    Args:
-      durable: Whether to wait until the disk has the file. Stamps and manifests need
-        not: one that a power loss tears is unreadable, which is as good as absent.
+    If `durable`, first waits until the disk has it. Stamps and manifests need not be:
+    one that a power loss tears is unreadable, which is as good as absent.
     """
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
@@ -1172,14 +1136,12 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
 
 def _flush(path: str) -> None:
     """Waits until the disk has a file, if the file system can tell."""
-    file_descriptor = os.open(path, os.O_WRONLY)  # SMB does not flush for reading
-    try:
-        os.fsync(file_descriptor)
-    except OSError as error:
-        if error.errno not in CANNOT_FLUSH:
-            raise
-    finally:
-        os.close(file_descriptor)
+    with open(path, "ab") as file:  # SMB does not flush one that is open for reading
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in CANNOT_FLUSH:
+                raise
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -1193,11 +1155,9 @@ def write_text(path: str, text: str) -> None:
 
 def read_text(path: str) -> str:
     """Reads a small file that this script wrote; empty if it cannot be read."""
-    try:
-        with open_file(path) as file:
-            return file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open_file(path) as file:
+        return file.read().decode("utf-8", errors="replace")
+    return ""
 
 
 # ---------------------------------------------------------------------------------
@@ -1230,28 +1190,19 @@ class Work:
 
 
 class Progress:
-    """Counts what the threads have done, and says how fast they are.
-
-    Attributes:
-      images: Written in this run.
-      num_bytes: Of the shards written in this run.
-      repaired: Images that were encoded again.
-      stamps: Of the shards that were written in this run, by name.
-      uploaded: Stamps of the shards that were uploaded in this run, by name.
-      bad_images: A line for each image whose shard is left out.
-    """
+    """Counts what the threads have done, and says how fast they are."""
 
     def __init__(self, work: Work, is_uploading: bool):
         self.shards_to_write = len(work.to_write)
         self.images_to_write = sum(len(shard.images) for shard in work.to_write)
         num_uploads = len(work.to_write) + len(work.to_upload)
         self.shards_to_upload = num_uploads if is_uploading else 0
-        self.images = self.num_bytes = self.repaired = 0
-        self.stamps: dict[str, Stamp] = {}
-        self.uploaded: dict[str, Stamp] = {}
-        self.bad_images: list[str] = []
+        self.stamps: dict[str, Stamp] = {}  # of the shards written in this run, by name
+        self.uploaded: dict[str, Stamp] = {}  # the same of the shards uploaded
+        self.images = self.num_bytes = self.repaired = 0  # in the shards written
+        self.bad_images: list[str] = []  # a line for each; their shards are left out
         self._start = time.monotonic()
-        self._history = collections.deque([(self._start, 0, 0, 0)])
+        self._history = collections.deque([(0.0, 0, 0, 0)])
         self._lock = threading.Lock()
 
     def wrote(self, name: str, stamp: Stamp) -> None:
@@ -1276,9 +1227,8 @@ class Progress:
                 f"{images / seconds:,.0f} images/s, {_size(num_bytes / seconds)}/s",
             ]
         if self.shards_to_upload:
-            parts.append(
-                f"uploaded {len(self.uploaded):,} of {self.shards_to_upload:,}"
-            )
+            done = len(self.uploaded)
+            parts.append(f"uploaded {done:,} of {self.shards_to_upload:,}")
         to_do = [
             (self.images_to_write - self.images, images),
             (self.shards_to_upload - len(self.uploaded), uploads),
@@ -1288,15 +1238,13 @@ class Progress:
             parts.append(f"{_duration(left)} left")
         return ", ".join(parts) + "."
 
-    def _lately(self) -> tuple[float, int, int, int]:
+    def _lately(self) -> list[float]:
         """Seconds, images, bytes and uploads since about half a minute ago."""
-        now = (time.monotonic(), self.images, self.num_bytes, len(self.uploaded))
+        now = (self.seconds(), self.images, self.num_bytes, len(self.uploaded))
         while len(self._history) > 1 and now[0] - self._history[1][0] >= SPEED_SECONDS:
             self._history.popleft()
-        then = self._history[0]
         self._history.append(now)
-        seconds, images, num_bytes, uploads = (n - t for n, t in zip(now, then))
-        return max(seconds, 1e-3), int(images), int(num_bytes), int(uploads)
+        return [n - t for n, t in zip(now, self._history[0])]
 
 
 def write_and_upload(job: Job, progress: Progress) -> None:
@@ -1306,9 +1254,10 @@ def write_and_upload(job: Job, progress: Progress) -> None:
     at any time, however slow the network is. Bad images do not stop the others.
     """
     options, destination = job.options, job.destination
+    is_kept = options.keep_local_shards
     uploads = threading.Semaphore(PARALLEL_UPLOADS)
     stopping = threading.Event()
-    workers = Workers(options.workers, stopping)
+    write = functools.partial(Workers(options.workers, stopping).call, write_records)
 
     def take(shard: Shard, stamp: Stamp | None) -> None:
         path = shard_path(shard, options.scratch_dir)
@@ -1316,9 +1265,7 @@ def write_and_upload(job: Job, progress: Progress) -> None:
             check_undamaged(path, stamp)
         else:
             announce(shard.images[:FIRST_IMAGES])
-            write = functools.partial(workers.call, write_records)
-            durable = options.keep_local_shards
-            stamp = write_shard(shard, options.scratch_dir, write, durable)
+            stamp = write_shard(shard, options.scratch_dir, write, durable=is_kept)
             progress.wrote(shard.name, stamp)
         if destination:
             with uploads:
@@ -1326,10 +1273,12 @@ def write_and_upload(job: Job, progress: Progress) -> None:
                     return
                 destination.upload(path, stamp)
             progress.uploaded[shard.name] = stamp
-            if not options.keep_local_shards:
+            if not is_kept:
                 os.unlink(path)
 
-    tasks = _in_turns([(s, None) for s in job.work.to_write], job.work.to_upload)
+    tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
+    for i, upload in enumerate(job.work.to_upload):
+        tasks.insert(2 * i, upload)  # in turns, so that neither kind waits
     threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
     with _closing(threads, stopping):
         futures = [threads.submit(take, *task) for task in tasks]
@@ -1338,12 +1287,6 @@ def write_and_upload(job: Job, progress: Progress) -> None:
                 future.result()
             except BadImagesError as error:
                 progress.bad_images.extend(error.args)
-
-
-def _in_turns(*lists: Iterable[Any]) -> list[Any]:
-    """Interleaves lists: [1, 2, 3], [4] gives [1, 4, 2, 3]."""
-    turns = itertools.zip_longest(*lists)
-    return [item for turn in turns for item in turn if item is not None]
 
 
 @contextlib.contextmanager
@@ -2822,9 +2765,10 @@ class Worker:
         self._forkserver = forkserver
         self._stderr = _unnamed_file()
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            forkserver.fork(theirs.fileno(), self._stderr.fileno())
+        files = [theirs.fileno(), self._stderr.fileno()]
+        with ours, theirs, contextlib.suppress(ConnectionError):  # `call` meets it, too
             self._pipe = ours.makefile("rwb")
+            socket.send_fds(forkserver.requests, [b"."], files)
         self._sending, self._receiving = threading.Lock(), threading.Lock()
 
     def call(self, request: bytes) -> Any:
@@ -2855,15 +2799,14 @@ class Forkserver:
 
     def __init__(self) -> None:
         self._stderr = _unnamed_file()
-        self._requests, stdin = socket.socketpair()
+        self.requests, stdin = socket.socketpair()  # a byte, with a worker's files
         # Runs this file, whatever its name, as the same module; see its last lines. With
         # runpy, importing TensorFlow takes 0.4 s longer.
         code = (
-            f"import sys, types; sys.path[:] = {sys.path!r}; "
-            f"module = sys.modules[{__name__!r}] = types.ModuleType({__name__!r}); "
-            f"module.__file__ = path = {os.path.abspath(__file__)!r}; "
-            "module.IS_FORKSERVER = True; "
-            "exec(compile(open(path, 'rb').read(), path, 'exec'), vars(module))"
+            f"import sys; sys.path[:] = {sys.path!r}; IS_FORKSERVER = True; "
+            f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
+            "sys.modules[__name__] = sys.modules['__main__']; "
+            "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
         )
         level = "0" if IS_VERBOSE else "3"
         more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
@@ -2877,15 +2820,10 @@ class Forkserver:
                 start_new_session=True,
             )
 
-    def fork(self, *file_descriptors: int) -> None:
-        """Starts a worker, with its end of the pipe and its stderr."""
-        with contextlib.suppress(ConnectionError):  # then the pipe will break, too
-            socket.send_fds(self._requests, [b"."], file_descriptors)
-
     def death(self, worker_words: str) -> RunError:
         """Says what a worker or the forkserver died of, in its last words."""
         time.sleep(0.2)  # a signal to the whole run may still be on its way
-        self._requests.close()  # ends it, in case that it lives
+        self.requests.close()  # ends it, in case that it lives
         status = self.process.wait()
         if status == -signal.SIGKILL:
             return RunError(
@@ -2895,19 +2833,16 @@ class Forkserver:
             )
         text = worker_words or _text(self._stderr)
         lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
-        if status < 0:
-            words = [signal.Signals(-status).name, *lines[-1:]]
-        else:  # the last line that names an error
-            words = [line for line in lines if re.match(r"[\w.]+: ", line)][-1:]
+        errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
+        words = [signal.Signals(-status).name] if status < 0 else []
+        words += (errors or lines)[-1:]
         said = ": ".join(words).rstrip(".") or f"exit status {status}"
         if status == -signal.SIGILL:
             said += ", as if TensorFlow were built for another processor"
         if "import tensorflow" in text:
-            what = "TensorFlow cannot be imported"
             remedy = f"Run {INSTALL} in a new virtual environment."
-        else:
-            what, remedy = "A worker process died", FIX_AND_RERUN
-        return RunError(f"{what}: {said}. {remedy}")
+            return RunError(f"TensorFlow cannot be imported: {said}. {remedy}")
+        return RunError(f"A worker process died: {said}. {FIX_AND_RERUN}")
 
 
 _forkserver: Forkserver | None = None
@@ -3165,9 +3100,9 @@ FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 def make_fake_imagenet(options: Options) -> None:
     """Generates 2,048 training and 256 validation images of 1,000 synsets.
 
-    They have ImageNet's layout and its usual size of 500 x 375, and leave none of the
-    1,024 and 128 shards empty. The synsets, from n90000000 on, are not in WordNet. A
-    complete fake is left as it is; an interrupted one is generated again.
+    They leave none of the 1,024 and 128 shards empty. The synsets, from n90000000 on,
+    are not in WordNet. A complete fake is left as it is; an interrupted one is
+    generated again.
     """
     root = pathlib.Path(options.raw_dir)
     scratch_name = os.path.relpath(options.scratch_dir, root).split(os.sep)[0]
@@ -3195,8 +3130,7 @@ def make_fake_imagenet(options: Options) -> None:
 
 def _fake_paths(root: pathlib.Path, synsets: Sequence[str]) -> Iterator[pathlib.Path]:
     for i in range(FAKE_TRAINING_IMAGES):
-        number, synset_index = divmod(i, len(synsets))
-        synset = synsets[synset_index]
+        number, synset = i // len(synsets), synsets[i % len(synsets)]
         yield root / TRAINING_DIRECTORY / synset / f"{synset}_{number}.JPEG"
     for i in range(1, FAKE_VALIDATION_IMAGES + 1):
         yield root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i:08d}.JPEG"
@@ -3222,11 +3156,8 @@ def draw_fake_image(path: pathlib.Path, seed: int) -> None:
     clouds = tf.image.resize(rng.integers(0, 256, (6, 8, 3)), (375, 500), "bicubic")
     grain = rng.integers(-8, 9, (375, 500, 1), np.int8)
     jpeg = tf.io.encode_jpeg(tf.saturate_cast(clouds + grain, tf.uint8))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg.numpy())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with _complete_or_absent(str(path)) as temporary_path:  # a full disk is named
+        pathlib.Path(temporary_path).write_bytes(jpeg.numpy())
 
 
 if "IS_FORKSERVER" in globals():
