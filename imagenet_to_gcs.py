@@ -1114,9 +1114,13 @@ def is_as_stamped(path: str, stamp: Stamp) -> bool:
 def read_crc32c(path: str) -> str:
     """Reads a file for its crc32c, as in `Stamp`."""
     crc32c = 0
-    with open_file(path) as file:
-        while block := file.read(READ_BLOCK_BYTES):
-            crc32c = google_crc32c.extend(crc32c, block)
+    try:
+        with open_file(path) as file:
+            while block := file.read(READ_BLOCK_BYTES):
+                crc32c = google_crc32c.extend(crc32c, block)
+    except OSError as error:
+        problem = f"Cannot read {path}: {error.strerror}. {FIX_AND_RERUN}"
+        raise RunError(problem) from error
     return _crc32c_text(crc32c)
 
 
@@ -1616,10 +1620,10 @@ class Destination:
 
     @contextlib.contextmanager
     def _explained(self, filename: str) -> Iterator[None]:
-        """Turns any error, except for a missing local file, into one line."""
+        """Turns any error into one line."""
         try:
             yield
-        except (RunError, FileNotFoundError):
+        except RunError:
             raise
         except Exception as error:
             place = f"{self.path}/{filename}".removesuffix("/")
