@@ -1527,8 +1527,7 @@ class Destination:
                 if self.is_listed:
                     logging.warning(
                         f"Cannot list {self.path} (storage.objects.list is not granted): "
-                        "all shards will be uploaded, whatever is there, and the result "
-                        "cannot be checked as a whole."
+                        "all shards will be uploaded, and the result cannot be checked."
                     )
                 self.is_listed, listed = False, {}
         self.held = {name: why for name, blob in listed.items() if (why := _hold(blob))}
@@ -1581,7 +1580,7 @@ class Destination:
             )
 
     def delete(self, filename: str) -> None:
-        """Deletes an object that the listing found; if there is none, it may fail."""
+        """Deletes an object; without a listing, that may be refused."""
         from google.api_core import exceptions
 
         if self.is_listed and filename not in self.objects:
@@ -3071,7 +3070,6 @@ def _open_closed_streams() -> None:
 # D. Errors of Cloud Storage: which ones pass, and what they say
 
 
-CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
 RERUN = "Rerun the same command to resume."
 
 # Patterns for the facts that `_read` returns: an error's classes, status and words.
@@ -3153,9 +3151,9 @@ def words_of(error: BaseException) -> str:
 def explain(error: BaseException, place: str, bucket: str) -> str:
     """Puts an error in one line: what failed, why, and what to do if that is known."""
     facts, words = _read(error)
-    path = os.environ.get(CREDENTIALS)
+    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
-        words += f" ({CREDENTIALS}={path})"
+        words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
     _, what = _look_up(_KINDS, error)
     _, remedy = _look_up(_REMEDIES, error)
     line = f"{what}: {words}. {remedy}".rstrip()
