@@ -1055,9 +1055,13 @@ def is_as_stamped(path: str, stamp: Stamp) -> bool:
 def read_crc32c(path: str) -> str:
     """Reads a file for its crc32c, as in `Stamp`."""
     crc32c = 0
-    with open_file(path) as file:
-        while block := file.read(READ_BLOCK_BYTES):
-            crc32c = google_crc32c.extend(crc32c, block)
+    try:
+        with open_file(path) as file:
+            while block := file.read(READ_BLOCK_BYTES):
+                crc32c = google_crc32c.extend(crc32c, block)
+    except OSError as error:
+        problem = f"Cannot read {path}: {error.strerror}. {FIX_AND_RERUN}"
+        raise RunError(problem) from error
     return _crc32c_text(crc32c)
 
 
@@ -1335,14 +1339,6 @@ START_SECONDS = 120  # how long a request waits for a fault to pass at the start
 UPLOAD_SECONDS = 600  # and during an upload
 WARNING_SECONDS = 10
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
-LISTED_FIELDS = (
-    "name,size,crc32c,metadata,retentionExpirationTime,temporaryHold,eventBasedHold"
-)
-
-# https://cloud.google.com/storage/docs/buckets#naming
-_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-
-AnyCall: TypeAlias = "Callable[..., Any]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1363,10 +1359,11 @@ class GcsPath:
     def parse(cls, text: str) -> GcsPath:
         """Parses `gs://bucket` or `gs://bucket/directory`; a final `/` may follow."""
         match = re.fullmatch(r"gs://([^/]*)/?(.*)", text)
-        if match and _BUCKET_NAME.fullmatch(match[1]):
+        if not match:
+            problem = "must start with gs://, as in gs://bucket/directory"
+        elif re.fullmatch("[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", match[1]):
             return cls(match[1], match[2].strip("/"))
-        problem = "must start with gs://, as in gs://bucket/directory"
-        if match:
+        else:  # https://cloud.google.com/storage/docs/buckets#naming
             problem = (
                 "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', "
                 f"'_' and '.'; found {match[1]!r}"
@@ -1402,21 +1399,21 @@ class Destination:
         self.is_listed = True
         self.held: dict[str, str] = {}
         self._next_warning = 0.0
-        with self._explained(""):
-            create = self._patiently(START_SECONDS)(storage.Client)
+        create = self._patiently(START_SECONDS)(storage.Client)
+        with self._explained():
             self._client = client or create(project=project)
-            self._bucket = self._client.bucket(path.bucket)
-            _ = self._client._http  # made without a lock, so before the threads
         self._payer = project or self._client.project
+        self._bucket = self._client.bucket(path.bucket)
 
     def check_access(self) -> None:
-        """Starts an upload and cancels it, which takes the permission to upload."""
-        from google.api_core import exceptions
+        """Starts an upload and cancels it, which takes the permission to upload.
 
+        Comes before all threads: the client makes its session without a lock.
+        """
         with self._explained(MANIFEST_FILE):
             try:
                 self._start_and_cancel()
-            except exceptions.BadRequest as error:
+            except Exception as error:
                 if "requester pays" not in str(error):
                     raise
                 # Billing a project takes a permission in it, so only if it must be.
@@ -1433,25 +1430,22 @@ class Destination:
         """Lists the destination by base name; nothing if that is not permitted."""
         from google.api_core import exceptions
 
-        prefix = self.path.name_of("")
-        with self._explained(""):
-            blobs = self._client.list_blobs(
-                self._bucket,
-                prefix=prefix,
-                delimiter="/",
-                fields=f"items({LISTED_FIELDS}),nextPageToken",
-                timeout=TIMEOUT,
-                retry=self._patiently(START_SECONDS),
-            )
+        blobs = self._client.list_blobs(
+            self._bucket,
+            prefix=self.path.name_of(""),
+            delimiter="/",
+            timeout=TIMEOUT,
+            retry=self._patiently(START_SECONDS),
+        )
+        with self._explained():
             try:
-                listed = {blob.name.removeprefix(prefix): blob for blob in blobs}
+                listed = {os.path.basename(blob.name): blob for blob in blobs}
                 self.is_listed = True
             except exceptions.Forbidden:
                 if self.is_listed:
                     logging.warning(
                         f"Cannot list {self.path} (storage.objects.list is not granted): "
-                        "all shards will be uploaded, whatever is there, and the result "
-                        "cannot be checked as a whole."
+                        "all shards will be uploaded, and the result cannot be checked."
                     )
                 self.is_listed, listed = False, {}
         self.held = {name: why for name, blob in listed.items() if (why := _hold(blob))}
@@ -1483,7 +1477,7 @@ class Destination:
         blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         is_small = stamp.num_bytes <= SMALL_UPLOAD_BYTES
-        reader: AnyCall = io.BufferedReader if is_small else _ChunkReader
+        reader: Any = io.BufferedReader if is_small else _ChunkReader
         with reader(open_file(path)) as file:
             blob.upload_from_file(
                 file,
@@ -1504,22 +1498,21 @@ class Destination:
             )
 
     def delete(self, filename: str) -> None:
-        """Deletes a file of the directory; without a listing, it may be refused."""
+        """Deletes an object; without a listing, that may be refused."""
         from google.api_core import exceptions
 
         if self.is_listed and filename not in self.objects:
             return
-        no_error = [exceptions.NotFound] + [exceptions.Forbidden] * (not self.is_listed)
+        fine = [exceptions.NotFound] + [exceptions.Forbidden] * (not self.is_listed)
         blob = self._bucket.blob(self.path.name_of(filename))
-        with self._explained(filename), contextlib.suppress(*no_error):
+        with self._explained(filename), contextlib.suppress(*fine):
             blob.delete(timeout=TIMEOUT, retry=self._patiently(START_SECONDS))
 
-    def _patiently(self, seconds: float) -> Callable[[AnyCall], AnyCall]:
+    def _patiently(self, seconds: float) -> Any:
         """Returns a `retry` for a request: it waits this long for a fault to pass."""
-        from google.cloud.storage.retry import DEFAULT_RETRY
+        from google.api_core.retry import Retry
 
-        retry = DEFAULT_RETRY.with_predicate(may_pass).with_timeout(seconds)
-        retry = retry.with_delay(initial=1, maximum=10, multiplier=2)
+        retry = Retry(may_pass, initial=1, maximum=10, timeout=seconds)
         return lambda request: retry(
             request, on_error=functools.partial(self._warn, time.monotonic(), seconds)
         )
@@ -1533,11 +1526,11 @@ class Destination:
             logging.warning(f"{what}: {words_of(error)}.")
 
     @contextlib.contextmanager
-    def _explained(self, filename: str) -> Iterator[None]:
-        """Turns any error, except for a missing local file, into one line."""
+    def _explained(self, filename: str = "") -> Iterator[None]:
+        """Turns any error into one line."""
         try:
             yield
-        except (RunError, FileNotFoundError):
+        except RunError:
             raise
         except Exception as error:
             place = f"{self.path}/{filename}".removesuffix("/")
@@ -1572,23 +1565,21 @@ def _stamp_of(blob: storage.Blob) -> Stamp:
 
 def _hold(blob: storage.Blob) -> str:
     """Says what keeps an object from being replaced or deleted; empty if nothing."""
+    if blob.temporary_hold:
+        return "temporary hold"
+    if blob.event_based_hold:
+        return "event-based hold"
     until = blob.retention_expiration_time
     is_retained = until and until.timestamp() > time.time()
-    holds = [
-        (blob.temporary_hold, "temporary hold"),
-        (blob.event_based_hold, "event-based hold"),
-        (is_retained, f"retained until {until and until.isoformat(' ', 'seconds')}"),
-    ]
-    return ", ".join(why for is_held, why in holds if is_held)
+    return f"retained until {until.isoformat(' ', 'seconds')}" if is_retained else ""
 
 
 def foreign_problem(path: GcsPath, names: Sequence[str]) -> str:
     """Says that models would read other objects, too, and how to delete just those."""
-    pattern = r"(\w+-)(\d{5})(-of-(\d{5}))"
-    globs = {  # no * for an index beyond the count: it could match this run's shards
-        re.sub(pattern, lambda m: f"{m[1]}*{m[3]}" if m[2] < m[4] else m[0], name)
-        for name in names
-    }
+    shard = re.compile(r"(\w+-)(\d{5})(-of-(\d{5}))")
+    # No * for an index beyond the count: it could match this run's shards.
+    glob = lambda m: f"{m[1]}*{m[3]}" if m[2] < m[4] else m[0]
+    globs = {shard.sub(glob, name) for name in names}
     objects = " ".join(shlex.quote(f"{path}/{glob}") for glob in sorted(globs))
     remedy = "Delete them" + f" (gcloud storage rm {objects})" * (len(globs) <= 10)
     return (
@@ -2954,27 +2945,36 @@ def _open_closed_streams() -> None:
 # D. Errors of Cloud Storage: which ones pass, and what they say
 
 
-CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
+RERUN = "Rerun the same command to resume."
 
 # Patterns for the facts that `_read` returns: an error's classes, status and words.
-_LASTING = "SSLCertVerificationError|407 Proxy"  # they look like lost connections
 _PASSING = (
-    r"HTTP (408|429|5\d\d)|Metadata server unavailable|temporarily_unavailable|"
-    r"internal_failure|server_error|Internal Server Error|Bad Gateway|Service Unavail"
+    r"retryable|(Connection|ChunkedEncoding|Pool|Protocol|SSL)Error|Timeout|"
+    r"BadStatusLine|IncompleteRead|ResponseNotReady|HTTP (408|429|5\d\d)|"
+    r"Metadata server unavailable|temporarily_unavailable|internal_failure|"
+    r"server_error|Internal Server Error|Bad Gateway|Service Unavail"
 )
 _FINAL = (
-    rf"{_LASTING}|GoogleAuthError|Unauthorized|Forbidden|\bNotFound\b|"
-    r"PreconditionFailed|BadRequest(?!.*CRC32C)|"  # a file can be damaged on its way
-    r"TypeError|Project was not passed"  # TypeError: an argument unknown to the client
+    r"GoogleAuthError|Unauthorized|Forbidden|PreconditionFailed|Project was not passed|"
+    r"BadRequest(?!.*CRC32C)"  # a file can be damaged on its way
 )
 _KINDS = {
-    r"DefaultCredentialsError": "No credentials for {}",
-    r"GoogleAuthError|Unauthorized": "Cannot log in for {}",
-    r"Forbidden": "Access to {} is denied",
-    r"\bNotFound\b": "No bucket for {}",
-    r"": "Cloud Storage failed at {}",
+    r"DefaultCredentialsError": "No credentials for {place}",
+    r"GoogleAuthError|Unauthorized": "Cannot log in for {place}",
+    r"Forbidden": "Access to {place} is denied",
+    r"\bNotFound\b": "No bucket for {place}",
+    r"": "Cloud Storage failed at {place}",
 }
-_REMEDIES = {  # only where the error itself proves what is missing
+# The first match decides: a request is repeated if `_PASSING`, a file is uploaded again
+# if all that helps is to rerun, and a remedy is given if the error itself proves it.
+_REMEDIES = {
+    r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
+    r"SSLCertVerificationError": (
+        "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
+        "the file of its certificate."
+    ),
+    r"407 Proxy": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
+    _PASSING: RERUN,
     r"Invalid JWT.*timeframe": "Set the clock of this machine.",
     r"expired or revoked|Reauth": "Run `gcloud auth application-default login` again.",
     r"credentials were not found": (
@@ -2985,12 +2985,6 @@ _REMEDIES = {  # only where the error itself proves what is missing
         "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
         "account that impersonates it."
     ),
-    r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
-    r"SSLCertVerificationError": (
-        "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
-        "the file of its certificate."
-    ),
-    r"407 Proxy": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
     r"serviceusage\.services\.use": (
         "Grant roles/serviceusage.serviceUsageConsumer on the project to the account "
         "of this run."
@@ -3003,25 +2997,25 @@ _REMEDIES = {  # only where the error itself proves what is missing
         "Grant roles/storage.objectUser on {bucket} to the account of this run."
     ),
     r"\bNotFound\b": "Create it: gcloud storage buckets create {bucket}",
+    _FINAL: "",
+    r"": RERUN,
 }
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    facts, _ = _read(error)
-    if re.search(_LASTING, facts):
-        return False
-    return bool(re.search(_PASSING, facts)) or any(
-        DEFAULT_RETRY._predicate(each) or getattr(each, "retryable", False)
-        for each in _chain(error)
-    )
+    return _look_up(_REMEDIES, error)[0] == _PASSING
 
 
 def is_final(error: BaseException) -> bool:
     """Whether uploading the same file again would fail in the same way."""
-    return not may_pass(error) and bool(re.search(_FINAL, _read(error)[0]))
+    return _look_up(_REMEDIES, error)[1] != RERUN
+
+
+def _look_up(table: Mapping[str, str], error: BaseException) -> tuple[str, str]:
+    """Finds the first pattern that fits an error, and what it stands for."""
+    facts, _ = _read(error)
+    return next(row for row in table.items() if re.search(row[0], facts))
 
 
 def words_of(error: BaseException) -> str:
@@ -3032,21 +3026,20 @@ def words_of(error: BaseException) -> str:
 def explain(error: BaseException, place: str, bucket: str) -> str:
     """Puts an error in one line: what failed, why, and what to do if that is known."""
     facts, words = _read(error)
-    what = next(kind for pattern, kind in _KINDS.items() if re.search(pattern, facts))
-    path = os.environ.get(CREDENTIALS)
+    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
-        words += f" ({CREDENTIALS}={path})"
-    known = [line for pattern, line in _REMEDIES.items() if re.search(pattern, facts)]
-    if may_pass(error) or not (known or is_final(error)):
-        known = ["Rerun the same command to resume."]
-    remedy = "".join(known[:1]).replace("{bucket}", bucket)
-    return f"{what.format(place)}: {words}. {remedy}".rstrip()
+        words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
+    _, what = _look_up(_KINDS, error)
+    _, remedy = _look_up(_REMEDIES, error)
+    line = f"{what}: {words}. {remedy}".rstrip()
+    return line.replace("{place}", place).replace("{bucket}", bucket)
 
 
 def _read(error: BaseException) -> tuple[str, str]:
     """What is known of an error, for the patterns above, and what it says."""
     chain = list(_chain(error))
-    classes = {cls.__name__ for each in chain for cls in type(each).__mro__}
+    facts = {cls.__name__ for each in chain for cls in type(each).__mro__}
+    facts |= {"retryable" for each in chain if getattr(each, "retryable", False)}
     responses = [getattr(each, "response", None) for each in chain]
     response = next((r for r in responses if r is not None), None)
     status = getattr(response, "status_code", 0)
@@ -3061,8 +3054,8 @@ def _read(error: BaseException) -> tuple[str, str]:
         words = f"{status} {words}"
     words = " ".join(words.split()).rstrip(".")
     if status in (404, 410) and "upload_id=" in getattr(response, "url", ""):
-        classes = {"LostUpload"}  # no bucket is missing
-    return f"{' '.join(classes)} HTTP {status} {words}", words
+        facts = set()  # an upload is lost; no bucket is missing
+    return f"{' '.join(facts)} HTTP {status} {words}", words
 
 
 def _words_without_answer(chain: Sequence[BaseException]) -> str:
