@@ -1705,9 +1705,8 @@ class Job:
     """A run, with all that is known before its first image.
 
     Attributes:
-      synsets: As in `Dataset`.
       shards: The whole plan, including the shards of other tasks.
-      destination: Where to upload to; None to write the shards only.
+      destination: None to write the shards only.
     """
 
     options: Options
@@ -1745,8 +1744,7 @@ def plan_job(options: Options) -> Job:
                 dataset = read_dataset(options.raw_dir)
             _log_dataset(dataset, options)
         with _collecting(problems):
-            if destination := opened.result():
-                destination.list_objects()
+            destination = opened.result()
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     objects = destination.objects if destination else None
     work = find_work(shards, options.scratch_dir, objects, options.is_own)
@@ -1772,12 +1770,13 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
 
 
 def _open_destination(options: Options) -> Destination | None:
-    """Checks that the bucket takes uploads; does nothing without an upload."""
+    """Checks that the bucket takes uploads, and lists it; None without an upload."""
     if not options.gcs_upload:
         return None
     path = GcsPath.parse(options.gcs_output_path or "")
     destination = Destination(path, options.gcs_project, options.client)
     destination.check_access()
+    destination.list_objects()
     return destination
 
 
@@ -1812,13 +1811,12 @@ def _scratch_problems(job: Job) -> list[str]:
     """Says why the disk cannot hold the shards that are still to be written."""
     options, work = job.options, job.work
     sizes = sorted((shard.num_bytes for shard in work.to_write), reverse=True)
-    most = None if options.keep_local_shards else options.workers + WAITING_SHARDS
-    needed = sum(sizes[:most])
-    remedy = ""
-    if options.gcs_upload and options.keep_local_shards:
-        remedy = ", or pass --nokeep_local_shards"
-    elif options.gcs_upload:  # those that the bucket has will be removed first
+    needed = sum(sizes)
+    remedy = ", or pass --nokeep_local_shards" if options.gcs_upload else ""
+    if not options.keep_local_shards:  # those that the bucket has are removed first
+        needed = sum(sizes[: options.workers + WAITING_SHARDS])
         needed -= sum(path.stat().st_size for path in _uploaded_before(job))
+        remedy = ""
     flag = f"--local_scratch_dir={options.scratch_dir}"
     return room_problems(flag, options.scratch_dir, needed, "shards", remedy)
 
@@ -2009,12 +2007,10 @@ def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     It lists the examples, bytes and crc32c of each shard, their totals, and the synset
     of each label, which is written nowhere else.
     """
-    examples = collections.Counter[str]()
-    for shard in job.shards:
-        examples[shard.split] += len(shard.images)
+    splits = (shard.split for shard in job.shards for _ in shard.images)
     return json_text(
         {
-            "examples": examples,
+            "examples": collections.Counter(splits),
             "bytes": sum(stamp.num_bytes for stamp in stamps.values()),
             "labels": dict(enumerate(job.synsets, start=1)),
             "shards": [
