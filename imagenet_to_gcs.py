@@ -95,14 +95,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    BinaryIO,
-    NamedTuple,
-    NoReturn,
-    TypeAlias,
-)
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 INSTALL = "python3 -m pip install -r requirements.txt"
 
@@ -130,7 +123,6 @@ VALIDATION_SHARDS = 128
 TRAINING_DIRECTORY = "train"
 VALIDATION_DIRECTORY = "validation"
 
-
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("project", None, "Google Cloud project of the upload.")
@@ -138,32 +130,19 @@ flags.DEFINE_string("gcs_output_path", None, "gs://bucket or gs://bucket/directo
 flags.DEFINE_string(
     "local_scratch_dir", None, "For the shards; default: tf_records in --raw_data_dir."
 )
-flags.DEFINE_string(
-    "raw_data_dir", None, "Directory of train/, validation/ and synset_labels.txt."
-)
+flags.DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
 flags.DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
-flags.DEFINE_integer(
-    "num_workers", None, "Encoding processes; default: one per available processor."
-)
-flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of training shards.")
-flags.DEFINE_integer(
-    "validation_shards", VALIDATION_SHARDS, "Number of validation shards."
-)
+flags.DEFINE_integer("num_workers", None, "Processes; default: one per processor.")
+flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of shards.")
+flags.DEFINE_integer("validation_shards", VALIDATION_SHARDS, "Number of shards.")
 flags.DEFINE_bool(
-    "fake_imagenet",
-    False,
-    "If --raw_data_dir is empty or missing, generate a small fake ImageNet there first.",
+    "fake_imagenet", False, "First fill an empty --raw_data_dir with fake images."
 )
 flags.DEFINE_bool("keep_local_shards", True, "Keep shards here once uploaded.")
-flags.DEFINE_integer(
-    "task_index", None, "Which of --task_count machines this is, counted from 0."
-)
-flags.DEFINE_integer(
-    "task_count", 1, "Number of machines that share the work, each with its own index."
-)
+flags.DEFINE_integer("task_index", None, "Which of --task_count machines, from 0.")
+flags.DEFINE_integer("task_count", 1, "Number of machines that share the work.")
 flags.DEFINE_bool("dry_run", False, "Check everything and say what would be done.")
 flags.DEFINE_bool("version", False, "Print the version and exit.")
-
 
 FIX_AND_RERUN = "Finished shards are kept: fix this and rerun the same command."
 
@@ -1635,9 +1614,8 @@ class Job:
     """A run, with all that is known before its first image.
 
     Attributes:
-      synsets: As in `Dataset`.
       shards: The whole plan, including the shards of other tasks.
-      destination: Where to upload to; None to write the shards only.
+      destination: None to write the shards only.
     """
 
     options: Options
@@ -1675,8 +1653,7 @@ def plan_job(options: Options) -> Job:
                 dataset = read_dataset(options.raw_dir)
             _log_dataset(dataset, options)
         with _collecting(problems):
-            if destination := opened.result():
-                destination.list_objects()
+            destination = opened.result()
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     objects = destination.objects if destination else None
     work = find_work(shards, options.scratch_dir, objects, options.is_own)
@@ -1702,12 +1679,13 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
 
 
 def _open_destination(options: Options) -> Destination | None:
-    """Checks that the bucket takes uploads; does nothing without an upload."""
+    """Checks that the bucket takes uploads, and lists it; None without an upload."""
     if not options.gcs_upload:
         return None
     path = GcsPath.parse(options.gcs_output_path or "")
     destination = Destination(path, options.gcs_project, options.client)
     destination.check_access()
+    destination.list_objects()
     return destination
 
 
@@ -1742,13 +1720,12 @@ def _scratch_problems(job: Job) -> list[str]:
     """Says why the disk cannot hold the shards that are still to be written."""
     options, work = job.options, job.work
     sizes = sorted((shard.num_bytes for shard in work.to_write), reverse=True)
-    most = None if options.keep_local_shards else options.workers + WAITING_SHARDS
-    needed = sum(sizes[:most])
-    remedy = ""
-    if options.gcs_upload and options.keep_local_shards:
-        remedy = ", or pass --nokeep_local_shards"
-    elif options.gcs_upload:  # those that the bucket has will be removed first
+    needed = sum(sizes)
+    remedy = ", or pass --nokeep_local_shards" if options.gcs_upload else ""
+    if not options.keep_local_shards:  # those that the bucket has are removed first
+        needed = sum(sizes[: options.workers + WAITING_SHARDS])
         needed -= sum(path.stat().st_size for path in _uploaded_before(job))
+        remedy = ""
     flag = f"--local_scratch_dir={options.scratch_dir}"
     return room_problems(flag, options.scratch_dir, needed, "shards", remedy)
 
@@ -1777,9 +1754,14 @@ def nearest_directory(path: str | os.PathLike[str]) -> pathlib.Path:
 def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
     options, work = job.options, job.work
-    num_shards = len(options.share(job.shards))
-    num_done = num_shards - len(work.to_write) - len(work.to_upload)
-    _warn_of_foreign_files(job)
+    own = options.share(job.shards)
+    num_done = len(own) - len(work.to_write) - len(work.to_upload)
+    found = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
+    if foreign := _foreign(found, job.shards):
+        logging.warning(
+            f"{options.scratch_dir} also holds {_count(len(foreign), 'shard')} of another "
+            f"plan: {_some(foreign)}. Remove what you do not need."
+        )
     if options.task_count > 1:
         logging.info(
             f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
@@ -1787,12 +1769,12 @@ def log_intent(job: Job) -> None:
         )
     if work.is_done:
         logging.info(
-            f"Nothing to do: {_count(num_shards, 'shard')} are up to date in {job.place}."
+            f"Nothing to do: {_count(len(own), 'shard')} are up to date in {job.place}."
         )
     elif num_done or work.to_upload:
         pending = f"; {len(work.to_upload):,} need only be uploaded"
         logging.info(
-            f"Resuming: {num_done:,} of {_count(num_shards, 'shard')} are up to "
+            f"Resuming: {num_done:,} of {_count(len(own), 'shard')} are up to "
             f"date{pending if work.to_upload else ''}."
         )
     if work.to_write:
@@ -1808,16 +1790,6 @@ def log_intent(job: Job) -> None:
 def _shards_of_images(shards: Sequence[Shard]) -> str:
     num_images = sum(len(shard.images) for shard in shards)
     return f"{_count(len(shards), 'shard')} of {_count(num_images, 'image')}"
-
-
-def _warn_of_foreign_files(job: Job) -> None:
-    scratch_dir = job.options.scratch_dir
-    found = [path.name for path in pathlib.Path(scratch_dir).glob("*/*-of-*")]
-    if foreign := _foreign(found, job.shards):
-        logging.warning(
-            f"{scratch_dir} also holds {_count(len(foreign), 'shard')} of another plan: "
-            f"{_some(foreign)}. Remove what you do not need."
-        )
 
 
 def carry_out(job: Job) -> None:
@@ -1850,8 +1822,7 @@ def carry_out(job: Job) -> None:
             "missing."
         )
     else:
-        _write_manifest(job, stamps)
-        _log_complete(job, stamps)
+        _complete(job, stamps)
 
 
 def _log_done(job: Job, progress: Progress) -> None:
@@ -1874,15 +1845,6 @@ def _log_done(job: Job, progress: Progress) -> None:
         )
 
 
-def _log_complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
-    num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
-    advice = f": give the model --data_dir={job.place}" if job.destination else ""
-    logging.info(
-        f"The data set is complete: {_shards_of_images(job.shards)} "
-        f"({_size(num_bytes)}) in {job.place}{advice}."
-    )
-
-
 def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
     """Looks again at what is there: nothing of this task may be left to do.
 
@@ -1898,25 +1860,22 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
     check_none_wrong(left, len(options.share(job.shards)), job.place)
     if destination and (foreign := _foreign(destination.objects, job.shards)):
         raise RunError(foreign_problem(destination.path, foreign))
-    if len(work.done) == len(job.shards) and not destination:
-        _check_local(job, work.done, written=progress.stamps)
+    is_here = len(work.done) == len(job.shards) and not destination
+    if is_here and read_text(job.manifest_path) != _manifest(job, work.done):
+        others = [s for s in job.shards if s.name not in progress.stamps]
+        _check_earlier(others, work.done, options.scratch_dir)
     return work.done
 
 
-def _check_local(
-    job: Job, stamps: Mapping[str, Stamp], written: Container[str]
+def _check_earlier(
+    shards: Sequence[Shard], stamps: Mapping[str, Stamp], scratch_dir: str
 ) -> None:
     """Reads what other runs wrote before the manifest vouches for it."""
-    if read_text(job.manifest_path) == _manifest(job, stamps):
-        return
-    others = [shard for shard in job.shards if shard.name not in written]
-    num_checked = 0
-    say = lambda: f"Checked {num_checked:,} of {_count(len(others), 'earlier shard')}."
+    number = 0
+    say = lambda: f"Checked {number:,} of {_count(len(shards), 'earlier shard')}."
     with reporting(say):
-        for shard in others:
-            path = shard_path(shard, job.options.scratch_dir)
-            check_undamaged(path, stamps[shard.name])
-            num_checked += 1
+        for number, shard in enumerate(shards):
+            check_undamaged(shard_path(shard, scratch_dir), stamps[shard.name])
 
 
 def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> None:
@@ -1931,13 +1890,9 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
 
 def _remove_temporary_files(options: Options) -> None:
     """Removes what a killed run of this task left half-written."""
-    scratch_dir = pathlib.Path(options.scratch_dir)
-    for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
+    for path in pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
         index = re.match(r"\.+(?:train|validation)-(\d+)-of-\d", path.name)
         if index and int(index[1]) % options.task_count == options.task:
-            path.unlink(missing_ok=True)
-    if options.task_count == 1:
-        for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)
 
 
@@ -1961,12 +1916,10 @@ def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     It lists the examples, bytes and crc32c of each shard, their totals, and the synset
     of each label, which is written nowhere else.
     """
-    examples = collections.Counter[str]()
-    for shard in job.shards:
-        examples[shard.split] += len(shard.images)
+    splits = (shard.split for shard in job.shards for _ in shard.images)
     return json_text(
         {
-            "examples": examples,
+            "examples": collections.Counter(splits),
             "bytes": sum(stamp.num_bytes for stamp in stamps.values()),
             "labels": dict(enumerate(job.synsets, start=1)),
             "shards": [
@@ -1982,17 +1935,36 @@ def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     )
 
 
-def _write_manifest(job: Job, stamps: Mapping[str, Stamp]) -> None:
+def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
-    text = _manifest(job, stamps)
-    path = job.manifest_path
+    text, path = _manifest(job, stamps), job.manifest_path
     if read_text(path) != text:
         write_text(path, text)
-    stamp = measure(path)
-    if destination := job.destination:
-        there = destination.objects.get(MANIFEST_FILE)
+    if job.destination:
+        _upload_missing(job.destination, {path: measure(path)})
+    num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
+    advice = f": give the model --data_dir={job.place}" if job.destination else ""
+    logging.info(
+        f"The data set is complete: {_shards_of_images(job.shards)} "
+        f"({_size(num_bytes)}) in {job.place}{advice}."
+    )
+
+
+def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """Picks the files, given by path, whose bytes the last listing did not find."""
+    missing = {}
+    for path, stamp in stamps.items():
+        there = destination.objects.get(os.path.basename(path))
         if not (there and there.same_bytes(stamp)):
-            destination.upload(path, stamp)
+            missing[path] = stamp
+    return missing
+
+
+def _upload_missing(destination: Destination, stamps: Mapping[str, Stamp]) -> None:
+    missing = _missing(destination, stamps)
+    threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
+    with _closing(threads):
+        list(threads.map(destination.upload, missing, missing.values()))
 
 
 # ---------------------------------------------------------------------------------
@@ -2041,11 +2013,6 @@ class Options:
         return os.path.abspath(scratch_dir or os.path.join(self.raw_dir, "tf_records"))
 
     @property
-    def makes_fake(self) -> bool:
-        """Whether to generate the fake ImageNet first, if it is not there."""
-        return self.fake_imagenet and not self.dry_run
-
-    @property
     def workers(self) -> int:
         return self.num_workers or _num_processors()
 
@@ -2063,29 +2030,40 @@ class Options:
     def _checks(self) -> Iterator[tuple[object, str]]:
         """Pairs what must hold with what to say where it does not."""
         yield from self._directory_checks()
-        yield from self._upload_checks()
-        yield from self._number_checks()
-        packages = ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload
-        for name in packages:
+        local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
+        yield self.gcs_project or local, f"--project must be given {instead}."
+        path = "--gcs_output_path=gs://bucket/directory"
+        yield self.gcs_output_path or local, f"{path} must be given {instead}."
+        stays = self.keep_local_shards or self.gcs_upload
+        yield stays, "--nokeep_local_shards needs an upload: drop --nogcs_upload."
+        for flag in "num_workers", "training_shards", "validation_shards", "task_count":
+            value = getattr(self, flag)
+            problem = f"--{flag} must be from 1 to 99,999; found {value}."
+            yield value is None or 0 < value < 100_000, problem
+        is_known = self.task_index is not None or self.task_count <= 1
+        yield is_known, "--task_index must be given with --task_count."
+        is_task = 0 <= self.task < max(self.task_count, 1)
+        found = f"found {self.task:,} of {self.task_count:,}"
+        yield is_task, f"--task_index must be from 0 to --task_count - 1; {found}."
+        for name in ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload:
             yield _is_installed(name), f"The package {name} is missing: run {INSTALL}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
+        given, directory = self.raw_data_dir or "", self.raw_dir
+        if self.fake_imagenet and not self.dry_run:  # it may be missing
+            directory = str(nearest_directory(directory))
         splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
-        fault = _directory_fault(self.raw_data_dir or "", self.raw_dir)
-        if not self.raw_data_dir:
-            yield False, "--raw_data_dir must name the directory of the raw ImageNet."
-        elif not self.makes_fake or os.path.lexists(self.raw_dir):
-            problem = "must be a directory with {}/, {}/ and {}, but {}."
-            problem = problem.format(*splits, LABELS_FILE, fault)
-            yield not fault, f"--raw_data_dir={self.raw_data_dir} {problem}"
+        if fault := _directory_fault(given, directory):
+            content = "{}/, {}/ and {}".format(*splits, LABELS_FILE)
+            must = f"must be a directory with {content}, but {fault}."
+            yield False, f"--raw_data_dir={given} {must}"
+            if not self.local_scratch_dir:
+                return
+        yield given, "--raw_data_dir must name the directory of the raw ImageNet."
         flag = f"--local_scratch_dir={self.local_scratch_dir or self.scratch_dir}"
         place = nearest_directory(self.scratch_dir)
         fault = _directory_fault(self.local_scratch_dir or "", str(place))
-        is_given = self.local_scratch_dir or os.path.isdir(self.raw_dir)
-        yield (
-            not (fault and is_given),
-            f"{flag} must be a local directory, but {fault}.",
-        )
+        yield not fault, f"{flag} must be a local directory, but {fault}."
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
         raw, *taken, scratch = (
@@ -2095,28 +2073,6 @@ class Options:
         is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
         others = "--raw_data_dir and its {}/ and {}/".format(*splits)
         yield is_free, f"{flag} must be another directory than {others}."
-
-    def _upload_checks(self) -> Iterator[tuple[object, str]]:
-        local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
-        yield self.gcs_project or local, f"--project must be given {instead}."
-        path = "--gcs_output_path=gs://bucket/directory"
-        yield self.gcs_output_path or local, f"{path} must be given {instead}."
-        stays = self.keep_local_shards or self.gcs_upload
-        yield stays, "--nokeep_local_shards needs an upload: drop --nogcs_upload."
-
-    def _number_checks(self) -> Iterator[tuple[object, str]]:
-        for flag in "num_workers", "training_shards", "validation_shards", "task_count":
-            value = getattr(self, flag)
-            problem = f"--{flag} must be from 1 to 99,999; found {value}."
-            yield value is None or 0 < value < 100_000, problem
-        is_known = self.task_index is not None or self.task_count <= 1
-        yield is_known, "--task_index must be given with --task_count."
-        is_task = 0 <= self.task < max(self.task_count, 1)
-        found = f"{self.task:,} of {self.task_count:,}"
-        yield (
-            is_task,
-            f"--task_index must be from 0 to --task_count - 1; found {found}.",
-        )
 
 
 def _directory_fault(given: str, path: str) -> str:
@@ -2157,11 +2113,7 @@ def run(
     """Writes the shards that are missing and uploads those that the bucket lacks.
 
     Args:
-      raw_data_dir: Holds `train/`, `validation/` and `synset_labels.txt`.
-      gcs_upload: Whether to upload, which takes a project and an output path.
-      gcs_project: Google Cloud project of the upload.
-      gcs_output_path: `gs://bucket` or `gs://bucket/directory`.
-      local_scratch_dir: `tf_records` under the raw directory by default.
+      gcs_project: As --project; the others are as the flags of the same names.
       client: To use for the upload instead of a new one.
       **options: Other fields of `Options`.
 
@@ -2173,15 +2125,16 @@ def run(
     with failures_in_words():
         upload = gcs_upload, gcs_project, gcs_output_path
         checked = Options(raw_data_dir, *upload, local_scratch_dir, client, **options)
+        if checked.dry_run:
+            log_intent(plan_job(checked))
+            return
         with _locked(checked):
-            if not checked.dry_run:
-                start_forkserver()  # imports TensorFlow while images are listed
-            if checked.makes_fake:
+            start_forkserver()  # imports TensorFlow while images are listed
+            if checked.fake_imagenet:
                 make_fake_imagenet(checked)
             job = plan_job(checked)
             log_intent(job)
-            if not checked.dry_run:
-                carry_out(job)
+            carry_out(job)
 
 
 @contextlib.contextmanager
@@ -2190,17 +2143,14 @@ def _locked(options: Options) -> Iterator[None]:
 
     Tasks of the same count may share the directory.
     """
-    if options.dry_run:
-        yield
-        return
     scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
     is_new = not scratch_dir.exists()
     scratch_dir.mkdir(parents=True, exist_ok=True)
     path = scratch_dir / f".lock-{options.task}-of-{count}"
-    with _lock_file(path):
+    with _lock(path):
         for other in scratch_dir.glob(".lock-*-of-*"):
             if not other.name.endswith(f"-of-{count}"):
-                with _lock_file(other, fcntl.LOCK_SH):
+                with _lock(other, fcntl.LOCK_SH):
                     pass
         try:
             yield
@@ -2213,7 +2163,7 @@ def _locked(options: Options) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock_file(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
         try:
@@ -2261,28 +2211,15 @@ def upload_to_gcs(
     """
     with failures_in_words():
         destination = Destination(GcsPath.parse(gcs_output_path), gcs_project, client)
-        paths = {
-            os.path.basename(p): p for p in [*training_records, *validation_records]
-        }
-        stamps = {name: measure(path) for name, path in paths.items()}
-
-        def missing() -> list[str]:
-            there = destination.list_objects()
-            unlike = Stamp("", 0, -1, "")
-            return [
-                n for n, s in stamps.items() if not there.get(n, unlike).same_bytes(s)
-            ]
-
+        paths = [*training_records, *validation_records]
+        stamps = {path: measure(path) for path in paths}
         destination.check_access()
-        threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
-        with _closing(threads):
-            list(
-                threads.map(
-                    lambda n: destination.upload(paths[n], stamps[n]), missing()
-                )
-            )
-        wrong = missing() if destination.is_listed else []
-        check_none_wrong(wrong, len(stamps), destination.path)
+        destination.list_objects()
+        _upload_missing(destination, stamps)
+        destination.list_objects()
+        if destination.is_listed:
+            wrong = map(os.path.basename, _missing(destination, stamps))
+            check_none_wrong(list(wrong), len(stamps), destination.path)
 
 
 @contextlib.contextmanager
@@ -2312,13 +2249,6 @@ def _raise_stopped(signal_number: int, _: object) -> NoReturn:
     for other in STOP_SIGNALS:  # further ones change nothing
         signal.signal(other, signal.SIG_IGN)
     raise Stopped(signal.Signals(signal_number))
-
-
-def _stop_at_signals() -> None:
-    """Stops the run at these signals, unless they are ignored, as under `nohup`."""
-    for signal_number in STOP_SIGNALS:
-        if signal.getsignal(signal_number) != signal.SIG_IGN:
-            signal.signal(signal_number, _raise_stopped)
 
 
 class LiveLine:
@@ -2363,7 +2293,9 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f"All arguments must be flags; found {arguments[1]!r}.")
     warnings.filterwarnings("ignore", module="google", category=FutureWarning)
     live_line.is_on = bool(sys.stderr and sys.stderr.isatty())
-    _stop_at_signals()
+    for signal_number in STOP_SIGNALS:
+        if signal.getsignal(signal_number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal_number, _raise_stopped)
     try:
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
