@@ -53,15 +53,6 @@ def test_what_cannot_be_read_is_named(raw: Path, tmp_path: Path) -> None:
     assert second == f"Cannot list {folder}: Permission denied."
 
 
-def test_no_process_is_left_when_run_is_refused(raw: Path, tmp_path: Path) -> None:
-    """It ends while the process that imports TensorFlow is still starting."""
-    (tmp_path / "file").touch()
-    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/file"]
-    for _ in range(3):
-        with started(*flags, "--nogcs_upload") as run:
-            assert run.finish().status == 1
-
-
 # ------------------------------------------------------------- the scratch directory
 
 

@@ -305,21 +305,6 @@ def assert_refused(finished: Finished, raw: Path, *errors: str) -> None:
     assert not (raw / "tf_records").exists()
 
 
-def test_raw_directory_and_bucket_are_refused_together(
-    raw: Path, emulator: Emulator
-) -> None:
-    (raw / "synset_labels.txt").write_text("n01440764\n")
-    assert_refused(
-        upload(raw, emulator, "gs://nowhere/imagenet"),
-        raw,
-        f"{raw}/synset_labels.txt has 1 label and {raw}/validation 4 images; they must "
-        "be equal in number.",
-        "No bucket for gs://nowhere/imagenet/manifest.json: 404 The specified bucket "
-        "does not exist. Create it: gcloud storage buckets create gs://nowhere",
-    )
-    assert len(emulator.requests) == 1
-
-
 def test_upload_is_refused_when_it_must_replace_what_is_held(
     raw: Path, emulator: Emulator
 ) -> None:
