@@ -35,7 +35,6 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
-import itertools
 import math
 import os
 import platform
@@ -101,11 +100,10 @@ def list_data(raw_dir: Path) -> Data:
     return Data(raw_dir, paths, sum(os.path.getsize(path) for path in paths))
 
 
-def draw_images(quality: int, width: int, height: int) -> list[bytes]:
-    size_and_quality = map(itertools.repeat, (width, height, quality))
+def draw_images(**options: int) -> list[bytes]:
+    draw = functools.partial(jpegs.jpeg, "baseline", **options)
     with ProcessPoolExecutor() as workers:
-        images = itertools.repeat("baseline"), range(NUM_DRAWN), *size_and_quality
-        return list(workers.map(jpegs.jpeg, *images))
+        return list(workers.map(draw, range(NUM_DRAWN)))
 
 
 def make_raw(raw_dir: Path, num_images: int, make: Callable[[int, str], None]) -> Path:
@@ -128,7 +126,7 @@ def make_raw(raw_dir: Path, num_images: int, make: Callable[[int, str], None]) -
 
 def make_photographs(raw_dir: Path, num_images: int) -> Path:
     """Makes a raw directory of different files of 110 KB."""
-    photographs = draw_images(QUALITY, jpegs.WIDTH, jpegs.HEIGHT)
+    photographs = draw_images(quality=QUALITY)
 
     def write(i: int, path: str) -> None:
         Path(path).write_bytes(photographs[i % NUM_DRAWN] + i.to_bytes(8, "big"))
@@ -141,7 +139,7 @@ def make_small(raw_dir: Path, num_images: int) -> Path:
     originals = raw_dir.with_name("originals")
     if not originals.exists():
         originals.mkdir()
-        for i, data in enumerate(draw_images(jpegs.QUALITY, 64, 48)):
+        for i, data in enumerate(draw_images(width=64, height=48)):
             (originals / str(i)).write_bytes(data)
 
     def link(i: int, path: str) -> None:
@@ -243,13 +241,6 @@ def measure(
     return Run(now - start, start_up, usage.ru_maxrss * 1024, worker_peak)
 
 
-def script_command(
-    raw_dir: Path, scratch_dir: Path, *flags: str, script: Path = SCRIPT
-) -> list[str]:
-    where = [f"--raw_data_dir={raw_dir}", f"--local_scratch_dir={scratch_dir}"]
-    return [sys.executable, str(script), *where, *flags]
-
-
 def run_script(
     scratch_dir: Path,
     *flags: str,
@@ -275,7 +266,8 @@ def run_script(
     if cold:
         drop_page_cache()
     flags += ("--nogcs_upload",) if link is None else UPLOAD
-    command = script_command(raw_dir, scratch_dir, *flags, script=script)
+    where = [f"--raw_data_dir={raw_dir}", f"--local_scratch_dir={scratch_dir}"]
+    command = [sys.executable, str(script), *where, *flags]
     with contextlib.ExitStack() as stack:
         env = dict(environment or {})
         if link is not None:
@@ -618,11 +610,12 @@ class Benchmark:
         say(f"Making {IMAGENET_IMAGES:,} empty files.")
         raw_dir = self.directory / "raw_of_plan"
         make_raw(raw_dir, IMAGENET_IMAGES, lambda _, path: os.mknod(path))
-        command = script_command(
-            raw_dir, self.scratch_dir, "--dry_run", "--nogcs_upload"
-        )
-        measure(command)  # warms the cache of the directories
-        run = self.alternate({"plan": lambda: measure(command)})["plan"]
+
+        def plan() -> Run:
+            return run_script(self.scratch_dir, "--dry_run", raw_dir=raw_dir)
+
+        plan()  # warms the cache of the directories
+        run = self.alternate({"plan": plan})["plan"]
         remove(raw_dir)
         return Target(
             f"planning {IMAGENET_TRAINING:,} + {IMAGENET_VALIDATION:,} files, whole "
