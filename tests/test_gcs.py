@@ -402,7 +402,9 @@ def test_empty_objects_have_a_size_when_the_service_leaves_it_out(
 ) -> None:
     """As Google's own testbench does."""
     emulator.leaves_out_zero = True
-    destination = reach(emulator, monkeypatch)
+    for name, value in emulator.environment.items():
+        monkeypatch.setenv(name, value)
+    destination = script.Destination(script.GcsPath("bucket", "imagenet"), "project")
     (tmp_path / "train-0").write_bytes(b"")
     stamp = script.Stamp("digest", 0, 0, crc32c_of(b""), 0)
     destination.upload(str(tmp_path / "train-0"), stamp)
@@ -411,12 +413,27 @@ def test_empty_objects_have_a_size_when_the_service_leaves_it_out(
 
 # ----------------------------------------------------------- refusals, in their words
 
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "ALL_PROXY")
+Refuse = Callable[..., tuple[str, list[str]]]
 
-def reach(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> script.Destination:
-    for name, value in emulator.environment.items():
-        monkeypatch.setenv(name, value)
-    path = script.GcsPath("bucket", "imagenet")
-    return script.Destination(path, "my-project")
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Refuse:
+    """Reaches for a bucket in vain; gives the error, and what was logged before."""
+
+    def reach_for(env: Mapping[str, str], seconds: float = 20) -> tuple[str, list[str]]:
+        for name in ("STORAGE_EMULATOR_HOST", *PROXIES):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(script, "START_SECONDS", seconds)
+        monkeypatch.setattr(script, "WARNING_SECONDS", 0.001)
+        with pytest.raises(script.RunError) as caught:
+            script.Destination(script.GcsPath("bucket", "d"), "project").check_access()
+        assert {record.levelname for record in caplog.records} <= {"WARNING"}
+        return str(caught.value), caplog.messages
+
+    return reach_for
 
 
 ROLE = "Grant roles/storage.objectUser on gs://bucket to the account of this run."
@@ -456,7 +473,7 @@ CONSUMER = (
 )
 def test_access_is_refused_in_the_words_of_the_service(
     emulator: Emulator,
-    monkeypatch: pytest.MonkeyPatch,
+    refuse: Refuse,
     status: int,
     reason: str,
     said: str,
@@ -464,14 +481,12 @@ def test_access_is_refused_in_the_words_of_the_service(
 ) -> None:
     fault = Status(status, said, reason)
     emulator.inject(fault, kind="session", at=1, times=None)
-    with pytest.raises(script.RunError) as caught:
-        reach(emulator, monkeypatch).check_access()
     what = {403: "Access to {} is denied", 404: "No bucket for {}"}.get(
         status, "Cloud Storage failed at {}"
     )
-    what = what.format("gs://bucket/imagenet/manifest.json")
+    what = what.format("gs://bucket/d/manifest.json")
     words = f"{status} {' '.join(said.split())}".rstrip(".")
-    assert str(caught.value) == f"{what}: {words}. {remedy}".rstrip()
+    assert refuse(emulator.environment) == (f"{what}: {words}. {remedy}".rstrip(), [])
 
 
 # ------------------------------------------------------------------------ logging in
@@ -529,29 +544,6 @@ def credentials(directory: Path, emulator: Emulator, kind: str) -> dict[str, str
     }
 
 
-Refuse = Callable[..., tuple[str, list[str]]]
-
-
-@pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Refuse:
-    """Reaches for a bucket in vain; gives the error, and what was logged before."""
-
-    def reach_for(env: Mapping[str, str], seconds: float = 20) -> tuple[str, list[str]]:
-        for name in ("STORAGE_EMULATOR_HOST", *PROXIES):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(script, "START_SECONDS", seconds)
-        monkeypatch.setattr(script, "WARNING_SECONDS", 0.001)
-        with pytest.raises(script.RunError) as caught:
-            script.Destination(script.GcsPath("bucket", "d"), "project").check_access()
-        assert {record.levelname for record in caplog.records} <= {"WARNING"}
-        return str(caught.value), caplog.messages
-
-    return reach_for
-
-
-PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "ALL_PROXY")
 JWT = (
     "Invalid JWT: Token must be a short-lived token (60 minutes) and in a reasonable "
     "timeframe."
