@@ -48,7 +48,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ import jpegs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "imagenet_to_gcs.py"
 EMULATOR = Path(__file__).resolve().with_name("emulator.py")
-UPLOAD = ["--project=p", "--gcs_output_path=gs://bucket/imagenet"]
+UPLOAD = ("--project=p", "--gcs_output_path=gs://bucket/imagenet")
 TRAINING_SHARDS = 1024
 VALIDATION_SHARDS = 128
 FIRST_SHARD = "train/train-00000-of-*"
@@ -73,11 +73,8 @@ IMAGENET_IMAGES = IMAGENET_TRAINING + IMAGENET_VALIDATION
 NUM_SEQUENTIAL = 4_000  # images that the sequential loop is measured on
 NUM_OUTPUTS = 1_000  # of `cat`
 
-MISTAKES = ["--help", "--no_such_flag", "--nogcs_upload --raw_data_dir=/nowhere"]
-"""Flags of runs that need no image."""
-
 POLL_SECONDS = 0.005
-SAMPLE_SECONDS = 0.2
+SAMPLE_SECONDS = 2  # each sample walks the page tables of all workers
 
 # ---------------------------------------------------------------- raw data
 
@@ -103,14 +100,10 @@ def list_data(raw_dir: Path) -> Data:
     return Data(raw_dir, paths, sum(os.path.getsize(path) for path in paths))
 
 
-def draw(seed: int, quality: int, width: int, height: int) -> bytes:
-    return jpegs.jpeg("baseline", seed, width, height, quality)
-
-
-def draw_images(*options: int) -> list[bytes]:
+def draw_images(**options: int) -> list[bytes]:
+    draw = functools.partial(jpegs.jpeg, "baseline", **options)
     with ProcessPoolExecutor() as workers:
-        seeds = range(NUM_DRAWN)
-        return list(workers.map(draw, seeds, *([o] * NUM_DRAWN for o in options)))
+        return list(workers.map(draw, range(NUM_DRAWN)))
 
 
 def make_raw(raw_dir: Path, num_images: int, make: Callable[[int, str], None]) -> Path:
@@ -133,7 +126,7 @@ def make_raw(raw_dir: Path, num_images: int, make: Callable[[int, str], None]) -
 
 def make_photographs(raw_dir: Path, num_images: int) -> Path:
     """Makes a raw directory of different files of 110 KB."""
-    photographs = draw_images(QUALITY, jpegs.WIDTH, jpegs.HEIGHT)
+    photographs = draw_images(quality=QUALITY)
 
     def write(i: int, path: str) -> None:
         Path(path).write_bytes(photographs[i % NUM_DRAWN] + i.to_bytes(8, "big"))
@@ -146,7 +139,7 @@ def make_small(raw_dir: Path, num_images: int) -> Path:
     originals = raw_dir.with_name("originals")
     if not originals.exists():
         originals.mkdir()
-        for i, data in enumerate(draw_images(jpegs.QUALITY, 64, 48)):
+        for i, data in enumerate(draw_images(width=64, height=48)):
             (originals / str(i)).write_bytes(data)
 
     def link(i: int, path: str) -> None:
@@ -218,17 +211,12 @@ def _unshared(pid: int) -> int:
 
 
 def measure(
-    command: Sequence[str | Path],
-    *,
+    command: Sequence[str],
     first_shard_in: Path | None = None,
-    environment: dict[str, str] | None = None,
-    statuses: Sequence[int] = (0,),
+    environment: Mapping[str, str] | None = None,
     sample_memory: bool = False,
 ) -> Run:
-    """Runs a command to its end; a shard in `first_shard_in` ends its start-up.
-
-    To sample the memory of the workers slows them a little.
-    """
+    """Runs a command to its end; a shard in `first_shard_in` ends its start-up."""
     env = {**os.environ, **(environment or {})}
     start_up, worker_peak = 0.0, 0
     with tempfile.TemporaryFile() as log:
@@ -237,12 +225,8 @@ def measure(
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             now = time.perf_counter()
-            if (
-                not start_up
-                and first_shard_in
-                and any(first_shard_in.glob(FIRST_SHARD))
-            ):
-                start_up = now - start
+            if first_shard_in and any(first_shard_in.glob(FIRST_SHARD)):
+                start_up, first_shard_in = now - start, None
             if pid:
                 break
             if sample_memory and now > next_sample:
@@ -251,7 +235,7 @@ def measure(
                     worker_peak = max([worker_peak, *map(_unshared, _children(child))])
             time.sleep(POLL_SECONDS)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in statuses:
+        if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{command} failed:\n{log.read().decode()[-2000:]}")
     return Run(now - start, start_up, usage.ru_maxrss * 1024, worker_peak)
@@ -263,29 +247,32 @@ def run_script(
     raw_dir: Path,
     num_bytes: int = 0,
     cold: bool = False,
+    again: bool = False,
+    link: float | None = None,
     script: Path = SCRIPT,
-    **options: Any,
+    environment: Mapping[str, str] | None = None,
+    sample_memory: bool = False,
 ) -> Run:
-    """Writes the shards of a raw directory, with nothing of an earlier run there.
+    """Writes the shards of a raw directory.
 
     Args:
       num_bytes: Of the output, about; the memory for it is warmed first.
       cold: Whether to drop the page cache first.
-      options: Of `measure`.
+      again: Whether to go on with what an earlier run has left.
+      link: Bytes per second of the upload, 0 for no limit; without it there is none.
     """
-    make_way(scratch_dir, num_bytes)
+    if not again:
+        make_way(scratch_dir, num_bytes)
     if cold:
         drop_page_cache()
-    command = script_command(raw_dir, scratch_dir, *flags, script=script)
-    return measure(command, first_shard_in=scratch_dir, **options)
-
-
-def script_command(
-    raw_dir: Path, scratch_dir: Path, *flags: str, script: Path = SCRIPT
-) -> list[str]:
+    flags += ("--nogcs_upload",) if link is None else UPLOAD
     where = [f"--raw_data_dir={raw_dir}", f"--local_scratch_dir={scratch_dir}"]
-    upload = [] if any("gcs" in flag for flag in flags) else ["--nogcs_upload"]
-    return [sys.executable, str(script), *where, *flags, *upload]
+    command = [sys.executable, str(script), *where, *flags]
+    with contextlib.ExitStack() as stack:
+        env = dict(environment or {})
+        if link is not None:
+            env |= stack.enter_context(cloud_storage(link))
+        return measure(command, scratch_dir, env, sample_memory)
 
 
 def remove(directory: Path) -> None:
@@ -416,7 +403,7 @@ def cloud_storage(bytes_per_second: float = 0) -> Iterator[dict[str, str]]:
 
 
 class Target(NamedTuple):
-    """One row of the table of targets."""
+    """A row of the table."""
 
     what: str
     wanted: str
@@ -524,14 +511,10 @@ class Benchmark:
     def unkept(self, data: Data) -> Target:
         """Counts what is written to the disk of shards that do not stay on it."""
         scratch_dir = self.directory / "scratch_on_disk"
-        flags = ["--num_workers=2", "--nokeep_local_shards", *UPLOAD]
-        with cloud_storage() as environment:
-            remove(scratch_dir)
-            before = written_to_disk(self.directory)
-            run_script(
-                scratch_dir, *flags, raw_dir=data.raw_dir, environment=environment
-            )
-            written = written_to_disk(self.directory) - before
+        flags = ["--num_workers=2", "--nokeep_local_shards"]
+        before = written_to_disk(self.directory)
+        run_script(scratch_dir, *flags, raw_dir=data.raw_dir, link=0)
+        written = written_to_disk(self.directory) - before
         remove(scratch_dir)
         return Target(
             "`--nokeep_local_shards`: written to the disk, by all processes",
@@ -594,19 +577,6 @@ class Benchmark:
             f"{first:.2f} s, {first - imported:+.2f} s",
         )
 
-    def mistakes(self) -> Target:
-        """Measures the help and the errors that need no image."""
-        runs = self.alternate(
-            {
-                flags: functools.partial(
-                    measure, [sys.executable, SCRIPT, *flags.split()], statuses=(0, 1)
-                )
-                for flags in MISTAKES
-            }
-        )
-        seconds = [f"{run.seconds:.2f} s" for run in runs.values()]
-        return Target(f"`{'`; `'.join(MISTAKES)}`", "under 0.5 s", "; ".join(seconds))
-
     def encode_and_upload(self, data: Data) -> Target:
         """Measures both together and each alone, the link as fast as the encoding.
 
@@ -624,17 +594,8 @@ class Benchmark:
             data.num_bytes * (1 - 1 / (num_training + num_validation)) / encode.steady
         )
 
-        def upload() -> Run:  # what `both` has left
-            with cloud_storage(link) as environment:
-                command = script_command(
-                    data.raw_dir, self.scratch_dir, *local, *UPLOAD
-                )
-                return measure(command, environment=environment)
-
-        def both() -> Run:
-            with cloud_storage(link) as environment:
-                return self.encode(data, *local, *UPLOAD, environment=environment)
-
+        both = functools.partial(self.encode, data, *local, link=link)
+        upload = functools.partial(both, again=True)  # what `both` has left
         runs = self.alternate({"both": both, "upload": upload})
         longer = max(encode.seconds, runs["upload"].seconds)
         return Target(
@@ -649,9 +610,12 @@ class Benchmark:
         say(f"Making {IMAGENET_IMAGES:,} empty files.")
         raw_dir = self.directory / "raw_of_plan"
         make_raw(raw_dir, IMAGENET_IMAGES, lambda _, path: os.mknod(path))
-        command = script_command(raw_dir, self.scratch_dir, "--dry_run")
-        measure(command)  # warms the cache of the directories
-        run = self.alternate({"plan": lambda: measure(command)})["plan"]
+
+        def plan() -> Run:
+            return run_script(self.scratch_dir, "--dry_run", raw_dir=raw_dir)
+
+        plan()  # warms the cache of the directories
+        run = self.alternate({"plan": plan})["plan"]
         remove(raw_dir)
         return Target(
             f"planning {IMAGENET_TRAINING:,} + {IMAGENET_VALIDATION:,} files, whole "
@@ -667,10 +631,7 @@ class Benchmark:
         many = make_small(self.directory / "many", IMAGENET_IMAGES)
 
         def run(raw_dir: Path) -> Run:
-            with cloud_storage() as environment:
-                return run_script(
-                    self.scratch_dir, *UPLOAD, raw_dir=raw_dir, environment=environment
-                )
+            return run_script(self.scratch_dir, raw_dir=raw_dir, link=0)
 
         run(few)  # warms the page cache
         before, grown, after = run(few), run(many), run(few)
@@ -757,7 +718,7 @@ def run_benchmark(benchmark: Benchmark) -> None:
     if not arguments.only_disk:
         targets += benchmark.speeds(data)
         targets += [benchmark.unkept(data), benchmark.encode_and_upload(data)]
-        targets += [benchmark.start_up(), benchmark.mistakes()]
+        targets.append(benchmark.start_up())
     if not arguments.raw_data_dir:
         remove(data.raw_dir)
     if arguments.plan:

@@ -43,9 +43,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
 
-Kind = Literal[
-    "session", "chunk", "multipart", "list", "get", "delete", "token", "other"
-]
+Kind = Literal["session", "chunk", "multipart", "list", "delete", "token", "other"]
 UPLOAD_KINDS = ("session", "chunk", "multipart")
 
 PIECE_SIZE = 64 * 1024  # bytes of a body read, and throttled, at a time
@@ -69,16 +67,19 @@ class Status:
     reason: str = ""
 
 
+@dataclass(frozen=True)
 class Reset:
     """Resets the connection (TCP RST) after 64 KiB of the body at most."""
 
 
+@dataclass(frozen=True)
 class LostResponse:
     """Carries the request out, then resets the connection instead of answering."""
 
 
+@dataclass(frozen=True)
 class ShortRange:
-    """Stores half of a resumable upload's chunk, and answers so (308)."""
+    """Stores half of a chunk (of nothing else), and answers so (308)."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,8 @@ class Request:
     """A request as the emulator received it; the path is with the query.
 
     A `session` starts a resumable upload, a `chunk` is a PUT of one (data, or the
-    question how far it got), a `multipart` is an upload in one POST, a `get` is of an
-    object's metadata, a `token` is of anything to log in with. To cancel a session is
-    `other`.
+    question how far it got), a `multipart` is an upload in one POST, a `token` is of
+    anything to log in with. To cancel a session is `other`.
     """
 
     method: str
@@ -200,12 +200,13 @@ def _list_page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[st
         and item["name"] > after
         and beyond not in item["name"].removeprefix(prefix)
     ]
-    size = min(int(query.get("maxResults", PAGE_SIZE)), PAGE_SIZE)
     fields = query.get("fields", "items,nextPageToken")
     kept = dict(re.findall(r"(\w+)(?:\(([^)]*)\))?", fields))
     keys = set(kept["items"].split(",")) - {""}
-    page = [{k: v for k, v in i.items() if not keys or k in keys} for i in items[:size]]
-    more = {"nextPageToken": items[size - 1]["name"]} if len(items) > size else {}
+    page = [
+        {k: v for k, v in i.items() if not keys or k in keys} for i in items[:PAGE_SIZE]
+    ]
+    more = {"nextPageToken": page[-1]["name"]} if len(items) > PAGE_SIZE else {}
     return {"items": page, **(more if "nextPageToken" in kept else {})}
 
 
@@ -312,8 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
                 text = text.partition(b"\r\n\r\n")[2].partition(b"\r\n--")[0]
             name = query.get("name") or json.loads(text)["name"]
         elif is_object:
-            kinds: dict[str, Kind] = {"GET": "get", "DELETE": "delete"}
-            kind = kinds.get(self.command, "other")
+            kind = "delete" if self.command == "DELETE" else "other"
         elif url.path.endswith("/o") and self.command == "GET":
             kind = "list"
         return replace(request, kind=kind, name=name)
@@ -429,12 +429,7 @@ class Emulator:
             at: The first request struck; 1 is the next one of the kind.
             times: How many in a row are struck, retries included; None is for ever.
             name: Only requests whose object's name contains this count.
-
-        Raises:
-            ValueError: If a `ShortRange` is to strike anything but chunks.
         """
-        if isinstance(fault, ShortRange) and kind != "chunk":
-            raise ValueError(f"ShortRange needs kind='chunk', not {kind!r}")
         with self._lock:
             self._injections.append(_Injection(fault, kind, at, times, name))
 
@@ -529,11 +524,10 @@ class Emulator:
                 return _Answer(200, _list_page(items, request.query))
             if request.name not in self._resources:
                 return _refusal(Status(404, f"No such object: {request.name}"))
-            answer = _Answer(200, self._resources[request.name])
             if request.kind == "delete":
                 self.delete(request.name)
-                answer = _Answer(204)
-            return answer
+                return _Answer(204)
+            return _refusal(Status(501))
 
     def _answer_multipart(self, handler: _Handler) -> _Answer:
         """Stores an object that came with its metadata in one request."""

@@ -6,9 +6,9 @@ test_gcs.py, with the flags in test_command_line.py.
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
+import contract
 import pytest
 from command import UPLOAD, run_command
 from emulator import Emulator, Status
@@ -53,15 +53,6 @@ def test_what_cannot_be_read_is_named(raw: Path, tmp_path: Path) -> None:
     assert second == f"Cannot list {folder}: Permission denied."
 
 
-def test_no_process_is_left_when_run_is_refused(raw: Path, tmp_path: Path) -> None:
-    """It ends while the process that imports TensorFlow is still starting."""
-    (tmp_path / "file").touch()
-    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/file"]
-    for _ in range(3):
-        with started(*flags, "--nogcs_upload") as run:
-            assert run.finish().status == 1
-
-
 # ------------------------------------------------------------- the scratch directory
 
 
@@ -79,67 +70,39 @@ def test_scratch_is_refused_when_it_has_no_room(raw: Path) -> None:
     ]
 
 
-def below_a_file(scratch: Path) -> Path:
-    scratch.parent.touch()
-    return scratch.parent
-
-
-def below_what_is_not_writable(scratch: Path) -> Path:
-    scratch.parent.mkdir(mode=0o555)
-    return scratch.parent
-
-
-def a_file(scratch: Path) -> Path:
-    scratch.parent.mkdir()
-    scratch.touch()
-    return scratch
-
-
-def with_directory(name: str) -> Callable[[Path], Path]:
-    def make(scratch: Path) -> Path:
-        scratch.mkdir(parents=True)
-        (scratch / name).mkdir(mode=0o555)
-        return scratch / name
-
-    return make
-
-
-def with_lock(scratch: Path) -> Path:
-    scratch.mkdir(parents=True)
-    (scratch / ".lock-0-of-1").touch(mode=0o444)
-    return scratch / ".lock-0-of-1"
+OBSTACLES = {
+    "touch parent": "parent",
+    "mkdir -m 555 parent": "parent",
+    "mkdir parent; touch parent/scratch": "parent/scratch",
+    "mkdir -p parent/scratch; cd $_; mkdir -m 555 train": "parent/scratch/train",
+    "mkdir -p parent/scratch; cd $_; mkdir -m 555 validation": (
+        "parent/scratch/validation"
+    ),
+    "mkdir -p parent/scratch; cd $_; install -m 444 /dev/null .lock-0-of-1": (
+        "parent/scratch/.lock-0-of-1"
+    ),
+}
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "more"),
+    ("commands", "place", "more"),
     [
-        (below_a_file, ()),
-        (below_a_file, ("--dry_run",)),
-        (below_what_is_not_writable, ()),
-        (below_what_is_not_writable, ("--dry_run",)),
-        (a_file, ()),
-        (a_file, ("--dry_run",)),
-        (with_directory("train"), ()),
-        (with_directory("validation"), ()),
-        (with_lock, ()),
+        *((*obstacle, ()) for obstacle in OBSTACLES.items()),
+        *((*obstacle, ("--dry_run",)) for obstacle in list(OBSTACLES.items())[:3]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value.__name__,
 )
 def test_scratch_is_refused_in_one_line_when_it_cannot_be_written(
-    raw: Path,
-    tmp_path: Path,
-    obstacle: Callable[[Path], Path],
-    more: tuple[str, ...],
+    raw: Path, tmp_path: Path, commands: str, place: str, more: tuple[str, ...]
 ) -> None:
-    scratch = tmp_path / "parent" / "scratch"
-    place = obstacle(scratch)
-    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}", *more]
-    with started(*flags, "--nogcs_upload", *SHARDS, under=unprivileged()) as run:
+    """And no process is left, for TensorFlow's import has hardly begun."""
+    contract.change(tmp_path, commands)
+    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/parent/scratch"]
+    flags += ["--nogcs_upload", *SHARDS, *more]
+    with started(*flags, under=unprivileged()) as run:
         done = run.finish()
-    assert done.status == 1
     [error] = done.errors
-    assert str(place) in error
-    assert done.lines[-1] == f"ERROR: {error}"
+    assert str(tmp_path / place) in error
+    assert (done.status, done.lines[-1]) == (1, f"ERROR: {error}")
 
 
 @pytest.mark.parametrize("more", [(), ("--dry_run",)], ids=["run", "dry_run"])
