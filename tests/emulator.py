@@ -11,8 +11,7 @@ uploads and throws their bytes away, until it is killed.
 It does what a client of the real service could notice: a chunk sent twice is stored
 once, a finished upload still answers with its object (both follow a lost connection),
 a session can be cancelled (499), a wrong crc32c is refused (400), a listing comes in
-pages of 1,000 objects with only the `fields` asked for, and errors carry the JSON that
-the client takes its message from. It also issues tokens, as Google's token endpoint,
+pages of 1,000 objects, and errors carry the JSON that the client takes its message from. It also issues tokens, as Google's token endpoint,
 the metadata server of a VM and the impersonation of a service account do.
 
 NOTE: permissions and `if_generation_match` are not checked: inject a `Status`.
@@ -43,8 +42,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
 
-Kind = Literal["session", "chunk", "multipart", "list", "delete", "token", "other"]
-UPLOAD_KINDS = ("session", "chunk", "multipart")
+Kind = Literal["session", "chunk", "list", "delete", "token", "other"]
+UPLOAD_KINDS = ("session", "chunk")
 
 PIECE_SIZE = 64 * 1024  # bytes of a body read, and throttled, at a time
 CHUNK_UNIT = 256 * 1024  # the real service keeps multiples of it of a chunk
@@ -108,8 +107,8 @@ class Request:
     """A request as the emulator received it; the path is with the query.
 
     A `session` starts a resumable upload, a `chunk` is a PUT of one (data, or the
-    question how far it got), a `multipart` is an upload in one POST, a `token` is of
-    anything to log in with. To cancel a session is `other`.
+    question how far it got), a `token` is of anything to log in with. To cancel a
+    session is `other`.
     """
 
     method: str
@@ -186,11 +185,7 @@ def _refusal(error: Status, kind: str = "") -> _Answer:
 
 
 def _list_page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
-    """Cuts a page out of a listing, and out of that the `fields` asked for.
-
-    These are as in `items(name,size),nextPageToken`. A page's token is the last name
-    of the page before.
-    """
+    """Cuts a page out of a listing; its token is the last name of the page before."""
     prefix, after = query.get("prefix", ""), query.get("pageToken", "")
     beyond = query.get("delimiter") or "\0"
     items = [
@@ -200,14 +195,9 @@ def _list_page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[st
         and item["name"] > after
         and beyond not in item["name"].removeprefix(prefix)
     ]
-    fields = query.get("fields", "items,nextPageToken")
-    kept = dict(re.findall(r"(\w+)(?:\(([^)]*)\))?", fields))
-    keys = set(kept["items"].split(",")) - {""}
-    page = [
-        {k: v for k, v in i.items() if not keys or k in keys} for i in items[:PAGE_SIZE]
-    ]
+    page = items[:PAGE_SIZE]
     more = {"nextPageToken": page[-1]["name"]} if len(items) > PAGE_SIZE else {}
-    return {"items": page, **(more if "nextPageToken" in kept else {})}
+    return {"items": page, **more}
 
 
 # ------------------------------------------------------------------------- the server
@@ -307,11 +297,8 @@ class _Handler(BaseHTTPRequestHandler):
             kind = "chunk" if self.command == "PUT" else "other"
             name = self.emulator._name_of_upload(query["upload_id"])
         elif "uploadType" in query:
-            kind = "multipart" if query["uploadType"] == "multipart" else "session"
-            text = start_of_body or b"{}"
-            if kind == "multipart":  # its first part is the JSON
-                text = text.partition(b"\r\n\r\n")[2].partition(b"\r\n--")[0]
-            name = query.get("name") or json.loads(text)["name"]
+            kind = "session"
+            name = query.get("name") or json.loads(start_of_body)["name"]
         elif is_object:
             kind = "delete" if self.command == "DELETE" else "other"
         elif url.path.endswith("/o") and self.command == "GET":
@@ -425,7 +412,7 @@ class Emulator:
 
         Args:
             kind: What is struck and counted; `upload` is any of session (also one that
-                only checks the access), chunk and multipart.
+                only checks the access) and chunk.
             at: The first request struck; 1 is the next one of the kind.
             times: How many in a row are struck, retries included; None is for ever.
             name: Only requests whose object's name contains this count.
@@ -511,8 +498,6 @@ class Emulator:
             said = "Bucket is a requester pays bucket but no user project provided."
             return _refusal(Status(400, said, "required"))
         with self._lock:
-            if request.kind == "multipart":
-                return self._answer_multipart(handler)
             if request.kind == "session":
                 return self._answer_session(request, bytes(handler.body))
             if "upload_id" in request.query:
@@ -528,16 +513,6 @@ class Emulator:
                 self.delete(request.name)
                 return _Answer(204)
             return _refusal(Status(501))
-
-    def _answer_multipart(self, handler: _Handler) -> _Answer:
-        """Stores an object that came with its metadata in one request."""
-        boundary, _, _ = bytes(handler.body).partition(b"\r\n")
-        _, metadata, _ = bytes(handler.body).split(b"\r\n\r\n", 2)
-        start = handler.body.index(metadata) + len(metadata + b"\r\n\r\n")
-        num_bytes = handler.length - start - len(b"\r\n" + boundary + b"--")
-        resource = json.loads(metadata.partition(b"\r\n--")[0])
-        data = handler.body[start : start + num_bytes]
-        return self._store(_Upload(resource, num_bytes, data))
 
     def _answer_session(self, request: Request, body: bytes) -> _Answer:
         upload_id = str(next(self._upload_ids))
@@ -558,7 +533,7 @@ class Emulator:
         if upload.finished:
             return _Answer(200, self._resources[request.name])
         text = handler.headers["Content-Range"]
-        match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", text)
+        match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", text)
         assert match, text
         start = int(match[1]) if match[1] else upload.num_bytes
         if start > upload.num_bytes:
@@ -567,7 +542,7 @@ class Emulator:
         if self.keep:
             upload.data += handler.body[upload.num_bytes - start : handler.length]
         upload.num_bytes = max(upload.num_bytes, start + handler.length)
-        if upload.num_bytes == int(match[2]):
+        if match[2] == str(upload.num_bytes):
             upload.finished = True
             return self._store(upload)
         arrived = {"Range": f"bytes=0-{upload.num_bytes - 1}"}

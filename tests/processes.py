@@ -225,7 +225,7 @@ def uploads(emulator: Emulator) -> list[str]:
     return [
         each.name.rpartition("/")[2]
         for each in emulator.requests
-        if each.kind in ("multipart", "chunk") and each.status == 200
+        if each.kind == "chunk" and each.status == 200
     ]
 
 

@@ -1,11 +1,11 @@
 """Section 7: Cloud Storage, by the real client over HTTP."""
 
+import datetime
 import functools
 import json
 import re
 import shlex
 import ssl
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,6 +14,9 @@ from pathlib import Path
 import contract
 import pytest
 from command import UPLOAD, Finished, run_code, run_command
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from emulator import Emulator, Status, crc32c_of
 
 import imagenet_to_gcs as script
@@ -118,7 +121,7 @@ def test_guide_uploads_the_contracts_records_flat_and_the_manifest_last(
     guide: Guide,
 ) -> None:
     assert guide.finished.status == 0, guide.finished.stderr
-    names = [r.name for r in guide.emulator.requests if r.kind == "multipart"]
+    names = [r.name for r in guide.emulator.requests if r.kind == "chunk"]
     assert len(names) == 1_153
     assert names[-1] == "data/imagenet/manifest.json"
     assert sorted(names) == sorted(guide.objects)
@@ -179,7 +182,7 @@ def test_guide_tries_the_access_first_and_needs_no_permission_on_buckets(
     assert not any("userProject" in r.query for r in requests)
     kinds = [request.kind for request in requests]
     assert kinds.count("list") == 1 + 2  # the second one has two pages
-    assert set(kinds) <= {"session", "other", "list", "multipart"}
+    assert set(kinds) <= {"session", "other", "list", "chunk"}
 
 
 def test_guide_ends_with_what_to_give_the_model(guide: Guide) -> None:
@@ -275,7 +278,7 @@ def test_client_is_used_when_given(
 def test_upload_to_gcs_uploads_nothing_when_all_is_there(program: Guide) -> None:
     """Nor where a stamp is lost: then the file is read for its checksum."""
     assert program.finished.stdout == "10\n"
-    uploads = [r.name for r in program.emulator.requests if r.kind == "multipart"]
+    uploads = [r.name for r in program.emulator.requests if r.kind == "chunk"]
     assert len(uploads) == len(set(uploads)) == 10
 
 
@@ -494,11 +497,20 @@ def test_access_is_refused_in_the_words_of_the_service(
 
 def new_certificate(directory: Path) -> Path:
     """Writes a private key and a certificate that it has signed itself."""
-    pem = directory / "certificate.pem"
-    new = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
-    command = [*new.split(), "-keyout", str(pem), "-out", str(pem)]
-    subprocess.run(command, check=True, capture_output=True)
-    return pem
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = serialization.Encoding.PEM
+    kind = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    path = directory / "certificate.pem"
+    path.write_bytes(key.private_bytes(pem, *kind) + certificate.public_bytes(pem))
+    return path
 
 
 def credentials(directory: Path, emulator: Emulator, kind: str) -> dict[str, str]:

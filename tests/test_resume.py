@@ -232,10 +232,10 @@ def test_run_stops_at_signal_when_encoding(
 def test_run_stops_at_signal_when_uploads_stall(
     large: Data, tmp_path: Path, emulator: Emulator, number: signal.Signals
 ) -> None:
-    emulator.inject(Stall(600), kind="multipart", at=1, times=None)
+    emulator.inject(Stall(600), kind="chunk", at=1, times=None)
     flags = [*large.flags(tmp_path / "scratch"), *UPLOAD, *LARGE_SHARDS]
     with started(*flags, env=emulator.environment) as run:
-        wait_for(lambda: "multipart" in kinds(emulator), run)
+        wait_for(lambda: "chunk" in kinds(emulator), run)
         signal_group(run, number)
         run.process.wait(GONE_SECONDS)
         done = run.finish()
@@ -542,14 +542,14 @@ def test_manifest_is_absent_when_run_is_killed_in_the_middle(
     scratch = copy_tree(small.scratch, tmp_path / "scratch")
     fill(emulator, scratch)
     touch_file(raw)
-    emulator.inject(Stall(600), kind="multipart", at=1)
+    emulator.inject(Stall(600), kind="chunk", at=1)
     flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}"]
     flags += [*UPLOAD, *SMALL_SHARDS]
     with started(*flags, env=emulator.environment) as run:
-        wait_for(lambda: "multipart" in kinds(emulator), run)
+        wait_for(lambda: "chunk" in kinds(emulator), run)
         kill_parent(run)
         run.wait_until_gone()
-    assert kinds(emulator) == ["session", "other", "list", "delete", "multipart"]
+    assert kinds(emulator) == ["session", "other", "list", "delete", "chunk"]
     assert "imagenet/manifest.json" not in emulator.objects()
     assert not (scratch / "manifest.json").exists()
     done = run_command(*flags, env=emulator.environment)

@@ -96,7 +96,7 @@ def test_tasks_make_the_bytes_of_a_single_run(
 def test_manifest_is_written_by_the_last_when_a_task_was_killed(
     mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
 ) -> None:
-    emulator.inject(Status(503), kind="multipart", times=None, name="train-00001-of-")
+    emulator.inject(Status(503), kind="chunk", times=None, name="train-00001-of-")
     lost = flags(mixed_raw, tmp_path, *task(1))
     with started(*lost, env=emulator.environment) as running:
         wait_for(lambda: any("-of-" in name for name in emulator.objects()), running)
@@ -231,10 +231,10 @@ def test_second_run_is_refused_before_it_plans(
     seconds: list[list[str]],
 ) -> None:
     """Where it is of the same task, or of another number of tasks."""
-    emulator.inject(Stall(600), kind="multipart", at=1, times=None)
+    emulator.inject(Stall(600), kind="chunk", at=1, times=None)
     flags_of_first = flags(mixed_raw, tmp_path, *first)
     with started(*flags_of_first, env=emulator.environment) as running:
-        wait_for(lambda: "multipart" in kinds(emulator), running)
+        wait_for(lambda: "chunk" in kinds(emulator), running)
         num_requests = len(kinds(emulator))
         for second in seconds:
             finished = run(mixed_raw, tmp_path, emulator, *second)
@@ -242,7 +242,7 @@ def test_second_run_is_refused_before_it_plans(
             [line] = finished.lines
             assert line.startswith("ERROR: ")
             assert str(tmp_path) in line
-        assert set(kinds(emulator)[num_requests:]) <= {"multipart", "session"}
+        assert set(kinds(emulator)[num_requests:]) <= {"chunk", "session"}
 
 
 def test_second_run_is_refused_while_the_fake_imagenet_is_drawn(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 import contract
 import pytest
@@ -77,27 +78,25 @@ def assert_fails(done: Finished, error: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "at", "times", "warning"),
+    ("fault", "target", "at", "times", "warning"),
     [
-        (Status(503), "multipart", 1, 3, ""),
         (Status(503), "session", 2, 2, ""),
-        (Status(503), "chunk", 2, 2, ""),
         (Status(503), "list", 1, 2, ""),
-        (Status(429), "multipart", 1, 2, ""),
-        (Status(429), "chunk", 1, 2, ""),
-        (Status(408), "multipart", 1, 2, ""),
-        (Status(408), "chunk", 2, 2, ""),
-        (Reset(), "multipart", 1, 2, ""),
-        (Reset(), "chunk", 2, 1, ""),
-        (LostResponse(), "multipart", 1, 2, ""),
-        (LostResponse(), "chunk", 1, 1, ""),
-        (LostResponse(), "chunk", 2, 1, ""),
+        (Status(503), SMALL, 1, 3, ""),
+        (Status(503), LARGE, 2, 2, ""),
+        (Status(429), SMALL, 1, 2, ""),
+        (Status(408), LARGE, 2, 2, ""),
+        (Reset(), SMALL, 1, 2, ""),
+        (Reset(), LARGE, 2, 1, ""),
+        (LostResponse(), SMALL, 1, 2, ""),
+        (LostResponse(), LARGE, 1, 1, ""),
+        (LostResponse(), LARGE, 2, 1, ""),
         (Stall(2), "upload", 2, 3, ""),
-        (Status(410), "chunk", 2, 1, f"{LARGE} again in 1 s: 410 Gone."),
-        (Status(404), "chunk", 2, 1, f"{LARGE} again in 1 s: 404 Not Found."),
-        (ShortRange(), "chunk", 1, 1, f"{LARGE} again in 1 s: Bytes stream is in "),
-        (WrongContent(), "multipart", 1, 1, " again in 1 s: the bucket holds "),
-        (WrongContent(), "chunk", 2, 1, f"{LARGE} again in 1 s: the bucket holds "),
+        (Status(410), LARGE, 2, 1, f"{LARGE} again in 1 s: 410 Gone."),
+        (Status(404), LARGE, 2, 1, f"{LARGE} again in 1 s: 404 Not Found."),
+        (ShortRange(), LARGE, 1, 1, f"{LARGE} again in 1 s: Bytes stream is in "),
+        (WrongContent(), SMALL, 1, 1, f"{SMALL} again in 1 s: the bucket holds "),
+        (WrongContent(), LARGE, 2, 1, f"{LARGE} again in 1 s: the bucket holds "),
     ],
     ids=repr,
 )
@@ -105,12 +104,17 @@ def test_upload_survives_fault(
     data: Data,
     emulator: Emulator,
     fault: Fault,
-    kind: Kind,
+    target: str,
     at: int,
     times: int,
     warning: str,
 ) -> None:
-    emulator.inject(fault, kind=kind, at=at, times=times)
+    """The target is a kind of request, or a shard, whose chunks have the fault."""
+    if target in (SMALL, LARGE):
+        emulator.inject(fault, kind="chunk", at=at, times=times, name=target)
+    else:
+        kind = cast("Literal['session', 'list', 'upload']", target)
+        emulator.inject(fault, kind=kind, at=at, times=times)
     before = identities(data.scratch)
     done = finish(data, emulator)
     assert identities(data.scratch) == before
@@ -128,7 +132,7 @@ def test_upload_survives_fault(
     [
         (
             Status(401, "Invalid Credentials"),
-            "multipart",
+            "chunk",
             SMALL,
             "No credentials for {}: Anonymous credentials cannot be refreshed.",
         ),
@@ -140,7 +144,7 @@ def test_upload_survives_fault(
         ),
         (
             Status(404, "The specified bucket does not exist."),
-            "multipart",
+            "session",
             SMALL,
             (
                 "No bucket for {}: 404 The specified bucket does not exist. Create it: "
@@ -171,19 +175,17 @@ def test_run_stops_when_upload_is_refused_in_the_middle(
 
 
 @pytest.mark.parametrize("scratch_is_lost", [False, True], ids=["same", "fresh"])
-@pytest.mark.parametrize(
-    ("name", "kind"), [(SMALL, "multipart"), (LARGE, "chunk")], ids=["small", "large"]
-)
+@pytest.mark.parametrize("name", [SMALL, LARGE])
 def test_closing_check_finds_what_the_answer_hid(
     data: Data,
     tmp_path: Path,
     emulator: Emulator,
     name: str,
-    kind: Kind,
     scratch_is_lost: bool,
 ) -> None:
     """A wrong object is repaired by a second run, on another machine too."""
-    emulator.inject(WrongContent(answer_looks_right=True), kind=kind, at=1, name=name)
+    fault = WrongContent(answer_looks_right=True)
+    emulator.inject(fault, kind="chunk", at=1, name=name)
     done = run_command(*data.flags(), env=emulator.environment)
     assert_fails(
         done,
@@ -207,7 +209,7 @@ script.app.run(script.main)
 
 def test_run_ends_when_each_upload_is_lost(data: Data, emulator: Emulator) -> None:
     """Then no bucket is missing; and its address, a secret, is not shown."""
-    emulator.inject(Status(404), kind="chunk", at=1, times=None)
+    emulator.inject(Status(404), kind="chunk", at=1, times=None, name=LARGE)
     done = run_code(IMPATIENT, *data.flags(), env=emulator.environment)
     assert_fails(
         done,
@@ -223,7 +225,7 @@ def test_object_that_stays_wrong_is_never_called_done(
 ) -> None:
     """The pauses between the attempts are shortened; no flag does."""
     fault = WrongContent(answer_looks_right=looks_right)
-    emulator.inject(fault, kind="multipart", at=1, times=None, name=SMALL)
+    emulator.inject(fault, kind="chunk", at=1, times=None, name=SMALL)
     for _ in range(2):
         done = run_code(IMPATIENT, *data.flags(), env=emulator.environment)
         [error] = done.errors
