@@ -309,21 +309,6 @@ def test_disk_holds_few_shards_when_the_upload_is_slow(
     assert len(uploads(emulator)) == num_uploads
 
 
-def test_shards_are_made_again_when_the_bucket_lost_them(
-    many: Path, tmp_path: Path, emulator: Emulator
-) -> None:
-    assert run(many, tmp_path, emulator).status == 0
-    before = emulator.objects()
-    emulator.delete("imagenet/train-00007-of-00060")
-    emulator.corrupt("imagenet/train-00008-of-00060")
-    emulator.corrupt("imagenet/validation-00002-of-00004", truncate=True)
-    again = run(many, tmp_path, emulator)
-    assert again.status == 0
-    assert again.says("^Writing 3 shards of 3 images ")
-    assert emulator.objects() == before
-    assert on_disk(tmp_path) == []
-
-
 def test_shard_is_made_again_when_the_bucket_took_it_wrongly(
     many: Path, tmp_path: Path, emulator: Emulator
 ) -> None:

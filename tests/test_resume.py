@@ -510,10 +510,13 @@ def test_nothing_is_encoded_nor_uploaded_when_scratch_is_gone(
 def test_only_what_differs_is_written_when_somebody_changed_the_bucket(
     small: Data, tmp_path: Path, emulator: Emulator
 ) -> None:
-    """On a machine with a scratch directory and on one without."""
+    """With a scratch directory, with one whose shards have left it, and without."""
     objects = contents(small.scratch)
     deleted, corrupted, truncated = sorted(objects)[2:5]
-    for scratch in (copy_tree(small.scratch, tmp_path / "old"), tmp_path / "new"):
+    old, emptied = (copy_tree(small.scratch, tmp_path / name) for name in "ab")
+    for path in shard_paths(emptied).values():
+        path.unlink()
+    for scratch in (old, emptied, tmp_path / "new"):
         fill(emulator, small.scratch)
         emulator.delete(f"imagenet/{deleted}")
         emulator.corrupt(f"imagenet/{corrupted}")

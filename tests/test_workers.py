@@ -11,7 +11,7 @@ from pathlib import Path
 
 import contract
 import pytest
-from command import IMPORTS, REPOSITORY, SCRIPT, Finished, run_code, run_command
+from command import REPOSITORY, SCRIPT, Finished, run_code, run_command
 from processes import Run, finished_shards, started, unprivileged, wait_for
 
 FIX = "Finished shards are kept: fix this and rerun the same command."
@@ -122,14 +122,6 @@ def test_tensorflow_is_quiet_unless_asked(raw: Path, level: str) -> None:
     assert_complete(done, raw)
     assert any("oneDNN" in line for line in done.lines) == (level == "0")
     assert len(done.lines) == 4 or level == "0"
-
-
-def test_run_imports_neither_google_cloud_nor_tensorflow(raw: Path) -> None:
-    """Without an upload; and TensorFlow lives in the workers."""
-    imported = run_command(*flags(raw), env=IMPORTS).imported
-    assert "absl.logging" in imported
-    heavy = ("google.cloud", "google.auth", "google.api_core", "tensorflow", "numpy")
-    assert [name for name in imported if name.startswith(heavy)] == []
 
 
 # ----------------------------------------------------------------- from a program
