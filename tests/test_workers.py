@@ -275,25 +275,6 @@ def test_run_goes_on_when_the_forkserver_dies(large: Path, tmp_path: Path) -> No
     assert (done.status, done.errors) == (0, [])
 
 
-@pytest.mark.parametrize("state", ["importing", "writing"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_nothing_is_left_when_the_run_is_stopped(
-    large: Path, tmp_path: Path, state: str, number: signal.Signals
-) -> None:
-    """No process, no temporary directory, no semaphore: even after a SIGKILL of all."""
-    raw = shutil.copytree(large, tmp_path / "raw")
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    with started(*flags(raw, 100), env={"TMPDIR": str(temporary)}) as run:
-        wait_for(run.forkserver if state == "importing" else run.workers, run)
-        maps = Path(f"/proc/{run.pid}/maps").read_text()
-        os.killpg(run.pid, number)
-        run.process.wait(5)
-        run.wait_until_gone()
-    assert list(temporary.iterdir()) == []
-    assert "/dev/shm" not in maps
-
-
 @pytest.mark.parametrize(
     ("limit", "error"),
     [
