@@ -212,7 +212,7 @@ def test_manifest_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "seconds"),
     [
-        ([], [[], task(0, 2)]),
+        ([], [task(0, 2)]),
         (task(0, 2), [task(0, 2), task(1, 3), []]),
     ],
     ids=["single", "task"],
