@@ -28,8 +28,6 @@ import pytest
 from command import SCRIPT, Finished, environment
 from emulator import Emulator
 
-import imagenet_to_gcs
-
 MARK = "RUN_OF_A_TEST"
 GONE_SECONDS = 5.0  # the promise for whatever is left of a run that ended
 
@@ -186,15 +184,6 @@ def finished_shards(scratch: Path) -> set[str]:
 
 def temporary_files(scratch: Path) -> list[Path]:
     return sorted(scratch.rglob(".*.tmp"))
-
-
-def plan_digests(
-    raw: Path, training_shards: int, validation_shards: int
-) -> dict[str, str]:
-    """The digest of each shard as the script plans it today."""
-    dataset = imagenet_to_gcs.read_dataset(str(raw))
-    shards = imagenet_to_gcs.plan_shards(dataset, training_shards, validation_shards)
-    return {shard.name: shard.digest() for shard in shards}
 
 
 def copy_tree(source: Path, target: Path) -> Path:

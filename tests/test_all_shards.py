@@ -6,7 +6,6 @@ import hashlib
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import contract
 import pytest
 from command import (
     IMPORTS,
-    REPOSITORY,
     SCRIPT,
     UPLOAD,
     Finished,
@@ -29,7 +27,6 @@ from command import (
 )
 from conftest import golden_records
 from emulator import Emulator
-from processes import Run, finished_shards, wait_for
 
 import imagenet_to_gcs as script
 
@@ -183,42 +180,6 @@ def test_convert_to_tf_records_returns_the_paths(raw: Path, tmp_path: Path) -> N
     paths = [str(scratch / name.partition("-")[0] / name) for name in names]
     assert finished.stdout.splitlines() == ["1024", "128", *paths]
     contract.assert_shards(contract.local_shards(scratch), raw)
-
-
-THREADS = """if True:
-    import sys, threading
-    import imagenet_to_gcs
-    if __name__ == "__main__":
-        for scratch in sys.argv[2:]:
-            arguments = {"gcs_upload": False, "training_shards": 9}
-            arguments |= {"local_scratch_dir": scratch, "validation_shards": 3}
-            run = imagenet_to_gcs.run
-            thread = threading.Thread(target=run, args=sys.argv[1:2], kwargs=arguments)
-            thread.start()
-            thread.join()
-"""
-
-
-def test_program_runs_it_in_one_thread_after_another(raw: Path, tmp_path: Path) -> None:
-    scratches = [tmp_path / name for name in ("one", "two", "three")]
-    finished = run_code(THREADS, str(raw), *map(str, scratches))
-    assert "Error" not in finished.stderr
-    for scratch in scratches:
-        contract.assert_shards(contract.local_shards(scratch), raw, 9, 3)
-
-
-def test_no_process_is_left_when_a_program_is_killed(raw: Path, tmp_path: Path) -> None:
-    scratch = tmp_path / "scratch"
-    command = [sys.executable, "-c", CONVERT, str(raw), str(scratch)]
-    run = Run(command, {"PYTHONPATH": str(REPOSITORY)}, tmp_path / "log")
-    try:
-        wait_for(lambda: finished_shards(scratch), run)
-        assert run.workers()
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait_until_gone()
-    finally:
-        run.kill()
-    assert len(finished_shards(scratch)) < 1_152
 
 
 # ------------------------------------------------------------------- what is said

@@ -243,14 +243,3 @@ def test_stamp_of_an_older_version_is_understood_or_written_again(
     change_stamp(mtime_ns=None, versions=None)(path_of(shard, tmp_path))
     found = find_finished(shard, tmp_path)
     assert found is None or found.same_bytes(stamp)
-
-
-def test_only_the_shard_of_a_touched_image_is_not_finished(
-    raw: Path, tmp_path: Path
-) -> None:
-    shards = plan(raw, 4, 2)
-    for shard in shards:
-        script.write_shard(shard, str(tmp_path))
-    os.utime(shards[2].images[1].path, ns=(1, 1))
-    found = [find_finished(s, tmp_path) for s in plan(raw, 4, 2)]
-    assert [bool(f) for f in found] == [True, True, False, True, True, True]

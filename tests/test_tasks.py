@@ -4,17 +4,12 @@ import contextlib
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import contract
 import pytest
-from command import REPOSITORY, SCRIPT, UPLOAD, Finished, environment, run_command
+from command import UPLOAD, Finished, run_command
 from emulator import Emulator, Stall, Status
 from processes import kinds, started, uploads, wait_for
 
@@ -22,7 +17,6 @@ import imagenet_to_gcs
 
 TASKS = 3
 SHARDS = 13  # 8 training and 5 validation shards
-README = REPOSITORY / "README.md"
 
 
 def flags(raw: Path, scratch: Path, *more: str) -> list[str]:
@@ -218,7 +212,7 @@ def test_manifest_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "seconds"),
     [
-        ([], [[], task(0, 2)]),
+        ([], [task(0, 2)]),
         (task(0, 2), [task(0, 2), task(1, 3), []]),
     ],
     ids=["single", "task"],
@@ -277,125 +271,3 @@ def test_lock_is_not_waited_for_when_it_is_a_pipe(raw: Path, tmp_path: Path) -> 
     command = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}"]
     finished = run_command(*command, "--nogcs_upload", timeout=30)
     assert finished.status == 0 or f"{tmp_path}/.lock-0-of-1" in finished.errors[0]
-
-
-# ---------------------------------------------------------------- README's engines
-
-
-def block(mark: str) -> str:
-    """Returns the fenced block of README that holds a mark."""
-    if not README.exists():
-        pytest.skip("needs README.md")
-    found = re.findall(
-        r"^```\w*\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL
-    )
-    (only,) = (text for text in found if mark in text)
-    return str(only)
-
-
-SLURM_CONF = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-AuthType=auth/munge
-AuthInfo=socket={directory}/munge.sock
-SlurmUser=root
-StateSaveLocation={directory}/state
-SlurmdSpoolDir={directory}/spool
-SlurmctldPidFile={directory}/slurmctld.pid
-SlurmdPidFile={directory}/slurmd.pid
-SlurmctldLogFile={directory}/slurmctld.log
-SlurmdLogFile={directory}/slurmd.log
-ProctrackType=proctrack/pgid
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_interval=1
-SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=32 RealMemory=1000000
-PartitionName=main Nodes={host} Default=YES
-"""
-SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
-
-
-def free_ports() -> list[int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return [first.getsockname()[1], second.getsockname()[1]]
-
-
-@pytest.fixture
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Slurm of one machine that has 32 processors; yields its environment."""
-    if os.geteuid() or not all(shutil.which(command) for command in SLURM):
-        pytest.skip("needs root, and Slurm and munge: apt-get install slurm-wlm munge")
-    directory = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool"):
-        (directory / name).mkdir()
-    key = directory / "munge.key"
-    key.write_bytes(os.urandom(1024))
-    key.chmod(0o400)
-    host = socket.gethostname().partition(".")[0]
-    conf = directory / "slurm.conf"
-    conf.write_text(
-        SLURM_CONF.format(host=host, ports=free_ports(), directory=directory)
-    )
-    env = {"SLURM_CONF": str(conf)}
-    munged = ["munged", "--force", "--foreground", f"--key-file={key}"]
-    munged += [f"--{n}-file={directory}/munge.{n}" for n in ("pid", "seed", "log")]
-    munged += [f"--socket={directory}/munge.sock"]
-    daemons = []
-    try:
-        for command in (munged, ["slurmctld", "-D"], ["slurmd", "-D"]):
-            with open(directory / f"{command[0]}.out", "wb") as out:
-                daemons.append(
-                    subprocess.Popen(
-                        command, env=environment(env), stdout=out, stderr=out
-                    )
-                )
-            time.sleep(1)
-        yield env
-    finally:
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            daemon.wait(20)
-
-
-def test_slurm_makes_the_bytes_of_a_single_run(
-    mixed_raw: Path,
-    whole: dict[str, bytes],
-    slurm: dict[str, str],
-    emulator: Emulator,
-    tmp_path: Path,
-) -> None:
-    """The raw directory holds what README says: the data, the script, a .venv."""
-    raw = tmp_path / "raw"
-    shutil.copytree(mixed_raw, raw)
-    shutil.copy(SCRIPT, raw)
-    python = raw / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    # Fewer tasks and shards than README's, for the time it takes.
-    script = block("SLURM_ARRAY_TASK_ID").replace("--array=0-7", "--array=0-1")
-    script = re.sub(r"--task_count=\S+", "--task_count=2", script)
-    small = "--training_shards=8 --validation_shards=5 --num_workers=1"
-    script = script.replace("--nokeep_local_shards", f"--nokeep_local_shards {small}")
-    (tmp_path / "imagenet.slurm").write_text(script)
-    told = {
-        "PROJECT": "project",
-        "DATA_DIR": "gs://bucket/imagenet",
-        "IMAGENET_HOME": str(raw),
-    }
-    env = environment({**emulator.environment, **slurm, **told})
-    subprocess.run(["sbatch", "imagenet.slurm"], cwd=tmp_path, env=env, check=True)
-    deadline = time.monotonic() + 120
-    while subprocess.check_output(["squeue", "--noheader"], env=env):
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-    logs = "".join(path.read_text() for path in tmp_path.glob("slurm-*.out"))
-    assert "Task 1 of 2. Over all tasks, " in logs
-    assert f"The data set is complete: {SHARDS} shards of 29 images " in logs
-    assert emulator.objects() == whole

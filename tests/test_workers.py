@@ -11,7 +11,7 @@ from pathlib import Path
 
 import contract
 import pytest
-from command import IMPORTS, REPOSITORY, SCRIPT, Finished, run_code, run_command
+from command import REPOSITORY, SCRIPT, Finished, run_code, run_command
 from processes import Run, finished_shards, started, unprivileged, wait_for
 
 FIX = "Finished shards are kept: fix this and rerun the same command."
@@ -122,14 +122,6 @@ def test_tensorflow_is_quiet_unless_asked(raw: Path, level: str) -> None:
     assert_complete(done, raw)
     assert any("oneDNN" in line for line in done.lines) == (level == "0")
     assert len(done.lines) == 4 or level == "0"
-
-
-def test_run_imports_neither_google_cloud_nor_tensorflow(raw: Path) -> None:
-    """Without an upload; and TensorFlow lives in the workers."""
-    imported = run_command(*flags(raw), env=IMPORTS).imported
-    assert "absl.logging" in imported
-    heavy = ("google.cloud", "google.auth", "google.api_core", "tensorflow", "numpy")
-    assert [name for name in imported if name.startswith(heavy)] == []
 
 
 # ----------------------------------------------------------------- from a program
@@ -281,25 +273,6 @@ def test_run_goes_on_when_the_forkserver_dies(large: Path, tmp_path: Path) -> No
         os.kill(run.forkserver() or run.pid, signal.SIGKILL)
         done = run.finish()
     assert (done.status, done.errors) == (0, [])
-
-
-@pytest.mark.parametrize("state", ["importing", "writing"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_nothing_is_left_when_the_run_is_stopped(
-    large: Path, tmp_path: Path, state: str, number: signal.Signals
-) -> None:
-    """No process, no temporary directory, no semaphore: even after a SIGKILL of all."""
-    raw = shutil.copytree(large, tmp_path / "raw")
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    with started(*flags(raw, 100), env={"TMPDIR": str(temporary)}) as run:
-        wait_for(run.forkserver if state == "importing" else run.workers, run)
-        maps = Path(f"/proc/{run.pid}/maps").read_text()
-        os.killpg(run.pid, number)
-        run.process.wait(5)
-        run.wait_until_gone()
-    assert list(temporary.iterdir()) == []
-    assert "/dev/shm" not in maps
 
 
 @pytest.mark.parametrize(
