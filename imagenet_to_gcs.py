@@ -799,6 +799,9 @@ def encode_image(data: bytes) -> EncodedImage:
         width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
         _check_values(height, width)
         return _encode_again(data, "PNG")
+    if not data.startswith(JPEG_START):
+        found = f"not a JPEG (starts with {data[:4]!r})"
+        raise _ImageError(found if data else "the file is empty")
     skeleton = read_skeleton(data)
     _check_values(skeleton.height, skeleton.width, max(3, skeleton.num_components))
     _check_decodes(skeleton)
@@ -814,9 +817,6 @@ def read_skeleton(data: bytes) -> Skeleton:
     it fills in what is broken. So decoding the skeleton gives the verdict on the whole
     image in an eighth of the time.
     """
-    if not data.startswith(JPEG_START):
-        found = f"not a JPEG (starts with {data[:4]!r})"
-        raise _ImageError(found if data else "the file is empty")
     import numpy as np
 
     values = np.frombuffer(data, np.uint8)
@@ -1904,7 +1904,11 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
 
 def _remove_temporary_files(options: Options) -> None:
     """Removes what a killed run of this task left half-written."""
-    for path in pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
+    scratch_dir = pathlib.Path(options.scratch_dir)
+    if options.task_count == 1:
+        for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
+    for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
         index = re.match(r"\.+(?:train|validation)-(\d+)-of-\d", path.name)
         if index and int(index[1]) % options.task_count == options.task:
             path.unlink(missing_ok=True)
@@ -2551,7 +2555,9 @@ def _no_images(source: ImageSource, below: str = "*") -> str:
     images = [path for path in files if _looks_like_image(path)]
     names = sorted(map(os.path.basename, files))
     found = _left_out(images) if images else f"Found {_some(names) or 'nothing'} there."
-    return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}"
+    packed = source.depth or any(name.endswith(".tar") for name in names)
+    remedy = f" Extract the tar into {TRAINING_DIRECTORY}/<synset>/." if packed else ""
+    return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}{remedy}"
 
 
 def _left_out(paths: Sequence[str]) -> str:

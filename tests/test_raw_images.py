@@ -269,7 +269,7 @@ REFUSALS = {
         f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
     ),
     "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
-        f"{EMPTY} Found n01440764.tar there."
+        f"{EMPTY} Found n01440764.tar there. Extract the tar into train/<synset>/."
     ),
     "rm train/*/*": "\n".join(
         [
@@ -280,7 +280,8 @@ REFUSALS = {
     ),
     "tar -cf ILSVRC2012_img_train.tar train; rm -r train": (
         "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 12 images left out (12 "
-        f"*.JPEG), such as train/n01440764/n01440764_1.JPEG: {READ}"
+        f"*.JPEG), such as train/n01440764/n01440764_1.JPEG: {READ} Extract the tar "
+        "into train/<synset>/."
     ),
 }
 
