@@ -24,7 +24,7 @@ What goes in, under --raw_data_dir:
     validation/ILSVRC2012_val_00000001.JPEG    50,000 images
     synset_labels.txt              line i is the synset of the i-th validation image
 
-ImageNet's own tars are read in place, without extracting them; see appendix A.
+ImageNet's own tars are read in place, without extracting them.
 
 What comes out, under --local_scratch_dir and, flat, under --gcs_output_path:
 
@@ -48,7 +48,8 @@ The same raw directory gives the same bytes on every machine, with any number of
 workers, however often the run was interrupted: rerun the same command to resume.
 
 There are two kinds of errors. InvalidInputError lists what must be fixed before the run
-can start; nothing was done. RunError says what stopped it; finished shards are kept.
+can start; nothing was done. (Bad images are found only while shards are written: then
+all other shards are done.) RunError says what stopped it; finished shards are kept.
 
 Exit status: 0 if everything is done; 1 if anything is wrong, with a line per problem;
 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
@@ -95,15 +96,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    BinaryIO,
-    ClassVar,
-    NamedTuple,
-    NoReturn,
-    TypeAlias,
-)
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn
 
 INSTALL = "python3 -m pip install -r requirements.txt"
 
@@ -118,6 +111,8 @@ except ImportError as error:
     sys.exit(f"{error}. Run: {INSTALL}")
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from google.cloud import storage
 
 __version__ = "2.0.0"
@@ -139,19 +134,20 @@ flags.DEFINE_string(
     "local_scratch_dir", None, "For the shards; default: tf_records in --raw_data_dir."
 )
 flags.DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
-flags.DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
+flags.DEFINE_bool("gcs_upload", True, "Upload the shards; otherwise only write them.")
 flags.DEFINE_integer("num_workers", None, "Processes; default: one per processor.")
-flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of shards.")
-flags.DEFINE_integer("validation_shards", VALIDATION_SHARDS, "Number of shards.")
+flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "How many to write.")
+flags.DEFINE_integer("validation_shards", VALIDATION_SHARDS, "How many to write.")
 flags.DEFINE_bool(
     "fake_imagenet", False, "First fill an empty --raw_data_dir with fake images."
 )
-flags.DEFINE_bool("keep_local_shards", True, "Keep shards here once uploaded.")
+flags.DEFINE_bool("keep_local_shards", True, "Keep local shards once uploaded.")
 flags.DEFINE_integer("task_index", None, "Which of --task_count machines, from 0.")
 flags.DEFINE_integer("task_count", 1, "Number of machines that share the work.")
 flags.DEFINE_bool("dry_run", False, "Check everything and say what would be done.")
 flags.DEFINE_bool("version", False, "Print the version and exit.")
 
+RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Finished shards are kept: fix this and rerun the same command."
 
 
@@ -170,7 +166,7 @@ class RunError(RuntimeError):
 
 
 class BadImagesError(InvalidInputError):
-    """Images that cannot be used; all shards without them are done."""
+    """Images that cannot be used; every shard without one of them is done."""
 
 
 def open_regular(path: str) -> int:
@@ -201,10 +197,15 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 
 
 IMAGE_SUFFIX = ".JPEG"
-MOST_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no more
+MAX_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no more
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
+OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+FOREIGN_NAMES = (  # left by operating systems and network disks, with more after them
+    *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
+    *("System Volume Information", "__MACOSX", "lost+found"),
+)
 NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
@@ -254,8 +255,8 @@ class ImageSource:
     Attributes:
       path: The directory, the tar, or the tar that holds the tar.
       synset: Class of all its images; empty if they are of many classes.
-      start, end: Of the tar in the file, in bytes; no start for a directory, no end for
-        a tar that ends with its file.
+      start, end: Of the tar in the file, in bytes. A directory has neither, a tar has
+        a start, a tar inside a tar has both.
       version: Of the tar that holds it, when it was found there.
     """
 
@@ -292,9 +293,9 @@ class ImageSource:
             try:
                 status = entry.stat()
                 size, version = status.st_size, file_version(status)
-                if size > MOST_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
+                if size > MAX_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
                     raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
-            except OSError:  # a dangling link: `warnings_about` counts it as empty
+            except OSError:  # a dangling link, most likely; `warnings_about` counts it
                 size = version = 0
             yield RawImage(source, name, synset, label, size, version)
 
@@ -312,14 +313,31 @@ class ImageSource:
             if name in seen:
                 problem = f"must have different names; two in {self.path} are {name}."
                 raise InvalidInputError(f"Files of a tar {problem}")
-            if size > MOST_IMAGE_BYTES and suffix == IMAGE_SUFFIX:
+            if size > MAX_IMAGE_BYTES and suffix == IMAGE_SUFFIX:
                 raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
             seen.add(name)
             yield RawImage(self.path, name, self.synset, label, size, version, offset)
 
 
+def _scan(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError as error:
+        problem = f"Cannot list {directory}: {error.strerror}."
+        raise InvalidInputError(problem) from error
+
+
 def _is_named(name: str, suffix: str = IMAGE_SUFFIX) -> bool:
     return name.endswith(suffix) and name[0] != "."
+
+
+def _is_visible(name: str) -> bool:
+    return not os.path.basename(name).startswith(FOREIGN_NAMES)
+
+
+def _looks_like_image(name: str) -> bool:
+    return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
 
 
 def _filename_in_bytes(image: RawImage) -> bytes:
@@ -329,7 +347,7 @@ def _filename_in_bytes(image: RawImage) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The raw data set: its images by split, each split sorted by path.
+    """The raw data set: training images sorted by path, validation images by name.
 
     Attributes:
       synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
@@ -415,7 +433,8 @@ def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
     """Finds the source of each class, in the order of their paths.
 
     Takes the first of these that exists: directories `train/<synset>`, tars
-    `train/<synset>.tar`, a tar of such tars, `ILSVRC2012_img_train.tar`.
+    `train/<synset>.tar`, a tar of such tars, `ILSVRC2012_img_train.tar`. What comes
+    later must hold no class that is missing there.
     """
     directory, entries, tar = _find_split(raw_data_dir, TRAINING_DIRECTORY)
     found = _classes_among(entries, left_out)
@@ -431,6 +450,7 @@ def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
             "Class tars must all be extracted, or none; these are not, or only in "
             f"part: {_some(sorted(left))}. Extract these too."
         )
+    # As paths sort: `a-b/` comes before `a/`.
     return sorted(classes.values(), key=lambda c: os.fsencode(c.synset + "/"))
 
 
@@ -452,8 +472,10 @@ def _classes_among(
 ) -> list[ImageSource]:
     """Picks class directories and class tars."""
     found = []
-    for entry in filter(lambda entry: _is_visible(entry.name), entries):
+    for entry in entries:
         name, path = entry.name, entry.path
+        if not _is_visible(name):
+            continue
         if os.path.isdir(path):
             found.append(ImageSource(path, name))
         elif name.endswith(".tar") and not name.startswith("ILSVRC"):  # a whole split
@@ -476,9 +498,11 @@ def _classes_in_tar(tar: ImageSource, left_out: list[str]) -> list[ImageSource]:
 
 
 def _is_extracted(tar: ImageSource, extracted: ImageSource | None) -> bool:
-    """Compares the images, but not of the training tar: these are 1.3 million."""
-    if not extracted or tar.depth in (2, extracted.depth):
-        return bool(extracted)
+    """Compares file names, except for the training tar, whose 1.3 million take long."""
+    if not extracted:
+        return False
+    if tar.depth in (2, extracted.depth):
+        return True
     packed, found = ({i.filename for i in s.list_images([])} for s in (tar, extracted))
     return packed <= found
 
@@ -506,7 +530,7 @@ def list_training(
 
 
 def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
-    """Lists the validation images by name, of the first of these that has any.
+    """Lists the validation images, sorted by name, from the first of these with any:
 
     `validation/*.JPEG`, `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Only
     those in directories of classes have a synset already, and none has a label.
@@ -542,7 +566,7 @@ def _with_synsets(images: list[RawImage], raw_data_dir: str) -> list[RawImage]:
             raise InvalidInputError(
                 f"{labels_path} and the folders of {VALIDATION_DIRECTORY}/ must agree; "
                 f"line {line:,} says {label}, {image.path} is in {image.synset}. If "
-                "the folders are right, remove the label file; they do without it."
+                "the folders are right, remove the label file; it is not needed."
             )
     return [i._replace(synset=label) for i, label in zip(images, labels)]
 
@@ -668,7 +692,7 @@ class OpenImage(NamedTuple):
             file = open_regular(_file_of(image))
         except OSError as error:
             return cls(image, error)
-        offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0 means all
+        offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0: up to the end
         os.lseek(file, offset, os.SEEK_SET)
         with contextlib.suppress(OSError):  # not everywhere possible
             os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
@@ -709,7 +733,7 @@ def _file_of(image: RawImage) -> str:
     return image.path if image.offset is None else image.source
 
 
-# Threads that start when first used, and serve all shards of a worker.
+# Its threads start when first used, and serve all shards of a worker.
 _openers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD)
 
 
@@ -730,7 +754,7 @@ def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
 
 
 def _ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields items, each of which is drawn `READ_AHEAD` items before its turn."""
+    """Yields items, drawing `READ_AHEAD` of them in advance."""
     items = iter(items)
     drawn = collections.deque(itertools.islice(items, READ_AHEAD))
     while drawn:
@@ -846,8 +870,8 @@ def read_skeleton(data: bytes) -> Skeleton:
     if len(frame) < 10:
         raise _ImageError("it has no frame header")
     height, width, num_components = struct.unpack_from(">HHB", frame, 5)
-    # A segment may hold more than its length says: libjpeg then reads on, and rejects
-    # the image only if that many bytes are there.
+    # A segment may need more bytes than its length says. libjpeg then reads past its end,
+    # and rejects the image only if those bytes are there.
     segments += data[start : start + 2] + data[last : last + _OVERRUN_BYTES]
     return Skeleton(bytes(segments), height, width, num_components)
 
@@ -945,7 +969,7 @@ CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some FUSE file sys
 class Stamp:
     """What is known of a finished shard, in the scratch directory or in the bucket.
 
-    A hidden JSON file beside the shard holds it; an object's metadata holds `digest`.
+    A hidden JSON file beside the shard holds it; an object's metadata, the digest.
     """
 
     digest: str  # `Shard.digest()` of what it was made of; empty if unknown
@@ -969,104 +993,6 @@ def _stamp_path(path: str) -> str:
     """The stamp of `train/train-00007-of-01024`: `train/.train-00007-of-01024.json`."""
     directory, name = os.path.split(path)
     return os.path.join(directory, f".{name}.json")
-
-
-def write_records(shard: Shard, temporary_path: str) -> Stamp:
-    """Writes the records of a shard to a file; runs in a worker process."""
-    problems: list[str] = []
-    num_repaired = 0
-    with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
-        records = RecordWriter(file)
-        for opened in open_ahead(shard.images):
-            try:
-                encoded = encode_image(opened.read())
-                example = make_example(opened.image, encoded)
-            except Exception as error:  # noqa: BLE001  # it concerns one image
-                problems.append(problem_of(opened.image, error))
-                continue
-            if not problems:
-                records.write(example)
-                num_repaired += encoded.repaired
-    if problems:
-        raise BadImagesError(*problems)
-    return Stamp(
-        shard.digest(),
-        len(shard.images),
-        records.num_bytes,
-        _crc32c_text(records.crc32c),
-        num_repaired,
-        shard.versions(),
-    )
-
-
-def write_shard(
-    shard: Shard,
-    scratch_dir: str,
-    write: Callable[[Shard, str], Stamp] = write_records,
-    durable: bool = True,
-) -> Stamp:
-    """Writes a shard and its stamp, or neither.
-
-    Args:
-      write: `write_records`, here or in a worker process.
-      durable: Whether the shard must survive a loss of power.
-    """
-    path = shard_path(shard, scratch_dir)
-    with _complete_or_absent(path, durable) as temporary_path:
-        stamp = write(shard, temporary_path)
-        mtime_ns = os.stat(temporary_path).st_mtime_ns
-    stamp = dataclasses.replace(stamp, mtime_ns=mtime_ns)
-    write_text(_stamp_path(path), json_text(dataclasses.asdict(stamp)))
-    return stamp
-
-
-def read_stamp(path: str) -> Stamp | None:
-    """Reads the stamp of a shard, even of one that was removed; None if there is none.
-
-    One that is unreadable says nothing of any shard: its digest is empty.
-    """
-    try:
-        return Stamp(**json.loads(read_text(_stamp_path(path))))
-    except (ValueError, TypeError, RecursionError):
-        return Stamp("", 0, 0, "") if os.path.lexists(_stamp_path(path)) else None
-
-
-def is_as_stamped(path: str, stamp: Stamp) -> bool:
-    """Whether a shard has the stamp's size and time; its bytes are not read."""
-    with contextlib.suppress(OSError):
-        status = os.stat(path)
-        return (status.st_size, status.st_mtime_ns) == (stamp.num_bytes, stamp.mtime_ns)
-    return False
-
-
-def read_crc32c(path: str) -> str:
-    """Reads a file for its crc32c, as in `Stamp`."""
-    crc32c = 0
-    try:
-        with open_file(path) as file:
-            while block := file.read(READ_BLOCK_BYTES):
-                crc32c = google_crc32c.extend(crc32c, block)
-    except OSError as error:
-        problem = f"Cannot read {path}: {error.strerror}. {FIX_AND_RERUN}"
-        raise RunError(problem) from error
-    return _crc32c_text(crc32c)
-
-
-def measure(path: str) -> Stamp:
-    """Reads a file to make its stamp; keeps the one beside it if that is true."""
-    found = Stamp("", 0, os.path.getsize(path), read_crc32c(path))
-    stamp = read_stamp(path)
-    return stamp if stamp and stamp.same_bytes(found) else found
-
-
-def check_undamaged(path: str, stamp: Stamp) -> None:
-    """Stops the run if a shard no longer has its bytes; the next run rewrites it."""
-    if read_crc32c(path) != stamp.crc32c:
-        os.utime(path)  # now it is not as stamped, so the next run rewrites it
-        raise RunError(
-            f"{path} has changed since it was written. Rerun the same command to write "
-            "it again."
-        )
 
 
 class RecordWriter:
@@ -1151,6 +1077,103 @@ def read_text(path: str) -> str:
     return ""
 
 
+def write_records(shard: Shard, temporary_path: str) -> Stamp:
+    """Writes the records of a shard to a file; runs in a worker process."""
+    problems: list[str] = []
+    num_repaired = 0
+    with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
+        records = RecordWriter(file)
+        for opened in open_ahead(shard.images):
+            try:
+                encoded = encode_image(opened.read())
+                example = make_example(opened.image, encoded)
+            except Exception as error:  # noqa: BLE001  # it concerns one image
+                problems.append(problem_of(opened.image, error))
+                continue
+            if not problems:
+                records.write(example)
+                num_repaired += encoded.repaired
+    if problems:
+        raise BadImagesError(*problems)
+    return Stamp(
+        shard.digest(),
+        len(shard.images),
+        records.num_bytes,
+        _crc32c_text(records.crc32c),
+        num_repaired,
+        shard.versions(),
+    )
+
+
+def write_shard(
+    shard: Shard,
+    scratch_dir: str,
+    write: Callable[[Shard, str], Stamp] = write_records,
+    durable: bool = True,
+) -> Stamp:
+    """Writes a shard and then its stamp, without which the shard does not count.
+
+    Args:
+      write: `write_records`, here or in a worker process.
+      durable: Whether the shard must survive a loss of power.
+    """
+    path = shard_path(shard, scratch_dir)
+    with _complete_or_absent(path, durable) as temporary_path:
+        stamp = write(shard, temporary_path)
+    stamp = dataclasses.replace(stamp, mtime_ns=os.stat(path).st_mtime_ns)
+    write_text(_stamp_path(path), json_text(dataclasses.asdict(stamp)))
+    return stamp
+
+
+def read_stamp(path: str) -> Stamp | None:
+    """Reads the stamp of a shard, even of one that was removed; None if there is none.
+
+    An unreadable stamp matches no shard: its digest is empty.
+    """
+    try:
+        return Stamp(**json.loads(read_text(_stamp_path(path))))
+    except (ValueError, TypeError, RecursionError):
+        return Stamp("", 0, 0, "") if os.path.lexists(_stamp_path(path)) else None
+
+
+def is_as_stamped(path: str, stamp: Stamp) -> bool:
+    """Whether a shard has the stamp's size and time; its bytes are not read."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return (status.st_size, status.st_mtime_ns) == (stamp.num_bytes, stamp.mtime_ns)
+    return False
+
+
+def read_crc32c(path: str) -> str:
+    """Reads a file for its crc32c, as in `Stamp`."""
+    crc32c = 0
+    try:
+        with open_file(path) as file:
+            while block := file.read(READ_BLOCK_BYTES):
+                crc32c = google_crc32c.extend(crc32c, block)
+    except OSError as error:
+        problem = f"Cannot read {path}: {error.strerror}. {FIX_AND_RERUN}"
+        raise RunError(problem) from error
+    return _crc32c_text(crc32c)
+
+
+def measure(path: str) -> Stamp:
+    """Reads a file to make its stamp; returns the one beside it if that matches."""
+    found = Stamp("", 0, os.path.getsize(path), read_crc32c(path))
+    stamp = read_stamp(path)
+    return stamp if stamp and stamp.same_bytes(found) else found
+
+
+def check_undamaged(path: str, stamp: Stamp) -> None:
+    """Stops the run if a shard no longer has its bytes; the next run rewrites it."""
+    if read_crc32c(path) != stamp.crc32c:
+        os.utime(path)  # now it is not as stamped, so the next run rewrites it
+        raise RunError(
+            f"{path} has changed since it was written. Rerun the same command to write "
+            "it again."
+        )
+
+
 # ---------------------------------------------------------------------------------
 # 6. All shards: the processes that write and the threads that upload
 
@@ -1163,7 +1186,7 @@ SPEED_SECONDS = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is left to do.
+    """What is left to do, and what is done.
 
     Attributes:
       to_write: This task's shards that are finished neither here nor in the bucket.
@@ -1176,8 +1199,10 @@ class Work:
     done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
 
     @property
-    def is_done(self) -> bool:
-        return not (self.to_write or self.to_upload)
+    def left(self) -> list[str]:
+        """Names of this task's shards that are not finished."""
+        uploads = (shard for shard, _ in self.to_upload)
+        return [shard.name for shard in (*self.to_write, *uploads)]
 
 
 class Progress:
@@ -1189,7 +1214,7 @@ class Progress:
         num_uploads = len(work.to_write) + len(work.to_upload)
         self.shards_to_upload = num_uploads if is_uploading else 0
         self.stamps: dict[str, Stamp] = {}  # of the shards written in this run, by name
-        self.uploaded: dict[str, Stamp] = {}  # the same of the shards uploaded
+        self.uploaded: dict[str, Stamp] = {}  # of the shards uploaded in this run
         self.images = self.num_bytes = self.repaired = 0  # in the shards written
         self.bad_images: list[str] = []  # a line for each; their shards are left out
         self._start = time.monotonic()
@@ -1220,13 +1245,12 @@ class Progress:
         if self.shards_to_upload:
             done = len(self.uploaded)
             parts.append(f"uploaded {done:,} of {self.shards_to_upload:,}")
-        to_do = [
-            (self.images_to_write - self.images, images),
-            (self.shards_to_upload - len(self.uploaded), uploads),
-        ]
-        if all(lately for left, lately in to_do if left):
-            left = max(left * seconds / max(lately, 1) for left, lately in to_do)
-            parts.append(f"{_duration(left)} left")
+        images_left = self.images_to_write - self.images
+        uploads_left = self.shards_to_upload - len(self.uploaded)
+        if (images or not images_left) and (uploads or not uploads_left):
+            images_time = images_left * seconds / max(images, 1)
+            uploads_time = uploads_left * seconds / max(uploads, 1)
+            parts.append(f"{_duration(max(images_time, uploads_time))} left")
         return ", ".join(parts) + "."
 
     def _lately(self) -> list[float]:
@@ -1235,7 +1259,7 @@ class Progress:
         while len(self._history) > 1 and now[0] - self._history[1][0] >= SPEED_SECONDS:
             self._history.popleft()
         self._history.append(now)
-        return [n - t for n, t in zip(now, self._history[0])]
+        return [new - old for new, old in zip(now, self._history[0])]
 
 
 def write_and_upload(job: Job, progress: Progress) -> None:
@@ -1269,7 +1293,7 @@ def write_and_upload(job: Job, progress: Progress) -> None:
 
     tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
     for i, upload in enumerate(job.work.to_upload):
-        tasks.insert(2 * i, upload)  # in turns, so that neither kind waits
+        tasks.insert(2 * i, upload)  # alternately, so that neither kind waits
     threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
     with _closing(threads, stopping):
         futures = [threads.submit(take, *task) for task in tasks]
@@ -1302,7 +1326,10 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
 
     def report() -> None:
         while not is_over.wait(REDRAW_SECONDS if live_line.is_on else LOG_SECONDS):
-            live_line.draw(say()) if live_line.is_on else logging.info(say())
+            if live_line.is_on:
+                live_line.draw(say())
+            else:
+                logging.info(say())
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
@@ -1321,8 +1348,8 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # in memory for each upload
 TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
 CHUNK_TIMEOUT = (10, 300)  # the same, with time to send a chunk at 0.02 MB/s
-START_SECONDS = 120  # how long a request waits for a fault to pass at the start
-UPLOAD_SECONDS = 600  # and during an upload
+START_SECONDS = 120  # how long to retry a request before the run starts
+UPLOAD_SECONDS = 600  # and one of an upload
 WARNING_SECONDS = 10
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 
@@ -1347,14 +1374,14 @@ class GcsPath:
         match = re.fullmatch(r"gs://([^/]*)/?(.*)", text)
         if not match:
             problem = "must start with gs://, as in gs://bucket/directory"
-        elif re.fullmatch("[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", match[1]):
-            return cls(match[1], match[2].strip("/"))
-        else:  # https://cloud.google.com/storage/docs/buckets#naming
-            problem = (
-                "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', "
-                f"'_' and '.'; found {match[1]!r}"
+            raise InvalidInputError(f"--gcs_output_path={text} {problem}.")
+        # https://cloud.google.com/storage/docs/buckets#naming
+        if not re.fullmatch("[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", match[1]):
+            raise InvalidInputError(
+                f"--gcs_output_path={text} must name a bucket after gs://: 3 to 222 "
+                f"characters of a-z, 0-9, '-', '_' and '.'; found {match[1]!r}."
             )
-        raise InvalidInputError(f"--gcs_output_path={text} {problem}.")
+        return cls(match[1], match[2].strip("/"))
 
     def name_of(self, filename: str) -> str:
         """Names a file of the directory as the bucket does: `directory/filename`."""
@@ -1392,9 +1419,9 @@ class Destination:
         self._bucket = self._client.bucket(path.bucket)
 
     def check_access(self) -> None:
-        """Starts an upload and cancels it, which takes the permission to upload.
+        """Starts an upload and cancels it, which needs the permission to upload.
 
-        Comes before all threads: the client makes its session without a lock.
+        It must come before parallel uploads: the client makes its session without a lock.
         """
         with self._explained(MANIFEST_FILE):
             try:
@@ -1463,8 +1490,8 @@ class Destination:
         blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         with _ChunkReader(open_file(path)) as file:
-            # Told the size of a small file, the client would read it as a whole, and
-            # drop the checksum: the service refuses bytes of any other.
+            # If told the size, the client sends a small file in one request, without the
+            # checksum by which the service rejects damaged bytes.
             blob.upload_from_file(
                 file,
                 content_type="application/octet-stream",
@@ -1486,9 +1513,11 @@ class Destination:
 
         if self.is_listed and filename not in self.objects:
             return
-        fine = [exceptions.NotFound] + [exceptions.Forbidden] * (not self.is_listed)
+        harmless: list[type[Exception]] = [exceptions.NotFound]
+        if not self.is_listed:
+            harmless.append(exceptions.Forbidden)
         blob = self._bucket.blob(self.path.name_of(filename))
-        with self._explained(filename), contextlib.suppress(*fine):
+        with self._explained(filename), contextlib.suppress(*harmless):
             blob.delete(timeout=TIMEOUT, retry=self._patiently(START_SECONDS))
 
     def _patiently(self, seconds: float) -> Any:
@@ -1501,7 +1530,7 @@ class Destination:
         )
 
     def _warn(self, start: float, seconds: float, error: BaseException) -> None:
-        """Says what requests wait for: after 10 s, then once a minute in all."""
+        """Says what requests wait for: after 10 s, then at most once a minute."""
         now = time.monotonic()
         if now >= max(start + WARNING_SECONDS, self._next_warning):
             self._next_warning = now + 60
@@ -1536,7 +1565,7 @@ class _ChunkReader(io.BufferedReader):
         except IndexError:
             self._chunk = memoryview(bytearray(UPLOAD_CHUNK_BYTES))
 
-    def read(self, size: int | None = -1) -> Any:
+    def read(self, size: int | None = UPLOAD_CHUNK_BYTES) -> Any:
         return self._chunk[: self.readinto(self._chunk[:size])]
 
     def close(self) -> None:
@@ -1567,20 +1596,6 @@ def _hold(blob: storage.Blob) -> str:
     return f"retained until {until.isoformat(' ', 'seconds')}" if is_retained else ""
 
 
-def foreign_problem(path: GcsPath, names: Sequence[str]) -> str:
-    """Says that models would read other objects, too, and how to delete just those."""
-    shard = re.compile(r"(\w+-)(\d{5})(-of-(\d{5}))")
-    # No * for an index beyond the count: it could match this run's shards.
-    glob = lambda m: f"{m[1]}*{m[3]}" if m[2] < m[4] else m[0]
-    globs = {shard.sub(glob, name) for name in names}
-    objects = " ".join(shlex.quote(f"{path}/{glob}") for glob in sorted(globs))
-    remedy = "Delete them" + f" (gcloud storage rm {objects})" * (len(globs) <= 10)
-    return (
-        f"{path} contains train-* or validation-* objects from elsewhere, which models "
-        f"would also read: {_some(sorted(names))}. {remedy}, or choose another directory."
-    )
-
-
 # ---------------------------------------------------------------------------------
 # 8. One run: what is left to do, whether it can be done, doing it
 
@@ -1595,8 +1610,9 @@ def find_work(
 
     Args:
       objects: Of the bucket, by base name; None if nothing is to be uploaded.
-      is_own: Whether a shard is of this task. For the others, only the bucket counts
-        if there is one, and no times: their machines' copies may have different ones.
+      is_own: Whether a shard is of this task. For other tasks' shards, only the bucket
+        counts if there is one, and times are ignored: the copies of their machines may
+        have different ones.
     """
     work = Work()
     for shard in shards:
@@ -1611,7 +1627,9 @@ def find_work(
             there.same_bytes(here) if here else there.digest == digest
         )
         if here and is_own(shard) and here.versions != shard.versions():
-            work.to_write.append(shard)  # an image was touched, or might have been
+            work.to_write.append(
+                shard
+            )  # an image was touched, or the stamp is unreadable
         elif here and is_here and objects is None:
             work.done[shard.name] = here
         elif there and is_there:
@@ -1710,6 +1728,24 @@ def _foreign(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
     return sorted(n for n in filenames if pattern.match(n) and n not in planned)
 
 
+def _foreign_problem(path: GcsPath, names: Sequence[str]) -> str:
+    """Says that models would read other objects, too, and how to delete just those."""
+    globs = set()
+    for name in names:
+        match = re.fullmatch(r"(\w+-)(\d{5})(-of-(\d{5}))", name)
+        # No * for an index beyond the count: it could match this run's shards.
+        is_shard = match and int(match[2]) < int(match[4])
+        globs.add(f"{match[1]}*{match[3]}" if match and is_shard else name)
+    remedy = "Delete them"
+    if len(globs) <= 10:
+        objects = " ".join(shlex.quote(f"{path}/{glob}") for glob in sorted(globs))
+        remedy += f" (gcloud storage rm {objects})"
+    return (
+        f"{path} contains train-* or validation-* objects from elsewhere, which models "
+        f"would also read: {_some(sorted(names))}. {remedy}, or choose another directory."
+    )
+
+
 def _bucket_problems(job: Job) -> Iterator[str]:
     """Says what in the bucket should not be there, or cannot be replaced."""
     if not job.destination:
@@ -1717,10 +1753,10 @@ def _bucket_problems(job: Job) -> Iterator[str]:
     if job.options.task_count > 1 and not job.destination.is_listed:
         yield f"--task_count needs the permission to list {job.destination.path}."
     if foreign := _foreign(job.destination.objects, job.shards):
-        yield foreign_problem(job.destination.path, foreign)
-    to_replace = [shard.name for shard in job.work.to_write]
-    to_replace += [shard.name for shard, _ in job.work.to_upload]
-    to_replace += [MANIFEST_FILE] * bool(job.num_missing)
+        yield _foreign_problem(job.destination.path, foreign)
+    to_replace = job.work.left
+    if job.num_missing:
+        to_replace.append(MANIFEST_FILE)
     held = sorted(job.destination.held.items())
     found = [f"{name} ({why})" for name, why in held if name in to_replace]
     if found and job.synsets:  # else the raw directory is wrong, and nothing planned
@@ -1769,7 +1805,7 @@ def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
     options, work = job.options, job.work
     own = options.share(job.shards)
-    num_done = len(own) - len(work.to_write) - len(work.to_upload)
+    num_done = len(own) - len(work.left)
     found = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
     if foreign := _foreign(found, job.shards):
         logging.warning(
@@ -1781,16 +1817,15 @@ def log_intent(job: Job) -> None:
             f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
             f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still missing."
         )
-    if work.is_done:
+    if not work.left:
         logging.info(
             f"Nothing to do: {_count(len(own), 'shard')} are up to date in {job.place}."
         )
     elif num_done or work.to_upload:
-        pending = f"; {len(work.to_upload):,} need only be uploaded"
-        logging.info(
-            f"Resuming: {num_done:,} of {_count(len(own), 'shard')} are up to "
-            f"date{pending if work.to_upload else ''}."
-        )
+        line = f"Resuming: {num_done:,} of {_count(len(own), 'shard')} are up to date"
+        if work.to_upload:
+            line += f"; {len(work.to_upload):,} need only be uploaded"
+        logging.info(f"{line}.")
     if work.to_write:
         num_bytes = sum(shard.num_bytes for shard in work.to_write)
         then = f", and from there to {job.place}" if job.destination else ""
@@ -1815,7 +1850,7 @@ def carry_out(job: Job) -> None:
         for path in _uploaded_before(job):
             path.unlink(missing_ok=True)
     progress = Progress(job.work, is_uploading=bool(job.destination))
-    if not job.work.is_done:
+    if job.work.left:
         with reporting(progress.line):
             write_and_upload(job, progress)
         _log_done(job, progress)
@@ -1825,6 +1860,8 @@ def carry_out(job: Job) -> None:
             "shards were not written. Replace them and rerun the same command."
         )
         raise BadImagesError(*sorted(progress.bad_images))
+    if job.destination:
+        job.destination.list_objects()
     try:
         stamps = _check_finished(job, progress)
     except RunError:
@@ -1866,16 +1903,15 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
       Stamps of the finished shards of all tasks, by name.
     """
     options, destination = job.options, job.destination
-    objects = destination.list_objects() if destination else None
+    objects = destination.objects if destination else None
     if destination and not destination.is_listed:
         return {**job.work.done, **progress.uploaded}
     work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
-    left = [shard.name for shard in [*work.to_write, *(s for s, _ in work.to_upload)]]
-    check_none_wrong(left, len(options.share(job.shards)), job.place)
+    check_none_wrong(work.left, len(options.share(job.shards)), job.place)
     if destination and (foreign := _foreign(destination.objects, job.shards)):
-        raise RunError(foreign_problem(destination.path, foreign))
-    is_here = len(work.done) == len(job.shards) and not destination
-    if is_here and read_text(job.manifest_path) != _manifest(job, work.done):
+        raise RunError(_foreign_problem(destination.path, foreign))
+    is_complete_here = len(work.done) == len(job.shards) and not destination
+    if is_complete_here and read_text(job.manifest_path) != _manifest(job, work.done):
         others = [s for s in job.shards if s.name not in progress.stamps]
         _check_earlier(others, work.done, options.scratch_dir)
     return work.done
@@ -1884,7 +1920,7 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
 def _check_earlier(
     shards: Sequence[Shard], stamps: Mapping[str, Stamp], scratch_dir: str
 ) -> None:
-    """Reads what other runs wrote before the manifest vouches for it."""
+    """Rereads the shards of earlier runs before the manifest vouches for them."""
     number = 0
     say = lambda: f"Checked {number:,} of {_count(len(shards), 'earlier shard')}."
     with reporting(say):
@@ -1922,7 +1958,7 @@ def _uploaded_before(job: Job) -> list[pathlib.Path]:
 
 
 def _remove_manifest(job: Job) -> None:
-    """Removes the mark of a complete data set while it is not one."""
+    """Removes the mark of a complete data set, because it is not one."""
     pathlib.Path(job.manifest_path).unlink(missing_ok=True)
     if job.destination:
         job.destination.delete(MANIFEST_FILE)
@@ -1996,7 +2032,7 @@ PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user asks for: the flags of the same names, checked, and the client."""
+    """What the user asks for: the flags, checked, and the client."""
 
     raw_data_dir: str | None
     gcs_upload: bool
@@ -2046,7 +2082,7 @@ class Options:
         return list(filter(self.is_own, shards))
 
     def _checks(self) -> Iterator[tuple[object, str]]:
-        """Pairs what must hold with what to say where it does not."""
+        """Pairs what must hold with what to say if it does not."""
         yield from self._directory_checks()
         local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
         yield self.gcs_project or local, f"--project must be given {instead}."
@@ -2063,8 +2099,10 @@ class Options:
         is_task = 0 <= self.task < max(self.task_count, 1)
         found = f"found {self.task:,} of {self.task_count:,}"
         yield is_task, f"--task_index must be from 0 to --task_count - 1; {found}."
-        for name in ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload:
-            yield _is_installed(name), f"The package {name} is missing: run {INSTALL}."
+        packages = {"tensorflow": True, "google.cloud.storage": self.gcs_upload}
+        for name, is_needed in packages.items():
+            is_there = not is_needed or _is_installed(name)
+            yield is_there, f"The package {name} is missing: run {INSTALL}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
         given, directory = self.raw_data_dir or "", self.raw_dir
@@ -2084,11 +2122,11 @@ class Options:
         yield not fault, f"{flag} must be a local directory, but {fault}."
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
-        raw, *taken, scratch = (
-            pathlib.Path(os.path.realpath(os.path.join(self.raw_dir, each)))
-            for each in ("", *splits, self.scratch_dir)
+        raw, scratch = pathlib.Path(self.raw_dir), pathlib.Path(self.scratch_dir)
+        taken = [(raw / split).resolve() for split in splits]
+        is_free = scratch.resolve() != raw.resolve() and not any(
+            map(scratch.resolve().is_relative_to, taken)
         )
-        is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
         others = "--raw_data_dir and its {}/ and {}/".format(*splits)
         yield is_free, f"{flag} must be another directory than {others}."
 
@@ -2126,14 +2164,14 @@ def run(
     gcs_output_path: str | None = None,
     local_scratch_dir: str | None = None,
     client: storage.Client | None = None,
-    **options: Any,
+    **more: Any,
 ) -> None:
     """Writes the shards that are missing and uploads those that the bucket lacks.
 
     Args:
       gcs_project: As --project; the others are as the flags of the same names.
       client: To use for the upload instead of a new one.
-      **options: Other fields of `Options`.
+      **more: Other fields of `Options`.
 
     Raises:
       BadImagesError: An InvalidInputError; all but the shards of these images are done.
@@ -2142,15 +2180,15 @@ def run(
     """
     with failures_in_words():
         upload = gcs_upload, gcs_project, gcs_output_path
-        checked = Options(raw_data_dir, *upload, local_scratch_dir, client, **options)
-        if checked.dry_run:
-            log_intent(plan_job(checked))
+        options = Options(raw_data_dir, *upload, local_scratch_dir, client, **more)
+        if options.dry_run:
+            log_intent(plan_job(options))
             return
-        with _locked(checked):
+        with _locked(options):
             start_forkserver()  # imports TensorFlow while images are listed
-            if checked.fake_imagenet:
-                make_fake_imagenet(checked)
-            job = plan_job(checked)
+            if options.fake_imagenet:
+                make_fake_imagenet(options)
+            job = plan_job(options)
             log_intent(job)
             carry_out(job)
 
@@ -2210,7 +2248,10 @@ def convert_to_tf_records(
       InvalidInputError, BadImagesError, RunError: As `run`.
     """
     run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
-    paths = [shard_path(s, local_scratch_dir) for s in plan_shards(Dataset())]
+    scratch_dir = Options(
+        raw_data_dir, False, None, None, local_scratch_dir
+    ).scratch_dir
+    paths = [shard_path(shard, scratch_dir) for shard in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
 
@@ -2272,14 +2313,14 @@ def _raise_stopped(signal_number: int, _: object) -> NoReturn:
 class LiveLine:
     """A line at the bottom of a terminal that is redrawn in place."""
 
-    is_on = False  # whether this is the command, and stderr a terminal
+    is_on = False  # True only for the command, on a terminal
 
     def draw(self, text: str) -> None:
         """Draws the line, cut to the width of the terminal; clears it if empty."""
         if not self.is_on:
             return
         handler = logging.get_absl_handler().python_handler
-        # Not while another thread is at a line of the log, nor if the terminal is gone.
+        # Not while another thread writes a log line, nor if the terminal is gone.
         with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
             width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
@@ -2312,7 +2353,7 @@ def main(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", module="google", category=FutureWarning)
     live_line.is_on = bool(sys.stderr and sys.stderr.isatty())
     for signal_number in STOP_SIGNALS:
-        if signal.getsignal(signal_number) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(signal_number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(signal_number, _raise_stopped)
     try:
         names = [field.name for field in dataclasses.fields(Options)]
@@ -2323,8 +2364,7 @@ def main(arguments: Sequence[str]) -> None:
         _exit(1, *error.args)
     except Stopped as stopped:
         number = stopped.args[0]
-        words = f"Stopped by {number.name}. Rerun the same command to resume."
-        _exit(128 + number, words)
+        _exit(128 + number, f"Stopped by {number.name}. {RERUN}")
 
 
 def _exit(status: int, *errors: str) -> NoReturn:
@@ -2346,18 +2386,19 @@ def parse_flags(arguments: list[str]) -> list[str]:
         print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
         print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)
-    if "--version" in arguments[1:]:
+    rest = app.parse_flags_with_usage(arguments)
+    if FLAGS.version:
         print(f"imagenet_to_gcs.py {__version__}")
         sys.exit(0)
-    return app.parse_flags_with_usage(arguments)
+    return rest
 
 
 # ---------------------------------------------------------------------------------
 # A. Tars: the images of archives that were never extracted
 
 
-MOST_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
-MOST_TAR_METADATA = 2**20  # bytes of a long name, or of other data about a member
+MAX_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
+MAX_TAR_METADATA = 2**20  # bytes of a long name, or of other data about a member
 NOT_TARS = {
     b"\x1f\x8b": "it is compressed; decompress it with gzip -d first",
     b"BZh": "it is compressed; decompress it with bzip2 -d first",
@@ -2386,15 +2427,15 @@ class TarHeader(tarfile.TarInfo):
         plain = PLAIN_HEADER.fullmatch(buf, 124)
         name = buf[:100].partition(b"\0")[0]
         if plain and not name.endswith(b"/"):
-            # Half of Adler-32 is the sum of the bytes and 1, modulo 65,521.
+            # The low half of Adler-32 is 1 plus the sum of the bytes, modulo 65,521.
             total = zlib.adler32(buf[156:], zlib.adler32(buf[:148])) & 0xFFFF
             if total == (int(plain[2], 8) - 8 * ord(" ") + 1) % 65521:
                 header = cls(str(name, encoding, errors))
                 header.size = int(plain[1], 8)
                 return header
         header = super().frombuf(buf, encoding, errors)
-        most = MOST_TAR_METADATA if header.type in b"gxXKL" else header.size
-        if not 0 <= header.size <= most:
+        is_metadata = header.type in b"gxXKL"
+        if header.size < 0 or is_metadata and header.size > MAX_TAR_METADATA:
             raise tarfile.ReadError
         return header
 
@@ -2402,8 +2443,8 @@ class TarHeader(tarfile.TarInfo):
 def list_tar(source: ImageSource) -> tuple[Version, Members]:
     """Lists the files in a tar by normalized name, and tells its version.
 
-    Links to other members are these members under another name, as in extracting, and
-    a name that comes again replaces the first.
+    As in extracting, a link is its target under another name, and a later member
+    replaces an earlier one of the same name.
     """
     try:
         with open_file(source.path) as file:
@@ -2444,7 +2485,7 @@ def _normalized(name: str) -> str:
 
 
 def _resolve_links(found: Members) -> Members:
-    """Puts files in place of symbolic links, and refuses other images that are none."""
+    """Replaces symbolic links with their targets; refuses images that are no files."""
     files = {}
     for name in found:
         if file := _follow(name, found):
@@ -2474,7 +2515,7 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
     tarfile takes a damaged or missing header for the end; a piece missing from a
     download is a hole of zeros, which looks like an end.
     """
-    num_bytes = max(0, min(end - position, MOST_TAR_FILLING + 1))
+    num_bytes = max(0, min(end - position, MAX_TAR_FILLING + 1))
     rest = os.pread(file.fileno(), num_bytes, min(position, end))
     for start, problem in NOT_TARS.items():
         if rest.lstrip().startswith(start):
@@ -2484,7 +2525,7 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
         (len(rest) >= tarfile.BLOCKSIZE, "it is cut short"),
         (not any(rest[: tarfile.BLOCKSIZE]), f"it is damaged, or not a tar, {at}"),
         (
-            not any(rest) and len(rest) <= MOST_TAR_FILLING,
+            not any(rest) and len(rest) <= MAX_TAR_FILLING,
             f"it is damaged, or several tars in one: empty {at}, before its end",
         ),
     )
@@ -2497,26 +2538,13 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
 # B. Wrong raw directories, in words
 
 
-OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-FOREIGN_NAMES = (  # left by operating systems and network disks, with more after them
-    *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
-    *("System Volume Information", "__MACOSX", "lost+found"),
-)
 IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
 # Images of ImageNet-1k, and of the smallest of its classes
 IMAGENET_SPLITS = {"training": (1_281_167, 732), "validation": (50_000, 50)}
 
 
-def _is_visible(name: str) -> bool:
-    return not os.path.basename(name).startswith(FOREIGN_NAMES)
-
-
-def _looks_like_image(name: str) -> bool:
-    return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
-
-
 def _files_at(path: str) -> list[str]:
-    """Lists a file, or all files below a directory, but of foreign directories."""
+    """Lists a file, or all files below a directory, except in foreign directories."""
     if not _is_visible(path):
         return []
     if not os.path.isdir(path):
@@ -2528,17 +2556,8 @@ def _files_at(path: str) -> list[str]:
     return files
 
 
-def _scan(directory: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(directory) as entries:
-            return list(entries)
-    except OSError as error:
-        problem = f"Cannot list {directory}: {error.strerror}."
-        raise InvalidInputError(problem) from error
-
-
 def _no_split(raw_data_dir: str, split: str) -> str:
-    """Words the absence of `train/` or `validation/` with what is there instead."""
+    """Describes the absence of `train/` or `validation/` with what is there instead."""
     directory = os.path.join(raw_data_dir, split)
     if os.path.islink(directory):
         directory += f" (a link to {os.readlink(directory)})"
@@ -2550,18 +2569,18 @@ def _no_split(raw_data_dir: str, split: str) -> str:
 
 
 def _no_images(source: ImageSource, below: str = "*") -> str:
-    """Words a directory or tar without images with what is in it instead."""
+    """Describes a directory or tar without images with what is in it instead."""
     files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
     images = [path for path in files if _looks_like_image(path)]
     names = sorted(map(os.path.basename, files))
     found = _left_out(images) if images else f"Found {_some(names) or 'nothing'} there."
     packed = source.depth or any(name.endswith(".tar") for name in names)
-    remedy = f" Extract the tar into {TRAINING_DIRECTORY}/<synset>/." if packed else ""
+    remedy = " Extract the tar, as README says in step 2." if packed else ""
     return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}{remedy}"
 
 
 def _left_out(paths: Sequence[str]) -> str:
-    """Words images that are not read, with what would make them be."""
+    """Describes images that are not read, with what would make them be."""
     suffixes = collections.Counter(os.path.splitext(path)[1] for path in paths)
     found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
     return (
@@ -2572,7 +2591,7 @@ def _left_out(paths: Sequence[str]) -> str:
 
 
 def _foreign_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
-    """Words validation classes that must be wrong: they would move every label."""
+    """Describes validation classes that must be wrong: they would move every label."""
     foreign = sorted(validated - trained)
     most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
     if trained and foreign and len(foreign) > most:
@@ -2587,7 +2606,7 @@ def _foreign_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
 def warnings_about(
     dataset: Dataset, training_shards: int, validation_shards: int
 ) -> Iterator[str]:
-    """Words what may be as it is, but is not so in ImageNet."""
+    """Describes what is allowed, but differs from ImageNet."""
     if dataset.left_out:
         yield _left_out(dataset.left_out)
     if empty := [image for image in dataset.images if not image.num_bytes]:
@@ -2610,9 +2629,14 @@ def _lacks(
     others: Mapping[str, int],
     num_shards: int,
 ) -> Iterator[str]:
-    """Words what a split lacks, whose classes, and the other's, have these sizes."""
+    """Describes what a split lacks.
+
+    Args:
+      sizes, others: Numbers of images by class, here and in the other split.
+    """
     labels = enumerate(synsets, start=1)
     lone = [f"{s} (label {i})" for i, s in labels if s in sizes and s not in others]
+    # With validation images of few classes, this is a trial, and no class is wrong.
     is_trial = split == "training" and 3 * len(others) < 2 * len(sizes)
     if lone and not is_trial:
         num_synsets = _count(len(synsets), "synset")
@@ -2636,13 +2660,13 @@ def _lacks(
 
 
 def _count(number: int, noun: str) -> str:
-    """Says a number with its noun: '1 image', '1,024 images', '2 classes'."""
+    """Formats a number with its noun: '1 image', '1,024 images', '2 classes'."""
     plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
     return f"{number:,} {plural}"
 
 
 def _size(num_bytes: float) -> str:
-    """Says a number of bytes in decimal units: '110.0 KB', '146.9 GB'."""
+    """Formats a number of bytes in decimal units: '110.0 KB', '146.9 GB'."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
         if num_bytes < 1000 or unit == "TB":
             break
@@ -2651,7 +2675,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Says a time: '45 s', '12 min', '3 h 5 min'."""
+    """Formats a time: '45 s', '12 min', '3 h 5 min'."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -2669,7 +2693,7 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 # ---------------------------------------------------------------------------------
 # C. Worker processes
 
-# Whether to show TensorFlow's log on stderr; otherwise, what is said there is kept.
+# Whether to show TensorFlow's log; otherwise, stderr is kept, for `Forkserver.death`.
 IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
 # Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
 # and what libjpeg says of each skeleton.
@@ -2685,7 +2709,7 @@ class Workers:
         forkserver = start_forkserver()
         self._stopping = stopping
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        # Twice each: it gets the next call before it has answered the one before.
+        # Each is queued twice, so that its next call is waiting when it finishes one.
         for worker in [Worker(forkserver) for _ in range(num_workers)] * 2:
             self._idle.put(worker)
 
@@ -2722,7 +2746,6 @@ class Worker:
                 self._receiving.acquire()
             try:
                 result, error, trace = pickle.load(self._pipe)
-                self._stderr.truncate(0)  # libjpeg warns about every skeleton
             finally:
                 self._receiving.release()
         except (EOFError, ConnectionError, pickle.UnpicklingError):
@@ -2766,7 +2789,7 @@ class Forkserver:
     def death(self, worker_words: str) -> RunError:
         """Says what a worker or the forkserver died of, in its last words."""
         time.sleep(0.2)  # a signal to the whole run may still be on its way
-        self.requests.close()  # ends it, in case that it lives
+        self.requests.close()  # ends it, in case it is still alive
         status = self.process.wait()
         if status == -signal.SIGKILL:
             return RunError(
@@ -2823,14 +2846,14 @@ def _serve_forks() -> None:
     A fork after TensorFlow has run anything would hang.
     """
     _end_with_run()
-    warnings.simplefilter("ignore")  # they kill nothing
+    warnings.simplefilter("ignore")  # a warning is never the cause of death
     signal.signal(signal.SIGCHLD, _die_like_worker)
     with _no_garbage_collection():
         import tensorflow  # noqa: F401
     with socket.socket(fileno=0) as requests:
         while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
             if os.fork() == 0:
-                _work(*file_descriptors)
+                _answer_calls(*file_descriptors)
             for file_descriptor in file_descriptors:
                 os.close(file_descriptor)
 
@@ -2860,7 +2883,7 @@ def _die_like_worker(*_: object) -> None:
                 os._exit(status)
 
 
-def _work(channel: int, stderr: int) -> NoReturn:
+def _answer_calls(channel: int, stderr: int) -> NoReturn:
     """Makes the calls that the run sends to this worker, on one processor."""
     os.dup2(channel, 0)  # else a worker would keep the forkserver's socket open
     if not IS_VERBOSE:
@@ -2876,6 +2899,8 @@ def _work(channel: int, stderr: int) -> NoReturn:
             answer: Any = call(), None, ""
         except BaseException as error:  # noqa: BLE001
             answer = None, error, traceback.format_exc()
+        if not IS_VERBOSE:
+            os.ftruncate(2, 0)  # libjpeg warns about every skeleton
         pipe.write(pickle.dumps(answer))
         pipe.flush()
     os._exit(0)
@@ -2897,9 +2922,7 @@ def _open_closed_streams() -> None:
 # D. Errors of Cloud Storage: which ones pass, and what they say
 
 
-RERUN = "Rerun the same command to resume."
-
-# Patterns for the facts that `_read` returns: an error's classes, status and words.
+# Patterns for the facts that `_facts_and_words` returns: an error's classes, status and words.
 _PASSING = (
     r"retryable|(Connection|ChunkedEncoding|Pool|Protocol|SSL)Error|Timeout|"
     r"BadStatusLine|IncompleteRead|ResponseNotReady|HTTP (408|429|5\d\d)|"
@@ -2966,18 +2989,18 @@ def is_final(error: BaseException) -> bool:
 
 def _look_up(table: Mapping[str, str], error: BaseException) -> tuple[str, str]:
     """Finds the first pattern that fits an error, and what it stands for."""
-    facts, _ = _read(error)
+    facts, _ = _facts_and_words(error)
     return next(row for row in table.items() if re.search(row[0], facts))
 
 
 def words_of(error: BaseException) -> str:
     """What an error says, in one line without JSON, URL and final period."""
-    return _read(error)[1]
+    return _facts_and_words(error)[1]
 
 
 def explain(error: BaseException, place: str, bucket: str) -> str:
     """Puts an error in one line: what failed, why, and what to do if that is known."""
-    facts, words = _read(error)
+    facts, words = _facts_and_words(error)
     path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
         words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
@@ -2987,7 +3010,7 @@ def explain(error: BaseException, place: str, bucket: str) -> str:
     return line.replace("{place}", place).replace("{bucket}", bucket)
 
 
-def _read(error: BaseException) -> tuple[str, str]:
+def _facts_and_words(error: BaseException) -> tuple[str, str]:
     """What is known of an error, for the patterns above, and what it says."""
     chain = list(_chain(error))
     facts = {cls.__name__ for each in chain for cls in type(each).__mro__}
@@ -3000,7 +3023,7 @@ def _read(error: BaseException) -> tuple[str, str]:
     for text in [getattr(response, "text", ""), *(a for e in chain for a in e.args)]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             answer = (text if isinstance(text, dict) else json.loads(text))["error"]
-            status, words = answer["code"], answer["message"]
+            status, words = answer["code"], answer["message"] or words
             break
     if status and not words.startswith(str(status)):
         words = f"{status} {words}"

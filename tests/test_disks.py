@@ -285,7 +285,7 @@ def test_disk_holds_few_shards_when_the_upload_is_slow(
     many: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
     """The run waits there; once killed, the next one goes on, and the last has none."""
-    emulator.inject(Stall(600), kind="multipart", at=1, times=None)
+    emulator.inject(Stall(600), kind="chunk", at=1, times=None)
     bound = 1 + 2 * UPLOAD_THREADS
     with started(*not_kept(many, tmp_path), env=emulator.environment) as running:
         wait_for(lambda: len(on_disk(tmp_path)) == bound, running)
