@@ -5,15 +5,17 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import contract
 import pytest
 from command import UPLOAD, Finished, run_command
-from emulator import Emulator, Stall, WrongContent
+from emulator import Emulator, Stall
 from processes import (
     contents,
     finished_shards,
@@ -28,15 +30,15 @@ from processes import (
 FEW = ("--training_shards=4", "--validation_shards=2", "--num_workers=1")
 
 
-def directories(raw: Path, scratch: Path) -> list[str]:
-    return [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}"]
+def flags(raw: Path, scratch: Path, *more: str) -> list[str]:
+    return [f"--raw_data_dir={raw}", f"--local_scratch_dir={scratch}", *more]
 
 
 # ------------------------------------------------------------------ a full disk
 
 
 def local(raw: Path, scratch: Path) -> list[str]:
-    return [*directories(raw, scratch), "--nogcs_upload", *FEW]
+    return flags(raw, scratch, "--nogcs_upload", *FEW)
 
 
 def assert_cannot_write(done: Finished, path: str | Path, reason: str) -> None:
@@ -57,26 +59,21 @@ def assert_finishes(raw: Path, scratch: Path) -> None:
     assert not list(scratch.rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize("free", [2_000_000, 8_000_000])
-def test_finished_shards_are_kept_when_disk_fills_up(
-    raw: Path, tmp_path: Path, free: int
-) -> None:
-    """Somebody else fills the disk of 20 MB once the run has begun.
-
-    Each shard takes 3 MB of it.
-    """
-    pad(raw, 1_000_000, "train/*/*.JPEG")
+def test_run_ends_in_one_line_when_disk_fills_up(raw: Path, tmp_path: Path) -> None:
+    """Somebody else fills it once the run has begun; 2 MB are left."""
+    pad(raw, 1_000_000, "train/*/*.JPEG")  # 3 MB in each training shard
     with small_disk(tmp_path / "disk", 20_480_000) as disk:
         scratch, other = disk / "scratch", disk / "other"
         with started(*local(raw, scratch)) as run:
             wait_for(lambda: "Writing 6 shards" in run.output(), run)
+            os.killpg(run.pid, signal.SIGSTOP)
             with other.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, 20_480_000 - free)
+                free = shutil.disk_usage(disk).free
+                os.posix_fallocate(file.fileno(), 0, free - 2_000_000)
+            os.killpg(run.pid, signal.SIGCONT)
             done = run.finish()
         path = r".*/train-0000\d-of-00004"
         assert_cannot_write(done, path, "No space left on device")
-        training = {n for n in finished_shards(scratch) if n.startswith("train-")}
-        assert len(training) <= free // 3_000_000
         assert contents(scratch).keys() == finished_shards(scratch)
         other.unlink()
         assert_finishes(raw, scratch)
@@ -121,20 +118,9 @@ def test_finished_shards_are_kept_when_a_file_may_not_be_so_large(
 
 
 def test_room_is_needed_only_for_what_is_left(raw: Path, tmp_path: Path) -> None:
-    """A disk of 4 MB: the shards of 5 MB do not go there, those of 3 MB do."""
-    pad(raw, 1_000_000, "train/*/*_1.JPEG")
+    """A disk of 4 MB: shards of 3 MB have room, but not twice."""
+    pad(raw, 750_000, "train/*/*_1.JPEG")
     with small_disk(tmp_path / "disk", 4_096_000) as disk:
-        pad(raw, 250_000, "validation/*.JPEG")
-        done = run_command(*local(raw, disk))
-        assert done.status == 1
-        [error] = done.errors
-        assert f"--local_scratch_dir={disk}" in error
-        assert "5.0 MB" in error
-        assert "4.1 MB" in error
-        assert [path.name for path in disk.rglob("*")] == [".lock-0-of-1"]
-        for path in raw.glob("validation/*.JPEG"):
-            os.truncate(path, path.stat().st_size - 250_000)
-        os.truncate(next(raw.glob("train/*/*_1.JPEG")), 20_000)
         for _ in range(2):
             done = run_command(*local(raw, disk))
             assert done.status == 0, done.stderr
@@ -182,11 +168,8 @@ def fsync_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fsync_environment(library: Path, log: Path, error: int) -> dict[str, str]:
-    return {
-        "LD_PRELOAD": str(library),
-        "FSYNC_LOG": str(log),
-        "FSYNC_ERROR": str(error),
-    }
+    fsync = {"FSYNC_LOG": str(log), "FSYNC_ERROR": str(error)}
+    return {"LD_PRELOAD": str(library), **fsync}
 
 
 def flushed(log: Path) -> int:
@@ -196,30 +179,23 @@ def flushed(log: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (errno.EACCES, 0),
-        (errno.ENOSYS, 0),
-        (errno.EINVAL, 0),
-        (errno.ENOTSUP, 0),
-        (errno.EIO, 1),
-    ],
-    ids=lambda value: errno.errorcode.get(value, ""),
+    "error",
+    [errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EIO],
+    ids=errno.errorcode.get,
 )
 def test_run_works_when_the_file_system_cannot_flush(
-    raw: Path, tmp_path: Path, fsync_library: Path, error: int, status: int
+    raw: Path, tmp_path: Path, fsync_library: Path, error: int
 ) -> None:
+    """Unless the disk is broken."""
     scratch, log = tmp_path / "scratch", tmp_path / "log"
     env = fsync_environment(fsync_library, log, error)
     done = run_command(*local(raw, scratch), env=env)
-    assert done.status == status, done.stderr
     assert flushed(log)
-    if status:
-        [said] = done.errors
-        assert said.startswith(f"Cannot write {scratch}/")
-        assert os.strerror(error) in said
+    if error == errno.EIO:
+        assert_cannot_write(done, f"{scratch}/.*", "Input/output error")
         assert contents(scratch) == {}
     else:
+        assert done.status == 0, done.stderr
         contract.assert_shards(contents(scratch), raw, 4, 2)
 
 
@@ -228,10 +204,10 @@ def test_disk_is_waited_for_only_where_the_shard_stays_there(
     raw: Path, tmp_path: Path, fsync_library: Path, emulator: Emulator, keep: bool
 ) -> None:
     log = tmp_path / "log"
-    flags = [*directories(raw, tmp_path / "scratch"), *UPLOAD, *FEW]
-    flags += [] if keep else ["--nokeep_local_shards"]
+    arguments = flags(raw, tmp_path / "scratch", *UPLOAD, *FEW)
+    arguments += [] if keep else ["--nokeep_local_shards"]
     env = fsync_environment(fsync_library, log, 0)
-    done = run_command(*flags, env={**env, **emulator.environment})
+    done = run_command(*arguments, env={**env, **emulator.environment})
     assert done.status == 0, done.stderr
     assert len(uploads(emulator)) == 7
     assert flushed(log) == (6 if keep else 0)
@@ -239,97 +215,60 @@ def test_disk_is_waited_for_only_where_the_shard_stays_there(
 
 # ---------------------------------------------------- a small disk, a slow upload
 
-UPLOAD_THREADS = 8
+BOUND = 1 + 16  # shards on the disk, with one worker
 SHARDS = 64  # 60 training and 4 validation shards, of one image each
-COMPLETE = f"The data set is complete: {SHARDS} shards of {SHARDS} images"
+MANY = ("--training_shards=60", "--validation_shards=4", "--num_workers=1")
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw ImageNet that no test changes: 60 + 4 images."""
-    return contract.make_raw(tmp_path_factory.mktemp("many") / "raw", 4, 15, 4)
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A raw ImageNet of 60 + 4 images."""
+    return contract.make_raw(tmp_path / "many", 4, 15, 4)
 
 
-def not_kept(raw: Path, scratch: Path, *more: str) -> list[str]:
-    """Flags of a run with --nokeep_local_shards, unless `more` says otherwise."""
-    shards = ["--training_shards=60", "--validation_shards=4", "--num_workers=1"]
-    return [
-        *directories(raw, scratch),
-        *UPLOAD,
-        *shards,
-        "--nokeep_local_shards",
-        *more,
-    ]
-
-
-def run(raw: Path, scratch: Path, emulator: Emulator, *more: str) -> Finished:
-    return run_command(*not_kept(raw, scratch, *more), env=emulator.environment)
+def not_kept(raw: Path, scratch: Path) -> list[str]:
+    return flags(raw, scratch, *UPLOAD, *MANY, "--nokeep_local_shards")
 
 
 def on_disk(scratch: Path) -> list[str]:
     """Lists the shards in a scratch directory, half-written ones too."""
-    names: list[str] = []
-    for split in ("train", "validation"):
-        if (scratch / split).is_dir():
-            names += os.listdir(scratch / split)
+    paths = [*scratch.glob("train/*"), *scratch.glob("validation/*")]
+    names = [path.name for path in paths]
     return [n for n in names if not (n.startswith(".") and ".json" in n)]
-
-
-def uploaded(emulator: Emulator) -> dict[str, bytes]:
-    """Returns the shards in the bucket by base name."""
-    objects = emulator.objects().items()
-    return {n.removeprefix("imagenet/"): data for n, data in objects if "-of-" in n}
 
 
 def test_disk_holds_few_shards_when_the_upload_is_slow(
     many: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
-    """The run waits there; once killed, the next one goes on, and the last has none."""
-    emulator.inject(Stall(600), kind="chunk", at=1, times=None)
-    bound = 1 + 2 * UPLOAD_THREADS
-    with started(*not_kept(many, tmp_path), env=emulator.environment) as running:
-        wait_for(lambda: len(on_disk(tmp_path)) == bound, running)
-        time.sleep(1)  # in which a run that waits for nothing writes all shards
-        assert len(on_disk(tmp_path)) == bound
-        running.process.kill()
-        running.wait_until_gone()
-    assert len(uploaded(emulator)) < SHARDS
+    """And none when it is over, even if the run was killed in between."""
+    emulator.inject(Stall(600), kind="chunk", at=13, times=None)
+    command = not_kept(many, tmp_path)
+    with started(*command, env=emulator.environment) as run:
+        wait_for(lambda: len(on_disk(tmp_path)) >= BOUND, run)
+        time.sleep(1)  # for more, if there were no bound
+        assert len(on_disk(tmp_path)) == BOUND
+        run.process.kill()
+        run.wait_until_gone()
     emulator.heal()
-    finished = run(many, tmp_path, emulator)
-    assert finished.status == 0, finished.stderr
-    assert finished.says(COMPLETE)
-    assert on_disk(tmp_path) == []
-    assert len(finished_shards(tmp_path)) == SHARDS
-    contract.assert_shards(uploaded(emulator), many, 60, 4)
-    manifest = (tmp_path / "manifest.json").read_bytes()
-    assert manifest == emulator.objects()["imagenet/manifest.json"]
-
-    num_uploads = len(uploads(emulator))
-    again = run(many, tmp_path, emulator)
-    assert again.status == 0
-    assert again.says(COMPLETE)
-    assert len(uploads(emulator)) == num_uploads
-
-
-def test_shard_is_made_again_when_the_bucket_took_it_wrongly(
-    many: Path, tmp_path: Path, emulator: Emulator
-) -> None:
-    """The answer to the upload looks right: only the closing check sees it."""
-    fault = WrongContent(answer_looks_right=True)
-    emulator.inject(fault, at=1, name="train-00007-of-00060")
-    finished = run(many, tmp_path, emulator)
-    assert finished.status == 1
-    [error] = finished.errors
-    assert "train-00007-of-00060" in error
-    assert run(many, tmp_path, emulator).status == 0
-    contract.assert_shards(uploaded(emulator), many, 60, 4)
-    assert on_disk(tmp_path) == []
+    for _ in range(2):
+        done = run_command(*command, env=emulator.environment)
+        assert done.status == 0, done.stderr
+        assert done.says(
+            f"The data set is complete: {SHARDS} shards of {SHARDS} images"
+        )
+        assert on_disk(tmp_path) == []
+        assert len(finished_shards(tmp_path)) == SHARDS
+    objects = {n.partition("/")[2]: data for n, data in emulator.objects().items()}
+    assert (tmp_path / "manifest.json").read_bytes() == objects.pop("manifest.json")
+    contract.assert_shards(objects, many, 60, 4)
+    times = Counter(uploads(emulator))
+    assert [name for name in objects if times[name] > 1] == []
 
 
 def test_shards_leave_when_an_earlier_run_kept_them(
     many: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
-    assert run(many, tmp_path, emulator, "--keep_local_shards").status == 0
-    assert len(on_disk(tmp_path)) == SHARDS
-    assert run(many, tmp_path, emulator).status == 0
-    assert on_disk(tmp_path) == []
+    for more, num_left in (("--keep_local_shards", SHARDS), ("--num_workers=2", 0)):
+        command = [*not_kept(many, tmp_path), more]
+        assert run_command(*command, env=emulator.environment).status == 0
+        assert len(on_disk(tmp_path)) == num_left

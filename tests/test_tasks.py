@@ -4,19 +4,22 @@ import contextlib
 import os
 import re
 import shutil
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import contract
 import pytest
 from command import UPLOAD, Finished, run_command
-from emulator import Emulator, Stall, Status
-from processes import kinds, started, uploads, wait_for
+from emulator import Emulator, Status
+from processes import Run, kinds, started, uploads, wait_for
 
 import imagenet_to_gcs
 
 TASKS = 3
 SHARDS = 13  # 8 training and 5 validation shards
+COMPLETE = f"The data set is complete: {SHARDS} shards of 29 images "
 
 
 def flags(raw: Path, scratch: Path, *more: str) -> list[str]:
@@ -63,28 +66,21 @@ def test_tasks_make_the_bytes_of_a_single_run(
 ) -> None:
     directories = [tmp_path / ("all" if is_shared else str(i)) for i in range(TASKS)]
     with contextlib.ExitStack() as stack:
-        running = [
-            stack.enter_context(
-                started(
-                    *flags(mixed_raw, directory, *task(i)), env=emulator.environment
-                )
-            )
-            for i, directory in enumerate(directories)
-        ]
+        running = []
+        for i, directory in enumerate(directories):
+            command = flags(mixed_raw, directory, *task(i))
+            run = started(*command, env=emulator.environment)
+            running.append(stack.enter_context(run))
         finished = [each.finish() for each in running]
     assert [each.status for each in finished] == [0] * TASKS, finished
     assert emulator.objects() == whole
-    ends = sorted(line for each in finished for line in each.lines[-1:])
-    complete = [line for line in ends if line.startswith("The data set is complete: ")]
-    assert complete, ends
+    assert any(each.says(f"^{COMPLETE}") for each in finished), finished
+    assert not any(each.says("Resuming|up to date") for each in finished)
     for i, directory in enumerate(directories):
         shards = contract.local_shards(directory)
         assert all(whole[f"imagenet/{name}"] == data for name, data in shards.items())
-        if not is_shared:
-            numbers = {int(name.split("-")[1]) % TASKS for name in shards}
-            assert numbers == {i}
-    if is_shared:
-        assert len(contract.local_shards(tmp_path / "all")) == SHARDS
+        numbers = {int(name.split("-")[1]) % TASKS for name in shards}
+        assert numbers == (set(range(TASKS)) if is_shared else {i})
 
 
 def test_manifest_is_written_by_the_last_when_a_task_was_killed(
@@ -112,42 +108,30 @@ def test_manifest_is_written_by_the_last_when_a_task_was_killed(
 
     finished = run(mixed_raw, tmp_path, emulator, *task(1))
     assert finished.status == 0
-    assert finished.lines[-1].startswith(
-        f"The data set is complete: {SHARDS} shards of 29 images "
-    )
+    assert finished.lines[-1].startswith(COMPLETE)
     assert emulator.objects() == whole
     manifest = (tmp_path / "manifest.json").read_bytes()
     assert manifest == whole["imagenet/manifest.json"]
     assert not list(tmp_path.glob("**/.*.tmp")), "half-written files are left"
 
 
-def copied_without_times(raw: Path, target: Path) -> Path:
-    shutil.copytree(raw, target, copy_function=shutil.copyfile)
-    for path in target.rglob("*"):
-        os.utime(path, (1, 1))
-    return target
-
-
 def test_tasks_agree_when_their_copies_have_other_times(
     mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
 ) -> None:
     """And a third machine finds nothing to do."""
-    copy = copied_without_times(mixed_raw, tmp_path / "raw")
+    copy = shutil.copytree(mixed_raw, tmp_path / "raw")
+    for path in copy.rglob("*"):
+        os.utime(path, (1, 1))
     for i, raw in enumerate((mixed_raw, copy)):
         finished = run(raw, tmp_path / f"{i}", emulator, *task(i, 2))
         assert finished.status == 0, finished.stderr
-    assert finished.says("The data set is complete: ")
+    assert finished.says(COMPLETE)
     assert emulator.objects() == whole
     uploaded = uploads(emulator)
     finished = run(copy, tmp_path / "new", emulator)
     assert finished.status == 0, finished.stderr
-    assert finished.says("The data set is complete: ")
+    assert finished.says(COMPLETE)
     assert uploads(emulator) == uploaded
-    assert (
-        contract.local_shards(tmp_path / "0")
-        .keys()
-        .isdisjoint(contract.local_shards(tmp_path / "1"))
-    )
 
 
 def test_manifest_is_removed_when_a_task_sees_that_a_shard_is_missing(
@@ -172,16 +156,6 @@ def test_work_is_the_rest_when_other_tasks_of_another_count_ran(
     assert finished.status == 0
     assert finished.says(f"7 of {SHARDS} shards are up to date")
     assert emulator.objects() == whole
-
-
-def test_task_is_told_when_it_is_fresh(
-    mixed_raw: Path, tmp_path: Path, emulator: Emulator
-) -> None:
-    finished = run(mixed_raw, tmp_path, emulator, *task(2), "--dry_run")
-    assert finished.status == 0
-    assert not finished.says("Resuming|up to date")
-    assert finished.says(rf"Task 2 of 3\..* {SHARDS} of {SHARDS} shards")
-    assert finished.says("^Would write 3 shards of ")
 
 
 def test_task_ends_well_when_it_has_no_shards(
@@ -209,12 +183,18 @@ def test_manifest_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- locks
 
 
+@contextlib.contextmanager
+def halted(*command: str, env: dict[str, str] | None = None) -> Iterator[Run]:
+    """Starts a run, and halts it once it has its lock."""
+    with started(*command, env=env) as running:
+        wait_for(running.forkserver, running)
+        os.killpg(running.pid, signal.SIGSTOP)
+        yield running
+
+
 @pytest.mark.parametrize(
     ("first", "seconds"),
-    [
-        ([], [task(0, 2)]),
-        (task(0, 2), [task(0, 2), task(1, 3), []]),
-    ],
+    [([], [[], task(0, 2)]), (task(0, 2), [task(0, 2), task(1, 3), []])],
     ids=["single", "task"],
 )
 def test_second_run_is_refused_before_it_plans(
@@ -224,50 +204,37 @@ def test_second_run_is_refused_before_it_plans(
     first: list[str],
     seconds: list[list[str]],
 ) -> None:
-    """Where it is of the same task, or of another number of tasks."""
-    emulator.inject(Stall(600), kind="chunk", at=1, times=None)
-    flags_of_first = flags(mixed_raw, tmp_path, *first)
-    with started(*flags_of_first, env=emulator.environment) as running:
-        wait_for(lambda: "chunk" in kinds(emulator), running)
-        num_requests = len(kinds(emulator))
+    """If it is of the same task, or of another number of tasks; the first goes on."""
+    command = flags(mixed_raw, tmp_path, *first)
+    with halted(*command, env=emulator.environment) as running:
         for second in seconds:
             finished = run(mixed_raw, tmp_path, emulator, *second)
             assert finished.status == 1
             [line] = finished.lines
-            assert line.startswith("ERROR: ")
-            assert str(tmp_path) in line
-        assert set(kinds(emulator)[num_requests:]) <= {"chunk", "session"}
+            assert line.startswith(f"ERROR: Another run is writing to {tmp_path}: ")
+        assert len(kinds(emulator)) <= 3  # those of the first
+        os.killpg(running.pid, signal.SIGCONT)
+        assert running.finish().status == 0
 
 
 def test_second_run_is_refused_while_the_fake_imagenet_is_drawn(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     command = [f"--raw_data_dir={raw}", "--nogcs_upload", "--fake_imagenet"]
-    with started(*command) as running:
-        wait_for((raw / ".fake_imagenet").exists, running)
-        finished = run_command(*command, timeout=60)
-        assert running.process.poll() is None
+    with halted(*command):
+        finished = run_command(*command)
     assert finished.status == 1
     [line] = finished.lines
     assert line.startswith(f"ERROR: Another run is writing to {raw}")
 
 
-def test_lock_is_refused_when_it_is_a_link(mixed_raw: Path, tmp_path: Path) -> None:
-    """What it leads to is not emptied."""
-    mine, scratch = tmp_path / "mine", tmp_path / "scratch"
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_lock_is_harmless_whatever_it_is(raw: Path, tmp_path: Path, kind: str) -> None:
+    """What a link leads to is not emptied, and a pipe is not waited for."""
+    mine, lock = tmp_path / "mine", tmp_path / ".lock-0-of-1"
     mine.write_text("precious")
-    scratch.mkdir()
-    (scratch / ".lock-0-of-1").symlink_to(mine)
-    command = [f"--raw_data_dir={mixed_raw}", f"--local_scratch_dir={scratch}"]
-    finished = run_command(*command, "--nogcs_upload")
-    assert finished.status == 1
-    [error] = finished.errors
-    assert f"{scratch}/.lock-0-of-1" in error
-    assert mine.read_text() == "precious"
-
-
-def test_lock_is_not_waited_for_when_it_is_a_pipe(raw: Path, tmp_path: Path) -> None:
-    """Refused or used, nothing hangs."""
-    os.mkfifo(tmp_path / ".lock-0-of-1")
+    lock.symlink_to(mine) if kind == "link" else os.mkfifo(lock)
     command = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}"]
-    finished = run_command(*command, "--nogcs_upload", timeout=30)
-    assert finished.status == 0 or f"{tmp_path}/.lock-0-of-1" in finished.errors[0]
+    finished = run_command(*command, "--nogcs_upload", "--training_shards=4")
+    assert mine.read_text() == "precious"
+    assert finished.status == (1 if kind == "link" else 0)
+    assert [str(lock) in error for error in finished.errors] == [True] * finished.status
