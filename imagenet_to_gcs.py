@@ -478,8 +478,9 @@ def _classes_among(
             continue
         if os.path.isdir(path):
             found.append(ImageSource(path, name))
-        elif name.endswith(".tar") and not name.startswith("ILSVRC"):  # a whole split
-            found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
+        elif name.endswith(".tar"):
+            if not name.startswith("ILSVRC"):  # a whole split
+                found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
         elif _looks_like_image(name):
             left_out.append(path)
         elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
@@ -1053,7 +1054,7 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
 
 def _flush(path: str) -> None:
     """Waits until the disk has a file, if the file system can tell."""
-    with open(path, "ab") as file:  # SMB does not flush one that is open for reading
+    with open(path, "r+b") as file:  # SMB does not flush one that is open for reading
         try:
             os.fsync(file.fileno())
         except OSError as error:
@@ -1120,7 +1121,8 @@ def write_shard(
     path = shard_path(shard, scratch_dir)
     with _complete_or_absent(path, durable) as temporary_path:
         stamp = write(shard, temporary_path)
-    stamp = dataclasses.replace(stamp, mtime_ns=os.stat(path).st_mtime_ns)
+        mtime_ns = os.stat(temporary_path).st_mtime_ns
+    stamp = dataclasses.replace(stamp, mtime_ns=mtime_ns)
     write_text(_stamp_path(path), json_text(dataclasses.asdict(stamp)))
     return stamp
 
@@ -1542,7 +1544,7 @@ class Destination:
         """Turns any error into one line."""
         try:
             yield
-        except RunError:
+        except (RunError, FileNotFoundError):  # it names its file
             raise
         except Exception as error:
             place = f"{self.path}/{filename}".removesuffix("/")
@@ -2106,7 +2108,8 @@ class Options:
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
         given, directory = self.raw_data_dir or "", self.raw_dir
-        if self.fake_imagenet and not self.dry_run:  # it may be missing
+        is_new = self.fake_imagenet and not os.path.lexists(directory)
+        if is_new and not self.dry_run:  # it may be missing
             directory = str(nearest_directory(directory))
         splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
         if fault := _directory_fault(given, directory):
@@ -2122,11 +2125,11 @@ class Options:
         yield not fault, f"{flag} must be a local directory, but {fault}."
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
-        raw, scratch = pathlib.Path(self.raw_dir), pathlib.Path(self.scratch_dir)
-        taken = [(raw / split).resolve() for split in splits]
-        is_free = scratch.resolve() != raw.resolve() and not any(
-            map(scratch.resolve().is_relative_to, taken)
+        raw, *taken, scratch = (  # not `resolve`, which fails on a loop of links
+            pathlib.Path(os.path.realpath(os.path.join(self.raw_dir, each)))
+            for each in ("", *splits, self.scratch_dir)
         )
+        is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
         others = "--raw_data_dir and its {}/ and {}/".format(*splits)
         yield is_free, f"{flag} must be another directory than {others}."
 
@@ -2449,7 +2452,8 @@ def list_tar(source: ImageSource) -> tuple[Version, Members]:
     try:
         with open_file(source.path) as file:
             # Reading ahead between far headers makes a listing 1.2 times slower.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            with contextlib.suppress(OSError):  # not everywhere possible
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             version = tar_version(os.fstat(file.fileno()))
             if source.version not in (None, version):
                 raise ValueError("it has changed since the run began")
@@ -2922,15 +2926,16 @@ def _open_closed_streams() -> None:
 # D. Errors of Cloud Storage: which ones pass, and what they say
 
 
-# Patterns for the facts that `_facts_and_words` returns: an error's classes, status and words.
+# Patterns for the facts of `_facts_and_words`: an error's classes, status and words.
 _PASSING = (
-    r"retryable|(Connection|ChunkedEncoding|Pool|Protocol|SSL)Error|Timeout|"
-    r"BadStatusLine|IncompleteRead|ResponseNotReady|HTTP (408|429|5\d\d)|"
+    r"(retryable|(Connection|ChunkedEncoding|Pool|Protocol|SSL)Error|Timeout|"
+    r"BadStatusLine|IncompleteRead|ResponseNotReady).* HTTP |HTTP (408|429|5\d\d)|"
     r"Metadata server unavailable|temporarily_unavailable|internal_failure|"
     r"server_error|Internal Server Error|Bad Gateway|Service Unavail"
 )
 _FINAL = (
     r"GoogleAuthError|Unauthorized|Forbidden|PreconditionFailed|Project was not passed|"
+    r"TypeError|"  # an argument that this version of the client does not know
     r"BadRequest(?!.*CRC32C)"  # a file can be damaged on its way
 )
 _KINDS = {

@@ -202,6 +202,10 @@ REFUSALS = {
     ),
     "rm -r validation": f"{NO_VALIDATION} Found synset_labels.txt, train {BOTH}",
     "mv validation val": f"{NO_VALIDATION} Found synset_labels.txt, train, val {BOTH}",
+    "rm -r train; ln -s train train": (
+        f"No directory RAW/train (a link to train), {NO_TRAIN} synset_labels.txt, train, "
+        f"validation {BOTH}"
+    ),
     "rm -r train; ln -s /nothing/train train": (
         f"No directory RAW/train (a link to /nothing/train), {NO_TRAIN} "
         f"synset_labels.txt, train, validation {BOTH}"
@@ -269,7 +273,7 @@ REFUSALS = {
         f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
     ),
     "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
-        f"{EMPTY} Found n01440764.tar there. Extract the tar into train/<synset>/."
+        f"{EMPTY} Found n01440764.tar there. Extract the tar, as README says in step 2."
     ),
     "rm train/*/*": "\n".join(
         [
@@ -280,8 +284,8 @@ REFUSALS = {
     ),
     "tar -cf ILSVRC2012_img_train.tar train; rm -r train": (
         "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 12 images left out (12 "
-        f"*.JPEG), such as train/n01440764/n01440764_1.JPEG: {READ} Extract the tar "
-        "into train/<synset>/."
+        f"*.JPEG), such as train/n01440764/n01440764_1.JPEG: {READ} Extract the tar, "
+        "as README says in step 2."
     ),
 }
 
@@ -301,7 +305,8 @@ def left_out(what: str, first: str) -> str:
 
 
 WARNINGS = {
-    "cd train; touch n01440764/{a.jpg,b.jpeg,c.JPG} n01440801/{d,e}.png": left_out(
+    "cd train; ln -s nothing ILSVRC2012_img_train.tar; "
+    "touch n01440764/{a.jpg,b.jpeg,c.JPG} n01440801/{d,e}.png": left_out(
         "5 images left out (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png)",
         "train/n01440764/a.jpg",
     ),
