@@ -238,8 +238,8 @@ REFUSALS = {
     "sed -i 3s/.*/n01440875/ ../synset_labels.txt": (
         "RAW/synset_labels.txt and the folders of validation/ must agree; line 3 says "
         "n01440875, RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG is in "
-        "n01440838. If the folders are right, remove the label file; they do without "
-        "it."
+        "n01440838. If the folders are right, remove the label file; it is not "
+        "needed."
     ),
     "cd train; rm -r n01440838; ln -s nothing n01440838": EACH,
     "cd train; rm -r n01440838; ln -s n01440838 n01440838": EACH,
