@@ -1554,8 +1554,8 @@ class Destination:
 class _ChunkReader(io.BufferedReader):
     """Reads a file for the client, a chunk at a time, into one of a few buffers.
 
-    With `bytes`, or a new buffer each time, the C library keeps some in each thread: at
-    its peak, the run of a full ImageNet took 600 MB instead of 510.
+    With `bytes`, or a new buffer each time, the C library keeps some in each thread: a
+    run of 1.3 million images then took 604 MB at its peak instead of 466.
     """
 
     _free: ClassVar[list[memoryview]] = []
