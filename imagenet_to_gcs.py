@@ -1033,7 +1033,7 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
     """Yields a hidden path to write to, and then gives the file its name.
 
     If `durable`, first waits until the disk has it. Stamps and manifests need not be:
-    one that a power loss tears is unreadable, which is as good as absent.
+    one that a power loss tears is unreadable, and is written again.
     """
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
@@ -1130,7 +1130,8 @@ def write_shard(
 def read_stamp(path: str) -> Stamp | None:
     """Reads the stamp of a shard, even of one that was removed; None if there is none.
 
-    An unreadable stamp matches no shard: its digest is empty.
+    An unreadable stamp matches no shard: its digest and versions are empty, so that the
+    shard is written again. Taken for absent, it could hide that an image was touched.
     """
     try:
         return Stamp(**json.loads(read_text(_stamp_path(path))))
@@ -1882,9 +1883,10 @@ def _log_done(job: Job, progress: Progress) -> None:
     seconds = progress.seconds()
     if progress.shards_to_write:
         logging.info(
-            f"Wrote {_count(len(progress.stamps), 'shard')} "
-            f"({_count(progress.images, 'image')}, {_size(progress.num_bytes)}) of "
-            f"{progress.shards_to_write:,} to {job.options.scratch_dir} in "
+            f"Wrote {len(progress.stamps):,} of "
+            f"{_count(progress.shards_to_write, 'shard')} "
+            f"({_count(progress.images, 'image')}, {_size(progress.num_bytes)}) to "
+            f"{job.options.scratch_dir} in "
             f"{_duration(seconds)}, {progress.images / seconds:,.0f} images/s, "
             f"{_size(progress.num_bytes / seconds)}/s; encoded "
             f"{_count(progress.repaired, 'PNG or CMYK image')} again as RGB JPEG."
@@ -1892,9 +1894,9 @@ def _log_done(job: Job, progress: Progress) -> None:
     if job.destination and progress.shards_to_upload:
         num_bytes = sum(stamp.num_bytes for stamp in progress.uploaded.values())
         logging.info(
-            f"Uploaded {_count(len(progress.uploaded), 'shard')} ({_size(num_bytes)}) of "
-            f"{progress.shards_to_upload:,} to {job.destination.path} in "
-            f"{_duration(seconds)}."
+            f"Uploaded {len(progress.uploaded):,} of "
+            f"{_count(progress.shards_to_upload, 'shard')} ({_size(num_bytes)}) to "
+            f"{job.destination.path} in {_duration(seconds)}."
         )
 
 

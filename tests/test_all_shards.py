@@ -93,7 +93,7 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
         ),
         rf"Writing 12 shards of 29 images \([\d.]+ KB\) to {scratch}\.",
         (
-            rf"Wrote 12 shards \(29 images, {written}\) of 12 to {scratch} in \d+ s, "
+            rf"Wrote 12 of 12 shards \(29 images, {written}\) to {scratch} in \d+ s, "
             r"\d+ images/s, [\d.]+ ([KM]B|bytes)/s; encoded 8 PNG or CMYK images again "
             r"as RGB JPEG\."
         ),
