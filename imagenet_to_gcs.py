@@ -871,8 +871,8 @@ def read_skeleton(data: bytes) -> Skeleton:
     if len(frame) < 10:
         raise _ImageError("it has no frame header")
     height, width, num_components = struct.unpack_from(">HHB", frame, 5)
-    # A segment may need more bytes than its length says. libjpeg then reads past its end,
-    # and rejects the image only if those bytes are there.
+    # A segment may need more bytes than its length says. libjpeg then reads past its
+    # end, and rejects the image only if those bytes are there.
     segments += data[start : start + 2] + data[last : last + _OVERRUN_BYTES]
     return Skeleton(bytes(segments), height, width, num_components)
 
@@ -1242,7 +1242,8 @@ class Progress:
             percent = math.floor(100 * self.images / max(self.images_to_write, 1))
             parts += [
                 f"{len(self.stamps):,} of {_count(self.shards_to_write, 'shard')}",
-                f"{self.images:,} of {_count(self.images_to_write, 'image')} ({percent}%)",
+                f"{self.images:,} of {_count(self.images_to_write, 'image')} "
+                f"({percent}%)",
                 f"{images / seconds:,.0f} images/s, {_size(num_bytes / seconds)}/s",
             ]
         if self.shards_to_upload:
@@ -1424,7 +1425,7 @@ class Destination:
     def check_access(self) -> None:
         """Starts an upload and cancels it, which needs the permission to upload.
 
-        It must come before parallel uploads: the client makes its session without a lock.
+        It must come before parallel uploads: the client makes its session unlocked.
         """
         with self._explained(MANIFEST_FILE):
             try:
@@ -1460,8 +1461,9 @@ class Destination:
             except exceptions.Forbidden:
                 if self.is_listed:
                     logging.warning(
-                        f"Cannot list {self.path} (storage.objects.list is not granted): "
-                        "all shards will be uploaded, and the result cannot be checked."
+                        f"Cannot list {self.path} (storage.objects.list is not "
+                        "granted): all shards will be uploaded, and the result cannot "
+                        "be checked."
                     )
                 self.is_listed, listed = False, {}
         self.held = {name: why for name, blob in listed.items() if (why := _hold(blob))}
@@ -1493,8 +1495,8 @@ class Destination:
         blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         with _ChunkReader(open_file(path)) as file:
-            # If told the size, the client sends a small file in one request, without the
-            # checksum by which the service rejects damaged bytes.
+            # If told the size, the client sends a small file in one request, and without
+            # the checksum by which the service rejects damaged bytes.
             blob.upload_from_file(
                 file,
                 content_type="application/octet-stream",
@@ -1745,7 +1747,8 @@ def _foreign_problem(path: GcsPath, names: Sequence[str]) -> str:
         remedy += f" (gcloud storage rm {objects})"
     return (
         f"{path} contains train-* or validation-* objects from elsewhere, which models "
-        f"would also read: {_some(sorted(names))}. {remedy}, or choose another directory."
+        f"would also read: {_some(sorted(names))}. {remedy}, or choose another "
+        "directory."
     )
 
 
@@ -1812,13 +1815,14 @@ def log_intent(job: Job) -> None:
     found = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
     if foreign := _foreign(found, job.shards):
         logging.warning(
-            f"{options.scratch_dir} also holds {_count(len(foreign), 'shard')} of another "
-            f"plan: {_some(foreign)}. Remove what you do not need."
+            f"{options.scratch_dir} also holds {_count(len(foreign), 'shard')} of "
+            f"another plan: {_some(foreign)}. Remove what you do not need."
         )
     if options.task_count > 1:
         logging.info(
             f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
-            f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still missing."
+            f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still "
+            "missing."
         )
     if not work.left:
         logging.info(
@@ -2231,8 +2235,8 @@ def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"Another run is writing to {path.parent}: wait until it ends, or choose "
-                "another --local_scratch_dir."
+                f"Another run is writing to {path.parent}: wait until it ends, or "
+                "choose another --local_scratch_dir."
             ) from None
         except OSError as error:  # some network file systems cannot
             logging.warning(
@@ -2772,8 +2776,8 @@ class Forkserver:
     def __init__(self) -> None:
         self._stderr = _unnamed_file()
         self.requests, stdin = socket.socketpair()  # a byte, with a worker's files
-        # Runs this file, whatever its name, as the same module; see its last lines. With
-        # runpy, importing TensorFlow takes 0.4 s longer.
+        # Runs this file, whatever its name, as the same module; see its last lines.
+        # With runpy, importing TensorFlow takes 0.4 s longer.
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; IS_FORKSERVER = True; "
             f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
@@ -2800,8 +2804,8 @@ class Forkserver:
         if status == -signal.SIGKILL:
             return RunError(
                 "A worker process was killed, most likely because the machine ran out "
-                "of memory. Finished shards are kept: rerun the same command with fewer "
-                "--num_workers."
+                "of memory. Finished shards are kept: rerun the same command with "
+                "fewer --num_workers."
             )
         text = worker_words or _text(self._stderr)
         lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
@@ -3054,7 +3058,7 @@ def _words_without_answer(chain: Sequence[BaseException]) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those within it, outermost first; libraries nest them in many ways."""
+    """An error and those within it, outermost first; libraries nest them variously."""
     while error is not None:
         yield error
         # As google.api_core, urllib3, requests and google.auth, and `raise from` do.
