@@ -1240,10 +1240,10 @@ class Progress:
         parts = []
         if self.shards_to_write:
             percent = math.floor(100 * self.images / max(self.images_to_write, 1))
+            num_images = _count(self.images_to_write, "image")
             parts += [
                 f"{len(self.stamps):,} of {_count(self.shards_to_write, 'shard')}",
-                f"{self.images:,} of {_count(self.images_to_write, 'image')} "
-                f"({percent}%)",
+                f"{self.images:,} of {num_images} ({percent}%)",
                 f"{images / seconds:,.0f} images/s, {_size(num_bytes / seconds)}/s",
             ]
         if self.shards_to_upload:
@@ -1495,7 +1495,7 @@ class Destination:
         blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         with _ChunkReader(open_file(path)) as file:
-            # If told the size, the client sends a small file in one request, and without
+            # If told the size, the client sends a small file in one request, without
             # the checksum by which the service rejects damaged bytes.
             blob.upload_from_file(
                 file,
