@@ -202,7 +202,7 @@ TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
 OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-FOREIGN_NAMES = (  # left by operating systems and network disks, with more after them
+FOREIGN_NAMES = (  # how names begin that operating systems and network disks leave
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
     *("System Volume Information", "__MACOSX", "lost+found"),
 )
@@ -432,9 +432,9 @@ def _no_garbage_collection() -> Iterator[None]:
 def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
     """Finds the source of each class, in the order of their paths.
 
-    Takes the first of these that exists: directories `train/<synset>`, tars
-    `train/<synset>.tar`, a tar of such tars, `ILSVRC2012_img_train.tar`. What comes
-    later must hold no class that is missing there.
+    Takes the first that exists of: directories `train/<synset>`; tars
+    `train/<synset>.tar`; a tar of such tars, `ILSVRC2012_img_train.tar`. The others
+    must hold nothing that it lacks.
     """
     directory, entries, tar = _find_split(raw_data_dir, TRAINING_DIRECTORY)
     found = _classes_among(entries, left_out)
@@ -444,7 +444,7 @@ def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
         raise InvalidInputError(_no_images(tar or directory, "*/*"))
     depth = min(source.depth for source in found)
     classes = {source.synset: source for source in found if source.depth == depth}
-    left = [s.place for s in found if not _is_extracted(s, classes.get(s.synset))]
+    left = [s.place for s in found if not _is_covered(s, classes.get(s.synset))]
     if left:
         raise InvalidInputError(
             "Class tars must all be extracted, or none; these are not, or only in "
@@ -498,13 +498,17 @@ def _classes_in_tar(tar: ImageSource, left_out: list[str]) -> list[ImageSource]:
     return found
 
 
-def _is_extracted(tar: ImageSource, extracted: ImageSource | None) -> bool:
-    """Compares file names, except for the training tar, whose 1.3 million take long."""
-    if not extracted:
+def _is_covered(source: ImageSource, chosen: ImageSource | None) -> bool:
+    """Whether the chosen source of its class has all that this one has.
+
+    File names are compared only for a class tar beside a directory: for the training
+    tar that would take long, so its classes suffice.
+    """
+    if not chosen:
         return False
-    if tar.depth in (2, extracted.depth):
+    if source.depth in (chosen.depth, 2):
         return True
-    packed, found = ({i.filename for i in s.list_images([])} for s in (tar, extracted))
+    packed, found = ({i.filename for i in s.list_images([])} for s in (source, chosen))
     return packed <= found
 
 
@@ -531,7 +535,7 @@ def list_training(
 
 
 def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
-    """Lists the validation images, sorted by name, from the first of these with any:
+    """Lists the validation images, sorted by name, from the first place that has any:
 
     `validation/*.JPEG`, `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Only
     those in directories of classes have a synset already, and none has a label.
@@ -693,7 +697,7 @@ class OpenImage(NamedTuple):
             file = open_regular(_file_of(image))
         except OSError as error:
             return cls(image, error)
-        offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0: up to the end
+        offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0 means "all"
         os.lseek(file, offset, os.SEEK_SET)
         with contextlib.suppress(OSError):  # not everywhere possible
             os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
@@ -1131,7 +1135,8 @@ def read_stamp(path: str) -> Stamp | None:
     """Reads the stamp of a shard, even of one that was removed; None if there is none.
 
     An unreadable stamp matches no shard: its digest and versions are empty, so that the
-    shard is written again. Taken for absent, it could hide that an image was touched.
+    shard is written again. If it counted as absent, the bucket's copy would pass for up
+    to date, although an image may have been touched.
     """
     try:
         return Stamp(**json.loads(read_text(_stamp_path(path))))
@@ -1181,7 +1186,7 @@ def check_undamaged(path: str, stamp: Stamp) -> None:
 # 6. All shards: the processes that write and the threads that upload
 
 PARALLEL_UPLOADS = 8  # the client's connection pool holds 10
-WAITING_SHARDS = 16  # written but not uploaded, at most; then the workers wait
+WAITING_SHARDS = 16  # that may wait for the network before a worker has to wait
 LOG_SECONDS = 10.0
 REDRAW_SECONDS = 0.5
 SPEED_SECONDS = 30.0
@@ -1352,8 +1357,8 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # in memory for each upload
 TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
 CHUNK_TIMEOUT = (10, 300)  # the same, with time to send a chunk at 0.02 MB/s
-START_SECONDS = 120  # how long to retry a request before the run starts
-UPLOAD_SECONDS = 600  # and one of an upload
+REQUEST_SECONDS = 120  # how long a request is retried
+UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 WARNING_SECONDS = 10
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 
@@ -1416,7 +1421,7 @@ class Destination:
         self.is_listed = True
         self.held: dict[str, str] = {}
         self._next_warning = 0.0
-        create = self._patiently(START_SECONDS)(storage.Client)
+        create = self._patiently(REQUEST_SECONDS)(storage.Client)
         with self._explained():
             self._client = client or create(project=project)
         self._payer = project or self._client.project
@@ -1439,7 +1444,7 @@ class Destination:
 
     def _start_and_cancel(self) -> None:
         blob = self._bucket.blob(self.path.name_of(MANIFEST_FILE))
-        patiently = self._patiently(START_SECONDS)
+        patiently = self._patiently(REQUEST_SECONDS)
         url = blob.create_resumable_upload_session(timeout=TIMEOUT, retry=patiently)
         patiently(self._client._http.delete)(url, timeout=TIMEOUT)
 
@@ -1452,7 +1457,7 @@ class Destination:
             prefix=self.path.name_of(""),
             delimiter="/",
             timeout=TIMEOUT,
-            retry=self._patiently(START_SECONDS),
+            retry=self._patiently(REQUEST_SECONDS),
         )
         with self._explained():
             try:
@@ -1523,7 +1528,7 @@ class Destination:
             harmless.append(exceptions.Forbidden)
         blob = self._bucket.blob(self.path.name_of(filename))
         with self._explained(filename), contextlib.suppress(*harmless):
-            blob.delete(timeout=TIMEOUT, retry=self._patiently(START_SECONDS))
+            blob.delete(timeout=TIMEOUT, retry=self._patiently(REQUEST_SECONDS))
 
     def _patiently(self, seconds: float) -> Any:
         """Returns a `retry` for a request: it waits this long for a fault to pass."""
@@ -1615,9 +1620,9 @@ def find_work(
 
     Args:
       objects: Of the bucket, by base name; None if nothing is to be uploaded.
-      is_own: Whether a shard is of this task. For other tasks' shards, only the bucket
-        counts if there is one, and times are ignored: the copies of their machines may
-        have different ones.
+      is_own: Whether a shard is of this task. For other tasks' shards, the bucket alone
+        decides, if there is one; times never do, because other machines may have other
+        copies of the images.
     """
     work = Work()
     for shard in shards:
@@ -1631,10 +1636,10 @@ def find_work(
         is_there = there and (
             there.same_bytes(here) if here else there.digest == digest
         )
+        # In this order: an image was touched (or the stamp is unreadable), whatever the
+        # bucket has; the shard is done; it need only be uploaded; it is nowhere.
         if here and is_own(shard) and here.versions != shard.versions():
-            work.to_write.append(
-                shard
-            )  # an image was touched, or the stamp is unreadable
+            work.to_write.append(shard)
         elif here and is_here and objects is None:
             work.done[shard.name] = here
         elif there and is_there:
@@ -1975,8 +1980,8 @@ def _remove_manifest(job: Job) -> None:
 def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     """The JSON text that marks a data set as complete.
 
-    It lists the examples, bytes and crc32c of each shard, their totals, and the synset
-    of each label, which is written nowhere else.
+    It lists the examples, bytes and crc32c of each shard, the totals of examples and
+    bytes, and the synset of each label, which the records have only one by one.
     """
     splits = (shard.split for shard in job.shards for _ in shard.images)
     return json_text(
@@ -2136,8 +2141,8 @@ class Options:
             for each in ("", *splits, self.scratch_dir)
         )
         is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
-        others = "--raw_data_dir and its {}/ and {}/".format(*splits)
-        yield is_free, f"{flag} must be another directory than {others}."
+        others = "--raw_data_dir, nor be in its {}/ or {}/".format(*splits)
+        yield is_free, f"{flag} must not be {others}."
 
 
 def _directory_fault(given: str, path: str) -> str:
@@ -2221,7 +2226,7 @@ def _locked(options: Options) -> Iterator[None]:
             yield
         except InvalidInputError:
             if is_new:  # leave nothing where nothing was done
-                path.unlink()
+                path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # there are shards
                     scratch_dir.rmdir()
             raise
@@ -2279,10 +2284,10 @@ def upload_to_gcs(
     """
     with failures_in_words():
         destination = Destination(GcsPath.parse(gcs_output_path), gcs_project, client)
-        paths = [*training_records, *validation_records]
-        stamps = {path: measure(path) for path in paths}
         destination.check_access()
         destination.list_objects()
+        paths = [*training_records, *validation_records]
+        stamps = {path: measure(path) for path in paths}
         _upload_missing(destination, stamps)
         destination.list_objects()
         if destination.is_listed:
@@ -2660,7 +2665,7 @@ def _lacks(
             f"ImageNet-1k has {num_expected:,} {split} images, found {num_images:,} "
             f"({num_images - num_expected:+,}).{classes}"
         )
-    shard_size = max(1, math.ceil(num_images / num_shards))  # as in `plan_shards`
+    shard_size = max(1, math.ceil(num_images / num_shards))  # as in `_cut`
     if num_empty := num_shards - math.ceil(num_images / shard_size):
         yield (
             f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty, "
@@ -2713,7 +2718,7 @@ NOISE = re.compile(
 
 
 class Workers:
-    """Processes that check and encode images for the threads of the run."""
+    """Processes that write shards for the threads of the run."""
 
     def __init__(self, num_workers: int, stopping: threading.Event):
         forkserver = start_forkserver()
@@ -2736,7 +2741,11 @@ class Workers:
 
 
 class Worker:
-    """A process that makes calls until its pipe is closed."""
+    """A process that makes calls until its pipe is closed.
+
+    Two threads may be in `call`: one sends its request while the other waits for its
+    answer. The lock of the answers, taken before the next may send, keeps their order.
+    """
 
     def __init__(self, forkserver: Forkserver):
         self._forkserver = forkserver
@@ -2768,9 +2777,9 @@ class Worker:
 class Forkserver:
     """The process that imports TensorFlow, once, and forks the workers.
 
-    Unlike the standard library's, it needs no temporary directory, no semaphore and no
-    second import of this file, and it tells what a worker died of, by dying the same
-    way. In its own session, Ctrl-C and hangups do not reach it.
+    Unlike the standard library's, it needs no temporary directory and no semaphore,
+    does not run the user's program again, and tells what a worker died of, by dying the
+    same way. In its own session, Ctrl-C and hangups do not reach it.
     """
 
     def __init__(self) -> None:
@@ -2778,8 +2787,9 @@ class Forkserver:
         self.requests, stdin = socket.socketpair()  # a byte, with a worker's files
         # Runs this file, whatever its name, as the same module; see its last lines.
         # With runpy, importing TensorFlow takes 0.4 s longer.
+        paths = [os.path.abspath(path) for path in sys.path]
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; IS_FORKSERVER = True; "
+            f"import sys; sys.path[:] = {paths!r}; IS_FORKSERVER = True; "
             f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
             "sys.modules[__name__] = sys.modules['__main__']; "
             "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
@@ -2793,6 +2803,7 @@ class Forkserver:
                 stdout=subprocess.PIPE,  # stays empty: see _end_with_run
                 stderr=None if IS_VERBOSE else self._stderr,
                 env={**os.environ, **more},
+                cwd="/",  # the current directory may be gone, which TensorFlow minds
                 start_new_session=True,
             )
 
@@ -2857,9 +2868,11 @@ def _serve_forks() -> None:
     """
     _end_with_run()
     warnings.simplefilter("ignore")  # a warning is never the cause of death
-    signal.signal(signal.SIGCHLD, _die_like_worker)
     with _no_garbage_collection():
         import tensorflow  # noqa: F401
+    signal.signal(
+        signal.SIGCHLD, _die_like_worker
+    )  # not before: the import has children
     with socket.socket(fileno=0) as requests:
         while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
             if os.fork() == 0:
@@ -2951,8 +2964,8 @@ _KINDS = {
     r"\bNotFound\b": "No bucket for {place}",
     r"": "Cloud Storage failed at {place}",
 }
-# The first match decides: a request is repeated if `_PASSING`, a file is uploaded again
-# if all that helps is to rerun, and a remedy is given if the error itself proves it.
+# The first pattern that matches decides. `_PASSING`: the request is repeated. Remedy
+# `RERUN`: the file is uploaded again. Another remedy, or none: the upload is given up.
 _REMEDIES = {
     r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
     r"SSLCertVerificationError": (

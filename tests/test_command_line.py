@@ -146,7 +146,7 @@ LOCAL = [RAW, "--nogcs_upload"]
         ),
         pytest.param(
             [*LOCAL, "--local_scratch_dir=RAW/validation/.."],
-            ["--local_scratch_dir.* must be another directory than --raw_data_dir"],
+            ["--local_scratch_dir.* must not be --raw_data_dir, nor be in its train/"],
             id="scratch directory is the raw one",
         ),
         pytest.param(

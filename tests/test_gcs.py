@@ -429,7 +429,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(script, "START_SECONDS", seconds)
+        monkeypatch.setattr(script, "REQUEST_SECONDS", seconds)
         monkeypatch.setattr(script, "WARNING_SECONDS", 0.001)
         with pytest.raises(script.RunError) as caught:
             script.Destination(script.GcsPath("bucket", "d"), "project").check_access()

@@ -81,6 +81,7 @@ def test_command_works_under_any_name(raw: Path, tmp_path: Path, name: str) -> N
             f"mkdir {'x' * 120} && TMPDIR=$PWD/{'x' * 120} $PYTHON $SCRIPT $FLAGS",
             id="long TMPDIR",
         ),
+        pytest.param("PATH=/nowhere $PYTHON $SCRIPT $FLAGS", id="no programs"),
         pytest.param("$PYTHON $SCRIPT $FLAGS <&-", id="no stdin"),
         pytest.param("$PYTHON $SCRIPT $FLAGS >&-", id="no stdout"),
         pytest.param("$PYTHON $SCRIPT $FLAGS 2>&-", id="no stderr"),
