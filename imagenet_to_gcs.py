@@ -302,7 +302,7 @@ class ImageSource:
     def list_members(
         self, left_out: list[str], label: int = 0, suffix: str = IMAGE_SUFFIX
     ) -> Iterator[RawImage]:
-        """Lists the images of a tar, or the tars of classes in it."""
+        """Lists the images of a tar, or, as `RawImage` too, the class tars in it."""
         version, members = list_tar(self)
         seen: set[str] = set()
         for path, file in members.items():
@@ -434,7 +434,7 @@ def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
 
     Takes the first that exists of: directories `train/<synset>`; tars
     `train/<synset>.tar`; a tar of such tars, `ILSVRC2012_img_train.tar`. The others
-    must hold nothing that it lacks.
+    must hold nothing that it lacks; see `_is_covered`.
     """
     directory, entries, tar = _find_split(raw_data_dir, TRAINING_DIRECTORY)
     found = _classes_among(entries, left_out)
@@ -974,7 +974,8 @@ CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some FUSE file sys
 class Stamp:
     """What is known of a finished shard, in the scratch directory or in the bucket.
 
-    A hidden JSON file beside the shard holds it; an object's metadata, the digest.
+    A hidden JSON file beside the shard holds it; an object's metadata, the digest and
+    crc32c.
     """
 
     digest: str  # `Shard.digest()` of what it was made of; empty if unknown
@@ -1118,6 +1119,8 @@ def write_shard(
 ) -> Stamp:
     """Writes a shard and then its stamp, without which the shard does not count.
 
+    The calling thread flushes, names and stamps the file; a worker only fills it.
+
     Args:
       write: `write_records`, here or in a worker process.
       durable: Whether the shard must survive a loss of power.
@@ -1197,7 +1200,8 @@ class Work:
     """What is left to do, and what is done.
 
     Attributes:
-      to_write: This task's shards that are finished neither here nor in the bucket.
+      to_write: This task's shards that are finished neither here nor in the bucket, or
+        whose images have been touched.
       to_upload: This task's shards that are finished here but not in the bucket.
       done: Stamps of the finished shards of all tasks, by name.
     """
@@ -1627,6 +1631,7 @@ def find_work(
     work = Work()
     for shard in shards:
         path = shard_path(shard, scratch_dir)
+        # What was last written here, even if the file is gone (--nokeep_local_shards).
         here = read_stamp(path) if is_own(shard) or objects is None else None
         there = (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
@@ -1636,10 +1641,8 @@ def find_work(
         is_there = there and (
             there.same_bytes(here) if here else there.digest == digest
         )
-        # In this order: an image was touched (or the stamp is unreadable), whatever the
-        # bucket has; the shard is done; it need only be uploaded; it is nowhere.
         if here and is_own(shard) and here.versions != shard.versions():
-            work.to_write.append(shard)
+            work.to_write.append(shard)  # an image was touched, or the stamp unreadable
         elif here and is_here and objects is None:
             work.done[shard.name] = here
         elif there and is_there:
@@ -1923,6 +1926,7 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
     check_none_wrong(work.left, len(options.share(job.shards)), job.place)
     if destination and (foreign := _foreign(destination.objects, job.shards)):
         raise RunError(_foreign_problem(destination.path, foreign))
+    # A manifest with this text is left only of a run that checked these bytes.
     is_complete_here = len(work.done) == len(job.shards) and not destination
     if is_complete_here and read_text(job.manifest_path) != _manifest(job, work.done):
         others = [s for s in job.shards if s.name not in progress.stamps]
@@ -2724,12 +2728,12 @@ class Workers:
         forkserver = start_forkserver()
         self._stopping = stopping
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        # Each is queued twice, so that its next call is waiting when it finishes one.
+        # Each is queued twice, so that its next call can wait while it makes one.
         for worker in [Worker(forkserver) for _ in range(num_workers)] * 2:
             self._idle.put(worker)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function in the next process that is idle."""
+        """Calls a function in the next process that has room for a call."""
         request = pickle.dumps(functools.partial(function, *arguments))
         worker = self._idle.get()
         try:
@@ -2851,8 +2855,10 @@ def start_forkserver() -> Forkserver:
 
 
 def _unnamed_file() -> BinaryIO:
+    file_descriptor = os.memfd_create("stderr")
     # In append mode, so that writes after a truncation begin at the start.
-    return open(os.memfd_create("stderr"), "a+b", buffering=0)
+    fcntl.fcntl(file_descriptor, fcntl.F_SETFL, os.O_APPEND)
+    return open(file_descriptor, "r+b", buffering=0)
 
 
 def _text(file: BinaryIO) -> str:

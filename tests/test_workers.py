@@ -181,6 +181,19 @@ def test_error_of_a_worker_shows_its_traceback() -> None:
     assert done.lines[-1] == "ValueError: invalid literal for int() with base 10: 'x'"
 
 
+def test_earlier_words_of_a_worker_are_not_its_last() -> None:
+    """Each call begins with an empty file of last words."""
+    code = (
+        "import os, threading, imagenet_to_gcs as i\n"
+        "call = i.Workers(1, threading.Event()).call\n"
+        "call(os.write, 2, b'KeyError: no cause\\n' * 1000)\n"
+        "code = \"import os; os.write(2, b'Corrupt JPEG data: no'); os.abort()\"\n"
+        "call(exec, code)"
+    )
+    done = run_code(code)
+    assert done.lines[-1].endswith(f"RunError: A worker process died: SIGABRT. {FIX}")
+
+
 # ----------------------------------------------------------------- TensorFlow fails
 
 PIP = "Run python3 -m pip install -r requirements.txt in a new virtual environment."
