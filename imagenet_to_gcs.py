@@ -638,7 +638,7 @@ class Shard:
         return _sha256(lines)
 
     def versions(self) -> str:
-        """Hashes the images' times of modification here and their offsets in tars."""
+        """Hashes what tells the images here from later ones: `version` and `offset`."""
         return _sha256(f"{i.version} {i.offset}\n" for i in self.images)
 
 
@@ -811,7 +811,7 @@ JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 # FF 00 is a data byte FF, FF FF is fill, FF 01 and FF D0 to FF D7 stand alone and
-# change nothing; any other FF begins a segment (ITU-T T.81, B.1.1).
+# change nothing, FF D9 ends; any other FF begins a segment (ITU-T T.81, B.1.1).
 _FILLING = 0xFF
 _BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
 _END_MARKER = 0xD9
@@ -921,7 +921,7 @@ def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:
-    """Re-encodes a PNG or CMYK JPEG as an RGB JPEG, with the reference's pixels."""
+    """Re-encodes a PNG or CMYK JPEG as an RGB JPEG, as the script of 2017 does."""
     import tensorflow as tf
 
     try:
@@ -1688,7 +1688,7 @@ class Job:
 def plan_job(options: Options) -> Job:
     """Reads, plans and checks all that can be checked before the first image."""
     problems: list[str] = []
-    dataset = Dataset()
+    dataset = Dataset()  # stays empty if its listing fails; the rest is checked, too
     destination = None
     background = concurrent.futures.ThreadPoolExecutor(1)
     with _closing(background):
@@ -1773,7 +1773,7 @@ def _bucket_problems(job: Job) -> Iterator[str]:
         to_replace.append(MANIFEST_FILE)
     held = sorted(job.destination.held.items())
     found = [f"{name} ({why})" for name, why in held if name in to_replace]
-    if found and job.synsets:  # else the raw directory is wrong, and nothing planned
+    if found and job.synsets:  # else the raw directory is wrong, and all shards empty
         yield (
             f"{job.destination.path} must not hold back what this run has to replace; "
             f"found {_some(found)}. Release the holds, or choose another directory."
@@ -1926,7 +1926,7 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
     check_none_wrong(work.left, len(options.share(job.shards)), job.place)
     if destination and (foreign := _foreign(destination.objects, job.shards)):
         raise RunError(_foreign_problem(destination.path, foreign))
-    # A manifest with this text is left only of a run that checked these bytes.
+    # A manifest with this text is of a run that read these bytes, or had uploaded them.
     is_complete_here = len(work.done) == len(job.shards) and not destination
     if is_complete_here and read_text(job.manifest_path) != _manifest(job, work.done):
         others = [s for s in job.shards if s.name not in progress.stamps]
