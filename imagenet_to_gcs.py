@@ -665,11 +665,16 @@ def _cut(split: str, images: Sequence[RawImage], num_shards: int) -> list[Shard]
 
     5 images in 4 shards: 2, 2, 1, 0.
     """
-    size = math.ceil(len(images) / num_shards)
+    size = images_per_shard(len(images), num_shards)
     return [
         Shard(split, i, num_shards, tuple(images[i * size : (i + 1) * size]))
         for i in range(num_shards)
     ]
+
+
+def images_per_shard(num_images: int, num_shards: int) -> int:
+    """How many images a shard holds, but for the last ones of a split; at least 1."""
+    return max(1, math.ceil(num_images / num_shards))
 
 
 # ---------------------------------------------------------------------------------
@@ -1068,10 +1073,12 @@ def _flush(path: str) -> None:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
+    """Formats a stamp or a manifest, for people to read as well."""
     return json.dumps(value, indent=1) + "\n"
 
 
 def write_text(path: str, text: str) -> None:
+    """Writes a small text file in UTF-8, completely or not at all."""
     with _complete_or_absent(path) as temporary_path:
         pathlib.Path(temporary_path).write_text(text, encoding="utf-8")
 
@@ -1801,6 +1808,7 @@ def room_problems(
     what: str,
     remedy: str = "",
 ) -> list[str]:
+    """Says, if so, that a directory's disk has fewer than the needed bytes free."""
     free = shutil.disk_usage(nearest_directory(directory)).free
     problem = (
         f"{flag} must have room for {_size(needed)} of {what}; its disk has "
@@ -1987,10 +1995,12 @@ def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     It lists the examples, bytes and crc32c of each shard, the totals of examples and
     bytes, and the synset of each label, which the records have only one by one.
     """
-    splits = (shard.split for shard in job.shards for _ in shard.images)
+    examples = collections.Counter[str]()
+    for shard in job.shards:
+        examples[shard.split] += len(shard.images)
     return json_text(
         {
-            "examples": collections.Counter(splits),
+            "examples": examples,
             "bytes": sum(stamp.num_bytes for stamp in stamps.values()),
             "labels": dict(enumerate(job.synsets, start=1)),
             "shards": [
@@ -2266,10 +2276,8 @@ def convert_to_tf_records(
       InvalidInputError, BadImagesError, RunError: As `run`.
     """
     run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
-    scratch_dir = Options(
-        raw_data_dir, False, None, None, local_scratch_dir
-    ).scratch_dir
-    paths = [shard_path(shard, scratch_dir) for shard in plan_shards(Dataset())]
+    options = Options(raw_data_dir, False, None, None, local_scratch_dir)
+    paths = [shard_path(shard, options.scratch_dir) for shard in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
 
@@ -2669,7 +2677,7 @@ def _lacks(
             f"ImageNet-1k has {num_expected:,} {split} images, found {num_images:,} "
             f"({num_images - num_expected:+,}).{classes}"
         )
-    shard_size = max(1, math.ceil(num_images / num_shards))  # as in `_cut`
+    shard_size = images_per_shard(num_images, num_shards)
     if num_empty := num_shards - math.ceil(num_images / shard_size):
         yield (
             f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty, "
@@ -2876,9 +2884,7 @@ def _serve_forks() -> None:
     warnings.simplefilter("ignore")  # a warning is never the cause of death
     with _no_garbage_collection():
         import tensorflow  # noqa: F401
-    signal.signal(
-        signal.SIGCHLD, _die_like_worker
-    )  # not before: the import has children
+    signal.signal(signal.SIGCHLD, _die_like_worker)  # not for the import's own children
     with socket.socket(fileno=0) as requests:
         while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
             if os.fork() == 0:
@@ -3009,17 +3015,16 @@ _REMEDIES = {
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    return _look_up(_REMEDIES, error)[0] == _PASSING
+    return _look_up(_REMEDIES, _facts_and_words(error)[0])[0] == _PASSING
 
 
 def is_final(error: BaseException) -> bool:
     """Whether uploading the same file again would fail in the same way."""
-    return _look_up(_REMEDIES, error)[1] != RERUN
+    return _look_up(_REMEDIES, _facts_and_words(error)[0])[1] != RERUN
 
 
-def _look_up(table: Mapping[str, str], error: BaseException) -> tuple[str, str]:
-    """Finds the first pattern that fits an error, and what it stands for."""
-    facts, _ = _facts_and_words(error)
+def _look_up(table: Mapping[str, str], facts: str) -> tuple[str, str]:
+    """Finds the first pattern that fits the facts, and what it stands for."""
     return next(row for row in table.items() if re.search(row[0], facts))
 
 
@@ -3034,8 +3039,8 @@ def explain(error: BaseException, place: str, bucket: str) -> str:
     path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
         words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
-    _, what = _look_up(_KINDS, error)
-    _, remedy = _look_up(_REMEDIES, error)
+    _, what = _look_up(_KINDS, facts)
+    _, remedy = _look_up(_REMEDIES, facts)
     line = f"{what}: {words}. {remedy}".rstrip()
     return line.replace("{place}", place).replace("{bucket}", bucket)
 
