@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import contract
 import pytest
@@ -78,25 +78,25 @@ def assert_fails(done: Finished, error: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "target", "at", "times", "warning"),
+    ("fault", "kind", "name", "at", "times", "warning"),
     [
-        (Status(503), "session", 2, 2, ""),
-        (Status(503), "list", 1, 2, ""),
-        (Status(503), SMALL, 1, 3, ""),
-        (Status(503), LARGE, 2, 2, ""),
-        (Status(429), SMALL, 1, 2, ""),
-        (Status(408), LARGE, 2, 2, ""),
-        (Reset(), SMALL, 1, 2, ""),
-        (Reset(), LARGE, 2, 1, ""),
-        (LostResponse(), SMALL, 1, 2, ""),
-        (LostResponse(), LARGE, 1, 1, ""),
-        (LostResponse(), LARGE, 2, 1, ""),
-        (Stall(2), "upload", 2, 3, ""),
-        (Status(410), LARGE, 2, 1, f"{LARGE} again in 1 s: 410 Gone."),
-        (Status(404), LARGE, 2, 1, f"{LARGE} again in 1 s: 404 Not Found."),
-        (ShortRange(), LARGE, 1, 1, f"{LARGE} again in 1 s: Bytes stream is in "),
-        (WrongContent(), SMALL, 1, 1, f"{SMALL} again in 1 s: the bucket holds "),
-        (WrongContent(), LARGE, 2, 1, f"{LARGE} again in 1 s: the bucket holds "),
+        (Status(503), "session", "", 2, 2, ""),
+        (Status(503), "list", "", 1, 2, ""),
+        (Status(503), "chunk", SMALL, 1, 3, ""),
+        (Status(503), "chunk", LARGE, 2, 2, ""),
+        (Status(429), "chunk", SMALL, 1, 2, ""),
+        (Status(408), "chunk", LARGE, 2, 2, ""),
+        (Reset(), "chunk", SMALL, 1, 2, ""),
+        (Reset(), "chunk", LARGE, 2, 1, ""),
+        (LostResponse(), "chunk", SMALL, 1, 2, ""),
+        (LostResponse(), "chunk", LARGE, 1, 1, ""),
+        (LostResponse(), "chunk", LARGE, 2, 1, ""),
+        (Stall(2), "upload", "", 2, 3, ""),
+        (Status(410), "chunk", LARGE, 2, 1, "again in 1 s: 410 Gone."),
+        (Status(404), "chunk", LARGE, 2, 1, "again in 1 s: 404 Not Found."),
+        (ShortRange(), "chunk", LARGE, 1, 1, "again in 1 s: Bytes stream is in "),
+        (WrongContent(), "chunk", SMALL, 1, 1, "again in 1 s: the bucket holds "),
+        (WrongContent(), "chunk", LARGE, 2, 1, "again in 1 s: the bucket holds "),
     ],
     ids=repr,
 )
@@ -104,17 +104,13 @@ def test_upload_survives_fault(
     data: Data,
     emulator: Emulator,
     fault: Fault,
-    target: str,
+    kind: Kind | Literal["upload"],
+    name: str,
     at: int,
     times: int,
     warning: str,
 ) -> None:
-    """The target is a kind of request, or a shard, whose chunks have the fault."""
-    if target in (SMALL, LARGE):
-        emulator.inject(fault, kind="chunk", at=at, times=times, name=target)
-    else:
-        kind = cast("Literal['session', 'list', 'upload']", target)
-        emulator.inject(fault, kind=kind, at=at, times=times)
+    emulator.inject(fault, kind=kind, at=at, times=times, name=name)
     before = identities(data.scratch)
     done = finish(data, emulator)
     assert identities(data.scratch) == before
@@ -122,7 +118,7 @@ def test_upload_survives_fault(
     warnings = [line for line in done.lines if line.startswith("WARNING: ")]
     assert len(warnings) == bool(warning)
     assert all(line.startswith("WARNING: Uploading ") for line in warnings), warnings
-    assert all(warning in line for line in warnings), warnings
+    assert all(f"{name} {warning}" in line for line in warnings), warnings
     assert "http:" not in done.stderr
     assert "Uploaded 5 of 5 shards (21.0 MB) to gs://bucket/imagenet in" in done.stderr
 
