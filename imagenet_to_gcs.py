@@ -169,6 +169,15 @@ class BadImagesError(InvalidInputError):
     """Images that cannot be used; every shard without one of them is done."""
 
 
+@contextlib.contextmanager
+def _collecting(problems: list[str]) -> Iterator[None]:
+    """Collects the problems of an error instead of raising it."""
+    try:
+        yield
+    except (InvalidInputError, RunError) as error:
+        problems.extend(error.args)
+
+
 def open_regular(path: str) -> int:
     """Opens a regular file for reading; refuses a pipe instead of waiting for it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -183,17 +192,339 @@ def open_file(path: str) -> BinaryIO:
     return open(open_regular(path), "rb", buffering=0)
 
 
-@contextlib.contextmanager
-def _collecting(problems: list[str]) -> Iterator[None]:
-    """Collects the problems of an error instead of raising it."""
-    try:
-        yield
-    except (InvalidInputError, RunError) as error:
-        problems.extend(error.args)
+def _count(number: int, noun: str) -> str:
+    """Formats a number with its noun: '1 image', '1,024 images', '2 classes'."""
+    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {plural}"
+
+
+def _size(num_bytes: float) -> str:
+    """Formats a number of bytes in decimal units: '110.0 KB', '146.9 GB'."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:,.{0 if unit == 'bytes' else 1}f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    """Formats a time: '45 s', '12 min', '3 h 5 min'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """Names the first few of many: 'a, b, c and 97 more'."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 # ---------------------------------------------------------------------------------
-# 1. Raw images: what is in --raw_data_dir
+# 1. The run: plan, then do
+
+
+PARALLEL_UPLOADS = 8  # the client's connection pool holds 10
+WAITING_SHARDS = 16  # that may wait for the network before a worker has to wait
+
+
+def run(
+    raw_data_dir: str | None,
+    gcs_upload: bool = True,
+    gcs_project: str | None = None,
+    gcs_output_path: str | None = None,
+    local_scratch_dir: str | None = None,
+    client: storage.Client | None = None,
+    **more: Any,
+) -> None:
+    """Writes the shards that are missing and uploads those that the bucket lacks.
+
+    Args:
+      gcs_project: As --project; the others are as the flags of the same names.
+      client: To use for the upload instead of a new one.
+      **more: Other fields of `Options`.
+
+    Raises:
+      BadImagesError: An InvalidInputError; all but the shards of these images are done.
+      InvalidInputError: A ValueError: what must be fixed; nothing was done.
+      RunError: What stopped the run; finished shards are kept.
+    """
+    with failures_in_words():
+        upload = gcs_upload, gcs_project, gcs_output_path
+        options = Options(raw_data_dir, *upload, local_scratch_dir, client, **more)
+        if options.dry_run:
+            log_intent(plan_job(options))
+            return
+        with _locked(options):
+            start_forkserver()  # imports TensorFlow while images are listed
+            if options.fake_imagenet:
+                make_fake_imagenet(options)
+            job = plan_job(options)
+            log_intent(job)
+            carry_out(job)
+
+
+def plan_job(options: Options) -> Job:
+    """Reads, plans and checks all that can be checked before the first image."""
+    problems: list[str] = []
+    dataset = Dataset()  # stays empty if its listing fails; the rest is checked, too
+    destination = None
+    background = concurrent.futures.ThreadPoolExecutor(1)
+    with _closing(background):
+        opened = background.submit(_open_destination, options)
+        with _collecting(problems):
+            with reporting(lambda: f"Still listing {options.raw_dir}."):
+                dataset = read_dataset(options.raw_dir)
+            _log_dataset(dataset, options)
+        with _collecting(problems):
+            destination = opened.result()
+    shards = plan_shards(dataset, options.training_shards, options.validation_shards)
+    objects = destination.objects if destination else None
+    work = find_work(shards, options.scratch_dir, objects, options.is_own)
+    job = Job(options, dataset.synsets, shards, destination, work)
+    problems += [*_scratch_problems(job), *_bucket_problems(job)]
+    if problems:
+        raise InvalidInputError(*problems)
+    return job
+
+
+def _log_dataset(dataset: Dataset, options: Options) -> None:
+    num_classes = len({image.synset for image in dataset.training})
+    logging.info(
+        f"Found {_count(len(dataset.training), 'training image')} in "
+        f"{_count(num_classes, 'synset')} and "
+        f"{_count(len(dataset.validation), 'validation image')} "
+        f"({_size(dataset.num_bytes)}) in {options.raw_dir}: {dataset.layout}."
+    )
+    if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
+        shards = options.training_shards, options.validation_shards
+        for line in warnings_about(dataset, *shards):
+            logging.warning(line)
+
+
+def _open_destination(options: Options) -> Destination | None:
+    """Checks that the bucket takes uploads, and lists it; None without an upload."""
+    if not options.gcs_upload:
+        return None
+    path = GcsPath.parse(options.gcs_output_path or "")
+    destination = Destination(path, options.gcs_project, options.client)
+    destination.check_access()
+    destination.list_objects()
+    return destination
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run, with all that is known before its first image.
+
+    Attributes:
+      shards: The whole plan, including the shards of other tasks.
+      destination: None to write the shards only.
+    """
+
+    options: Options
+    synsets: tuple[str, ...]
+    shards: list[Shard]
+    destination: Destination | None
+    work: Work
+
+    @property
+    def num_missing(self) -> int:
+        """How many shards are not done yet, over all tasks."""
+        return len(self.shards) - len(self.work.done)
+
+    @property
+    def manifest_path(self) -> str:
+        return os.path.join(self.options.scratch_dir, MANIFEST_FILE)
+
+    @property
+    def place(self) -> str:
+        """Where the finished data set is."""
+        destination = self.destination
+        return str(destination.path) if destination else self.options.scratch_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is left to do, and what is done.
+
+    Attributes:
+      to_write: This task's shards that are finished neither here nor in the bucket, or
+        whose images have been touched.
+      to_upload: This task's shards that are finished here but not in the bucket.
+      done: Stamps of the finished shards of all tasks, by name.
+    """
+
+    to_write: list[Shard] = dataclasses.field(default_factory=list)
+    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
+    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
+
+    @property
+    def left(self) -> list[str]:
+        """Names of this task's shards that are not finished."""
+        uploads = (shard for shard, _ in self.to_upload)
+        return [shard.name for shard in (*self.to_write, *uploads)]
+
+
+def log_intent(job: Job) -> None:
+    """Says what is there and what will be done."""
+    options, work = job.options, job.work
+    own = options.share(job.shards)
+    num_done = len(own) - len(work.left)
+    found = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
+    if foreign := _foreign(found, job.shards):
+        logging.warning(
+            f"{options.scratch_dir} also holds {_count(len(foreign), 'shard')} of "
+            f"another plan: {_some(foreign)}. Remove what you do not need."
+        )
+    if options.task_count > 1:
+        logging.info(
+            f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
+            f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still "
+            "missing."
+        )
+    if not work.left:
+        logging.info(
+            f"Nothing to do: {_count(len(own), 'shard')} are up to date in {job.place}."
+        )
+    elif num_done or work.to_upload:
+        line = f"Resuming: {num_done:,} of {_count(len(own), 'shard')} are up to date"
+        if work.to_upload:
+            line += f"; {len(work.to_upload):,} need only be uploaded"
+        logging.info(f"{line}.")
+    if work.to_write:
+        num_bytes = sum(shard.num_bytes for shard in work.to_write)
+        then = f", and from there to {job.place}" if job.destination else ""
+        logging.info(
+            f"{'Would write' if options.dry_run else 'Writing'} "
+            f"{_shards_of_images(work.to_write)} ({_size(num_bytes)}) to "
+            f"{options.scratch_dir}{then}."
+        )
+
+
+def _shards_of_images(shards: Sequence[Shard]) -> str:
+    num_images = sum(len(shard.images) for shard in shards)
+    return f"{_count(len(shards), 'shard')} of {_count(num_images, 'image')}"
+
+
+def carry_out(job: Job) -> None:
+    """Does the work, checks that everything is where it should be, and says so."""
+    _remove_temporary_files(job.options)
+    if job.num_missing:
+        _remove_manifest(job)
+    if not job.options.keep_local_shards:
+        for path in _uploaded_before(job):
+            path.unlink(missing_ok=True)
+    progress = Progress(job.work, is_uploading=bool(job.destination))
+    if job.work.left:
+        with reporting(progress.line):
+            write_and_upload(job, progress)
+        _log_done(job, progress)
+    if progress.bad_images:
+        logging.info(
+            f"{_count(len(progress.bad_images), 'image')} cannot be used, and their "
+            "shards were not written. Replace them and rerun the same command."
+        )
+        raise BadImagesError(*sorted(progress.bad_images))
+    if job.destination:
+        job.destination.list_objects()
+    try:
+        stamps = _check_finished(job, progress)
+    except RunError:
+        _remove_manifest(job)
+        raise
+    if missing := len(job.shards) - len(stamps):
+        logging.info(
+            f"This task is done; {_count(missing, 'shard')} of other tasks are still "
+            "missing."
+        )
+    else:
+        _complete(job, stamps)
+
+
+def write_and_upload(job: Job, progress: Progress) -> None:
+    """Takes each shard all the way from its images to the bucket, in its own thread.
+
+    There are `num_workers` + 16 threads, so no more shards than that are on their way
+    at any time, however slow the network is. Bad images do not stop the others.
+    """
+    options, destination = job.options, job.destination
+    is_kept = options.keep_local_shards
+    uploads = threading.Semaphore(PARALLEL_UPLOADS)
+    stopping = threading.Event()
+    write = functools.partial(Workers(options.workers, stopping).call, write_records)
+
+    def take(shard: Shard, stamp: Stamp | None) -> None:
+        path = shard_path(shard, options.scratch_dir)
+        if stamp:
+            check_undamaged(path, stamp)
+        else:
+            announce(shard.images[:FIRST_IMAGES])
+            stamp = write_shard(shard, options.scratch_dir, write, durable=is_kept)
+            progress.wrote(shard.name, stamp)
+        if destination:
+            with uploads:
+                if stopping.is_set():
+                    return
+                destination.upload(path, stamp)
+            progress.uploaded[shard.name] = stamp
+            if not is_kept:
+                os.unlink(path)
+
+    tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
+    for i, upload in enumerate(job.work.to_upload):
+        tasks.insert(2 * i, upload)  # alternately, so that neither kind waits
+    threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
+    with _closing(threads, stopping):
+        futures = [threads.submit(take, *task) for task in tasks]
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                future.result()
+            except BadImagesError as error:
+                progress.bad_images.extend(error.args)
+
+
+@contextlib.contextmanager
+def _closing(
+    pool: concurrent.futures.Executor, stopping: threading.Event | None = None
+) -> Iterator[None]:
+    """Waits for a pool to finish; on an error, cancels what has not begun instead."""
+    try:
+        yield
+    except BaseException:
+        if stopping:
+            stopping.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _log_done(job: Job, progress: Progress) -> None:
+    seconds = progress.seconds()
+    if progress.shards_to_write:
+        logging.info(
+            f"Wrote {len(progress.stamps):,} of "
+            f"{_count(progress.shards_to_write, 'shard')} "
+            f"({_count(progress.images, 'image')}, {_size(progress.num_bytes)}) to "
+            f"{job.options.scratch_dir} in "
+            f"{_duration(seconds)}, {progress.images / seconds:,.0f} images/s, "
+            f"{_size(progress.num_bytes / seconds)}/s; encoded "
+            f"{_count(progress.repaired, 'PNG or CMYK image')} again as RGB JPEG."
+        )
+    if job.destination and progress.shards_to_upload:
+        num_bytes = sum(stamp.num_bytes for stamp in progress.uploaded.values())
+        logging.info(
+            f"Uploaded {len(progress.uploaded):,} of "
+            f"{_count(progress.shards_to_upload, 'shard')} ({_size(num_bytes)}) to "
+            f"{job.destination.path} in {_duration(seconds)}."
+        )
+
+
+# ---------------------------------------------------------------------------------
+# 2. Raw images: what is in --raw_data_dir
 
 
 IMAGE_SUFFIX = ".JPEG"
@@ -246,103 +577,6 @@ def file_version(status: os.stat_result) -> int:
 def tar_version(status: os.stat_result) -> tuple[int, int, int]:
     """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageSource:
-    """A directory or tar with images of one class, or of the validation split.
-
-    Attributes:
-      path: The directory, the tar, or the tar that holds the tar.
-      synset: Class of all its images; empty if they are of many classes.
-      start, end: Of the tar in the file, in bytes. A directory has neither, a tar has
-        a start, a tar inside a tar has both.
-      version: Of the tar that holds it, when it was found there.
-    """
-
-    path: str
-    synset: str = ""
-    start: int | None = None
-    end: int | None = None
-    version: Version | None = None
-
-    @property
-    def place(self) -> str:
-        return f"{self.path}/{self.synset}.tar" if self.end else self.path
-
-    @property
-    def depth(self) -> int:
-        """How packed it is: 0 for a directory, 1 for a tar, 2 for a tar in a tar."""
-        return (self.start is not None) + (self.end is not None)
-
-    def list_images(self, left_out: list[str], label: int = 0) -> list[RawImage]:
-        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
-
-        Paths of other images are added to `left_out`.
-        """
-        find = self.list_members if self.depth else self._list_directory
-        return sorted(find(left_out, label), key=_filename_in_bytes)
-
-    def _list_directory(self, left_out: list[str], label: int) -> Iterator[RawImage]:
-        source, synset = self.path, self.synset
-        for entry in _scan(source):
-            name = entry.name
-            if not _is_named(name):
-                left_out += filter(_looks_like_image, _files_at(entry.path))
-                continue
-            try:
-                status = entry.stat()
-                size, version = status.st_size, file_version(status)
-                if size > MAX_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
-                    raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
-            except OSError:  # a dangling link, most likely; `warnings_about` counts it
-                size = version = 0
-            yield RawImage(source, name, synset, label, size, version)
-
-    def list_members(
-        self, left_out: list[str], label: int = 0, suffix: str = IMAGE_SUFFIX
-    ) -> Iterator[RawImage]:
-        """Lists the images of a tar, or, as `RawImage` too, the class tars in it."""
-        version, members = list_tar(self)
-        seen: set[str] = set()
-        for path, file in members.items():
-            name, size, offset = os.path.basename(path), file.size, file.offset_data
-            if not _is_named(name, suffix):
-                left_out += [f"{self.path}/{path}"] * _looks_like_image(name)
-                continue
-            if name in seen:
-                problem = f"must have different names; two in {self.path} are {name}."
-                raise InvalidInputError(f"Files of a tar {problem}")
-            if size > MAX_IMAGE_BYTES and suffix == IMAGE_SUFFIX:
-                raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
-            seen.add(name)
-            yield RawImage(self.path, name, self.synset, label, size, version, offset)
-
-
-def _scan(directory: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(directory) as entries:
-            return list(entries)
-    except OSError as error:
-        problem = f"Cannot list {directory}: {error.strerror}."
-        raise InvalidInputError(problem) from error
-
-
-def _is_named(name: str, suffix: str = IMAGE_SUFFIX) -> bool:
-    return name.endswith(suffix) and name[0] != "."
-
-
-def _is_visible(name: str) -> bool:
-    return not os.path.basename(name).startswith(FOREIGN_NAMES)
-
-
-def _looks_like_image(name: str) -> bool:
-    return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
-
-
-def _filename_in_bytes(image: RawImage) -> bytes:
-    """Orders by name, alike in all locales; faster than `os.fsencode`."""
-    return image.filename.encode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,6 +786,159 @@ def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
     return sorted(images, key=lambda i: (_filename_in_bytes(i), i.source))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageSource:
+    """A directory or tar with images of one class, or of the validation split.
+
+    Attributes:
+      path: The directory, the tar, or the tar that holds the tar.
+      synset: Class of all its images; empty if they are of many classes.
+      start, end: Of the tar in the file, in bytes. A directory has neither, a tar has
+        a start, a tar inside a tar has both.
+      version: Of the tar that holds it, when it was found there.
+    """
+
+    path: str
+    synset: str = ""
+    start: int | None = None
+    end: int | None = None
+    version: Version | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}/{self.synset}.tar" if self.end else self.path
+
+    @property
+    def depth(self) -> int:
+        """How packed it is: 0 for a directory, 1 for a tar, 2 for a tar in a tar."""
+        return (self.start is not None) + (self.end is not None)
+
+    def list_images(self, left_out: list[str], label: int = 0) -> list[RawImage]:
+        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
+
+        Paths of other images are added to `left_out`.
+        """
+        find = self.list_members if self.depth else self._list_directory
+        return sorted(find(left_out, label), key=_filename_in_bytes)
+
+    def _list_directory(self, left_out: list[str], label: int) -> Iterator[RawImage]:
+        source, synset = self.path, self.synset
+        for entry in _scan(source):
+            name = entry.name
+            if not _is_named(name):
+                left_out += filter(_looks_like_image, _files_at(entry.path))
+                continue
+            try:
+                status = entry.stat()
+                size, version = status.st_size, file_version(status)
+                if size > MAX_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
+                    raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
+            except OSError:  # a dangling link, most likely; `warnings_about` counts it
+                size = version = 0
+            yield RawImage(source, name, synset, label, size, version)
+
+    def list_members(
+        self, left_out: list[str], label: int = 0, suffix: str = IMAGE_SUFFIX
+    ) -> Iterator[RawImage]:
+        """Lists the images of a tar, or, as `RawImage` too, the class tars in it."""
+        version, members = list_tar(self)
+        seen: set[str] = set()
+        for path, file in members.items():
+            name, size, offset = os.path.basename(path), file.size, file.offset_data
+            if not _is_named(name, suffix):
+                left_out += [f"{self.path}/{path}"] * _looks_like_image(name)
+                continue
+            if name in seen:
+                problem = f"must have different names; two in {self.path} are {name}."
+                raise InvalidInputError(f"Files of a tar {problem}")
+            if size > MAX_IMAGE_BYTES and suffix == IMAGE_SUFFIX:
+                raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
+            seen.add(name)
+            yield RawImage(self.path, name, self.synset, label, size, version, offset)
+
+
+def _scan(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError as error:
+        problem = f"Cannot list {directory}: {error.strerror}."
+        raise InvalidInputError(problem) from error
+
+
+def _is_named(name: str, suffix: str = IMAGE_SUFFIX) -> bool:
+    return name.endswith(suffix) and name[0] != "."
+
+
+def _is_visible(name: str) -> bool:
+    return not os.path.basename(name).startswith(FOREIGN_NAMES)
+
+
+def _looks_like_image(name: str) -> bool:
+    return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
+
+
+def _filename_in_bytes(image: RawImage) -> bytes:
+    """Orders by name, alike in all locales; faster than `os.fsencode`."""
+    return image.filename.encode(sys.getfilesystemencoding(), "surrogateescape")
+
+
+def _files_at(path: str) -> list[str]:
+    """Lists a file, or all files below a directory, except in foreign directories."""
+    if not _is_visible(path):
+        return []
+    if not os.path.isdir(path):
+        return [path]
+    files = []
+    for place, directories, names in os.walk(path):
+        directories[:] = filter(_is_visible, directories)
+        files += [f"{place}/{name}" for name in names]
+    return files
+
+
+def _no_split(raw_data_dir: str, split: str) -> str:
+    """Describes the absence of `train/` or `validation/` with what is there instead."""
+    directory = os.path.join(raw_data_dir, split)
+    if os.path.islink(directory):
+        directory += f" (a link to {os.readlink(directory)})"
+    found = _some(sorted(entry.name for entry in _scan(raw_data_dir)), 10) or "nothing"
+    return (
+        f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
+        "there. Both splits are required; README, step 2, says in which layouts."
+    )
+
+
+def _no_images(source: ImageSource, below: str = "*") -> str:
+    """Describes a directory or tar without images with what is in it instead."""
+    files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
+    images = [path for path in files if _looks_like_image(path)]
+    names = sorted(map(os.path.basename, files))
+    found = _left_out(images) if images else f"Found {_some(names) or 'nothing'} there."
+    packed = source.depth or any(name.endswith(".tar") for name in names)
+    remedy = " Extract the tar, as README says in step 2." if packed else ""
+    return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}{remedy}"
+
+
+def _left_out(paths: Sequence[str]) -> str:
+    """Describes images that are not read, with what would make them be."""
+    suffixes = collections.Counter(os.path.splitext(path)[1] for path in paths)
+    found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
+    return (
+        f"{_count(len(paths), 'image')} left out ({found}), such as {min(paths)}: only "
+        f"JPEG and PNG files named *{IMAGE_SUFFIX} directly in "
+        f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
+    )
+
+
+# ---------------------------------------------------------------------------------
+# 3. Labels: which class an image is of
+
+
+IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
+# Images of ImageNet-1k, and of the smallest of its classes
+IMAGENET_SPLITS = {"training": (1_281_167, 732), "validation": (50_000, 50)}
+
+
 def _with_synsets(images: list[RawImage], raw_data_dir: str) -> list[RawImage]:
     """Gives image i the synset in line i of the label file.
 
@@ -601,8 +988,78 @@ def read_labels(labels_path: str) -> list[str]:
     return labels
 
 
+def _foreign_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
+    """Describes validation classes that must be wrong: they would move every label."""
+    foreign = sorted(validated - trained)
+    most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
+    if trained and foreign and len(foreign) > most:
+        yield (
+            "Validation images must be of the classes of the training images, such as "
+            f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of "
+            f"{LABELS_FILE} is the synset of the i-th validation image; README, step "
+            "2, says where to get it."
+        )
+
+
+def warnings_about(
+    dataset: Dataset, training_shards: int, validation_shards: int
+) -> Iterator[str]:
+    """Describes what is allowed, but differs from ImageNet."""
+    if dataset.left_out:
+        yield _left_out(dataset.left_out)
+    if empty := [image for image in dataset.images if not image.num_bytes]:
+        one, its = ("is", "its") if len(empty) == 1 else ("are", "their")
+        yield (
+            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling "
+            f"links), such as {empty[0].path}; {its} shards will not be written."
+        )
+    synsets = dataset.synsets
+    trained = collections.Counter(image.synset for image in dataset.training)
+    validated = collections.Counter(image.synset for image in dataset.validation)
+    yield from _lacks("training", synsets, trained, validated, training_shards)
+    yield from _lacks("validation", synsets, validated, trained, validation_shards)
+
+
+def _lacks(
+    split: str,
+    synsets: Sequence[str],
+    sizes: collections.Counter[str],
+    others: Mapping[str, int],
+    num_shards: int,
+) -> Iterator[str]:
+    """Describes what a split lacks.
+
+    Args:
+      sizes, others: Numbers of images by class, here and in the other split.
+    """
+    labels = enumerate(synsets, start=1)
+    lone = [f"{s} (label {i})" for i, s in labels if s in sizes and s not in others]
+    # With validation images of few classes, this is a trial, and no class is wrong.
+    is_trial = split == "training" and 3 * len(others) < 2 * len(sizes)
+    if lone and not is_trial:
+        num_synsets = _count(len(synsets), "synset")
+        yield f"{len(lone):,} of {num_synsets} have {split} images only: {_some(lone)}."
+    num_images = sizes.total()
+    num_expected, smallest = IMAGENET_SPLITS[split]
+    short = [f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest]
+    classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
+    if len(synsets) == IMAGENET_SYNSETS and num_images != num_expected:
+        yield (
+            f"ImageNet-1k has {num_expected:,} {split} images, found {num_images:,} "
+            f"({num_images - num_expected:+,}).{classes}"
+        )
+    shard_size = images_per_shard(num_images, num_shards)
+    if num_empty := num_shards - math.ceil(num_images / shard_size):
+        yield (
+            f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty, "
+            f"given {_count(num_images, f'{split} image')}; a smaller --{split}_shards "
+            "avoids that."
+        )
+
+
 # ---------------------------------------------------------------------------------
-# 2. Plan: which image goes into which shard
+# 4. The plan: which image goes into which shard
+
 
 RECORD_FORMAT = 1  # increase it when the same images would give different bytes
 RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, approximately
@@ -678,7 +1135,7 @@ def images_per_shard(num_images: int, num_shards: int) -> int:
 
 
 # ---------------------------------------------------------------------------------
-# 3. One image: read ahead, checked, repaired if need be
+# 5. One image: read ahead, checked, repaired if need be
 
 
 READ_AHEAD = 32  # images that a worker opens ahead, so also its open files
@@ -939,7 +1396,7 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
 
 
 # ---------------------------------------------------------------------------------
-# 4. One example: the nine features of a record
+# 6. One record: nine features, and the frame around them
 
 
 def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
@@ -966,8 +1423,41 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     return serialized
 
 
+class RecordWriter:
+    """Frames TFRecords and keeps the checksum of the whole file as it grows.
+
+    A record is its length (8 bytes, little-endian), the masked crc32c of these 8
+    bytes, the data, and the masked crc32c of the data
+    (https://www.tensorflow.org/tutorials/load_data/tfrecord). TensorFlow's own writer
+    does not report the file's checksum, so all 147 GB would have to be reread.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.num_bytes = 0
+        self.crc32c = 0  # of all bytes written so far, unmasked
+
+    def write(self, data: bytes) -> None:
+        length = struct.pack("<Q", len(data))
+        for part in (length, _masked_crc32c(length), data, _masked_crc32c(data)):
+            self._file.write(part)
+            self.num_bytes += len(part)
+            self.crc32c = google_crc32c.extend(self.crc32c, part)
+
+
+def _masked_crc32c(data: bytes) -> bytes:
+    crc32c = google_crc32c.value(data)
+    rotated = (crc32c >> 15 | crc32c << 17) & 0xFFFFFFFF
+    return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _crc32c_text(crc32c: int) -> str:
+    return base64.b64encode(struct.pack(">I", crc32c)).decode()
+
+
 # ---------------------------------------------------------------------------------
-# 5. One shard: written completely or not at all, with a stamp that describes it
+# 7. One shard: written completely or not at all, with a stamp that describes it
+
 
 WRITE_BUFFER_BYTES = 2**20
 READ_BLOCK_BYTES = 2**20
@@ -1006,36 +1496,55 @@ def _stamp_path(path: str) -> str:
     return os.path.join(directory, f".{name}.json")
 
 
-class RecordWriter:
-    """Frames TFRecords and keeps the checksum of the whole file as it grows.
+def write_records(shard: Shard, temporary_path: str) -> Stamp:
+    """Writes the records of a shard to a file; runs in a worker process."""
+    problems: list[str] = []
+    num_repaired = 0
+    with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
+        records = RecordWriter(file)
+        for opened in open_ahead(shard.images):
+            try:
+                encoded = encode_image(opened.read())
+                example = make_example(opened.image, encoded)
+            except Exception as error:  # noqa: BLE001  # it concerns one image
+                problems.append(problem_of(opened.image, error))
+                continue
+            if not problems:
+                records.write(example)
+                num_repaired += encoded.repaired
+    if problems:
+        raise BadImagesError(*problems)
+    return Stamp(
+        shard.digest(),
+        len(shard.images),
+        records.num_bytes,
+        _crc32c_text(records.crc32c),
+        num_repaired,
+        shard.versions(),
+    )
 
-    A record is its length (8 bytes, little-endian), the masked crc32c of these 8
-    bytes, the data, and the masked crc32c of the data
-    (https://www.tensorflow.org/tutorials/load_data/tfrecord). TensorFlow's own writer
-    does not report the file's checksum, so all 147 GB would have to be reread.
+
+def write_shard(
+    shard: Shard,
+    scratch_dir: str,
+    write: Callable[[Shard, str], Stamp] = write_records,
+    durable: bool = True,
+) -> Stamp:
+    """Writes a shard and then its stamp, without which the shard does not count.
+
+    The calling thread flushes, names and stamps the file; a worker only fills it.
+
+    Args:
+      write: `write_records`, here or in a worker process.
+      durable: Whether the shard must survive a loss of power.
     """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.num_bytes = 0
-        self.crc32c = 0  # of all bytes written so far, unmasked
-
-    def write(self, data: bytes) -> None:
-        length = struct.pack("<Q", len(data))
-        for part in (length, _masked_crc32c(length), data, _masked_crc32c(data)):
-            self._file.write(part)
-            self.num_bytes += len(part)
-            self.crc32c = google_crc32c.extend(self.crc32c, part)
-
-
-def _masked_crc32c(data: bytes) -> bytes:
-    crc32c = google_crc32c.value(data)
-    rotated = (crc32c >> 15 | crc32c << 17) & 0xFFFFFFFF
-    return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def _crc32c_text(crc32c: int) -> str:
-    return base64.b64encode(struct.pack(">I", crc32c)).decode()
+    path = shard_path(shard, scratch_dir)
+    with _complete_or_absent(path, durable) as temporary_path:
+        stamp = write(shard, temporary_path)
+        mtime_ns = os.stat(temporary_path).st_mtime_ns
+    stamp = dataclasses.replace(stamp, mtime_ns=mtime_ns)
+    write_text(_stamp_path(path), json_text(dataclasses.asdict(stamp)))
+    return stamp
 
 
 @contextlib.contextmanager
@@ -1090,57 +1599,6 @@ def read_text(path: str) -> str:
     return ""
 
 
-def write_records(shard: Shard, temporary_path: str) -> Stamp:
-    """Writes the records of a shard to a file; runs in a worker process."""
-    problems: list[str] = []
-    num_repaired = 0
-    with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
-        records = RecordWriter(file)
-        for opened in open_ahead(shard.images):
-            try:
-                encoded = encode_image(opened.read())
-                example = make_example(opened.image, encoded)
-            except Exception as error:  # noqa: BLE001  # it concerns one image
-                problems.append(problem_of(opened.image, error))
-                continue
-            if not problems:
-                records.write(example)
-                num_repaired += encoded.repaired
-    if problems:
-        raise BadImagesError(*problems)
-    return Stamp(
-        shard.digest(),
-        len(shard.images),
-        records.num_bytes,
-        _crc32c_text(records.crc32c),
-        num_repaired,
-        shard.versions(),
-    )
-
-
-def write_shard(
-    shard: Shard,
-    scratch_dir: str,
-    write: Callable[[Shard, str], Stamp] = write_records,
-    durable: bool = True,
-) -> Stamp:
-    """Writes a shard and then its stamp, without which the shard does not count.
-
-    The calling thread flushes, names and stamps the file; a worker only fills it.
-
-    Args:
-      write: `write_records`, here or in a worker process.
-      durable: Whether the shard must survive a loss of power.
-    """
-    path = shard_path(shard, scratch_dir)
-    with _complete_or_absent(path, durable) as temporary_path:
-        stamp = write(shard, temporary_path)
-        mtime_ns = os.stat(temporary_path).st_mtime_ns
-    stamp = dataclasses.replace(stamp, mtime_ns=mtime_ns)
-    write_text(_stamp_path(path), json_text(dataclasses.asdict(stamp)))
-    return stamp
-
-
 def read_stamp(path: str) -> Stamp | None:
     """Reads the stamp of a shard, even of one that was removed; None if there is none.
 
@@ -1193,35 +1651,233 @@ def check_undamaged(path: str, stamp: Stamp) -> None:
 
 
 # ---------------------------------------------------------------------------------
-# 6. All shards: the processes that write and the threads that upload
+# 8. Processes that write shards, and the line that says how far they are
 
-PARALLEL_UPLOADS = 8  # the client's connection pool holds 10
-WAITING_SHARDS = 16  # that may wait for the network before a worker has to wait
+
+# Whether to show TensorFlow's log; otherwise, stderr is kept, for `Forkserver.death`.
+IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
+# Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
+# and what libjpeg says of each skeleton.
+NOISE = re.compile(
+    r"\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
+)
+
+
+class Workers:
+    """Processes that write shards for the threads of the run."""
+
+    def __init__(self, num_workers: int, stopping: threading.Event):
+        forkserver = start_forkserver()
+        self._stopping = stopping
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        # Each is queued twice, so that its next call can wait while it makes one.
+        for worker in [Worker(forkserver) for _ in range(num_workers)] * 2:
+            self._idle.put(worker)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in the next process that has room for a call."""
+        request = pickle.dumps(functools.partial(function, *arguments))
+        worker = self._idle.get()
+        try:
+            if self._stopping.is_set():
+                raise concurrent.futures.CancelledError
+            return worker.call(request)
+        finally:
+            self._idle.put(worker)
+
+
+class Worker:
+    """A process that makes calls until its pipe is closed.
+
+    Two threads may be in `call`: one sends its request while the other waits for its
+    answer. The lock of the answers, taken before the next may send, keeps their order.
+    """
+
+    def __init__(self, forkserver: Forkserver):
+        self._forkserver = forkserver
+        self._stderr = _unnamed_file()
+        ours, theirs = socket.socketpair()
+        files = [theirs.fileno(), self._stderr.fileno()]
+        with ours, theirs, contextlib.suppress(ConnectionError):  # `call` meets it, too
+            self._pipe = ours.makefile("rwb")
+            socket.send_fds(forkserver.requests, [b"."], files)
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+
+    def call(self, request: bytes) -> Any:
+        try:
+            with self._sending:  # until it is this call's turn to receive
+                self._pipe.write(request)
+                self._pipe.flush()
+                self._receiving.acquire()
+            try:
+                result, error, trace = pickle.load(self._pipe)
+            finally:
+                self._receiving.release()
+        except (EOFError, ConnectionError, pickle.UnpicklingError):
+            raise self._forkserver.death(_text(self._stderr)) from None
+        if error:
+            raise error from RuntimeError(f"in a worker process:\n{trace}")
+        return result
+
+
+class Forkserver:
+    """The process that imports TensorFlow, once, and forks the workers.
+
+    Unlike the standard library's, it needs no temporary directory and no semaphore,
+    does not run the user's program again, and tells what a worker died of, by dying the
+    same way. In its own session, Ctrl-C and hangups do not reach it.
+    """
+
+    def __init__(self) -> None:
+        self._stderr = _unnamed_file()
+        self.requests, stdin = socket.socketpair()  # a byte, with a worker's files
+        # Runs this file, whatever its name, as the same module; see its last lines.
+        # With runpy, importing TensorFlow takes 0.4 s longer.
+        paths = [os.path.abspath(path) for path in sys.path]
+        code = (
+            f"import sys; sys.path[:] = {paths!r}; IS_FORKSERVER = True; "
+            f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
+            "sys.modules[__name__] = sys.modules['__main__']; "
+            "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
+        )
+        level = "0" if IS_VERBOSE else "3"
+        more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
+        with stdin:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=stdin.fileno(),
+                stdout=subprocess.PIPE,  # stays empty: see _end_with_run
+                stderr=None if IS_VERBOSE else self._stderr,
+                env={**os.environ, **more},
+                cwd="/",  # the current directory may be gone, which TensorFlow minds
+                start_new_session=True,
+            )
+
+    def death(self, worker_words: str) -> RunError:
+        """Says what a worker or the forkserver died of, in its last words."""
+        time.sleep(0.2)  # a signal to the whole run may still be on its way
+        self.requests.close()  # ends it, in case it is still alive
+        status = self.process.wait()
+        if status == -signal.SIGKILL:
+            return RunError(
+                "A worker process was killed, most likely because the machine ran out "
+                "of memory. Finished shards are kept: rerun the same command with "
+                "fewer --num_workers."
+            )
+        text = worker_words or _text(self._stderr)
+        lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
+        errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
+        words = [signal.Signals(-status).name] if status < 0 else []
+        words += (errors or lines)[-1:]
+        said = ": ".join(words).rstrip(".") or f"exit status {status}"
+        if status == -signal.SIGILL:
+            said += ", as if TensorFlow were built for another processor"
+        if "import tensorflow" in text:
+            remedy = f"Run {INSTALL} in a new virtual environment."
+            return RunError(f"TensorFlow cannot be imported: {said}. {remedy}")
+        return RunError(f"A worker process died: {said}. {FIX_AND_RERUN}")
+
+
+_forkserver: Forkserver | None = None
+
+
+def start_forkserver() -> Forkserver:
+    """Starts the forkserver unless it is running; returns before it is ready.
+
+    Importing TensorFlow takes seconds, during which the raw directory is listed.
+    """
+    global _forkserver
+    if not _forkserver or _forkserver.process.poll() is not None:
+        try:
+            _forkserver = Forkserver()
+        except OSError as error:
+            problem = f"Cannot start a process: {error.strerror}. {FIX_AND_RERUN}"
+            raise RunError(problem) from error
+    return _forkserver
+
+
+def _unnamed_file() -> BinaryIO:
+    file_descriptor = os.memfd_create("stderr")
+    # In append mode, so that writes after a truncation begin at the start.
+    fcntl.fcntl(file_descriptor, fcntl.F_SETFL, os.O_APPEND)
+    return open(file_descriptor, "r+b", buffering=0)
+
+
+def _text(file: BinaryIO) -> str:
+    file_descriptor = file.fileno()  # without a position, which threads would share
+    text = os.pread(file_descriptor, os.fstat(file_descriptor).st_size, 0)
+    return text.decode(errors="replace").strip()
+
+
+def _serve_forks() -> None:
+    """Imports TensorFlow, then forks a worker whenever the run asks for one.
+
+    A fork after TensorFlow has run anything would hang.
+    """
+    _end_with_run()
+    warnings.simplefilter("ignore")  # a warning is never the cause of death
+    with _no_garbage_collection():
+        import tensorflow  # noqa: F401
+    signal.signal(signal.SIGCHLD, _die_like_worker)  # not for the import's own children
+    with socket.socket(fileno=0) as requests:
+        while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
+            if os.fork() == 0:
+                _answer_calls(*file_descriptors)
+            for file_descriptor in file_descriptors:
+                os.close(file_descriptor)
+
+
+def _end_with_run() -> None:
+    """Has the kernel kill the forkserver and its workers when the run ends.
+
+    Only the run holds the other end of stdout. When that closes, the kernel sends SIGIO
+    to this process group, which kills it.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
+    stdout = select.poll()
+    stdout.register(1, 0)
+    if stdout.poll(0):  # the run has ended already
+        os._exit(0)
+
+
+def _die_like_worker(*_: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            status = os.waitstatus_to_exitcode(child[1])
+            if status < 0:
+                os.kill(os.getpid(), -status)
+            elif status:
+                os._exit(status)
+
+
+def _answer_calls(channel: int, stderr: int) -> NoReturn:
+    """Makes the calls that the run sends to this worker, on one processor."""
+    os.dup2(channel, 0)  # else a worker would keep the forkserver's socket open
+    if not IS_VERBOSE:
+        os.dup2(stderr, 2)
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    pipe = socket.socket(fileno=channel).makefile("rwb")
+    while pipe.peek(1):  # until the run closes it
+        call = pickle.load(pipe)
+        try:
+            answer: Any = call(), None, ""
+        except BaseException as error:  # noqa: BLE001
+            answer = None, error, traceback.format_exc()
+        if not IS_VERBOSE:
+            os.ftruncate(2, 0)  # libjpeg warns about every skeleton
+        pipe.write(pickle.dumps(answer))
+        pipe.flush()
+    os._exit(0)
+
+
 LOG_SECONDS = 10.0
 REDRAW_SECONDS = 0.5
 SPEED_SECONDS = 30.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What is left to do, and what is done.
-
-    Attributes:
-      to_write: This task's shards that are finished neither here nor in the bucket, or
-        whose images have been touched.
-      to_upload: This task's shards that are finished here but not in the bucket.
-      done: Stamps of the finished shards of all tasks, by name.
-    """
-
-    to_write: list[Shard] = dataclasses.field(default_factory=list)
-    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
-    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
-
-    @property
-    def left(self) -> list[str]:
-        """Names of this task's shards that are not finished."""
-        uploads = (shard for shard, _ in self.to_upload)
-        return [shard.name for shard in (*self.to_write, *uploads)]
 
 
 class Progress:
@@ -1282,63 +1938,6 @@ class Progress:
         return [new - old for new, old in zip(now, self._history[0])]
 
 
-def write_and_upload(job: Job, progress: Progress) -> None:
-    """Takes each shard all the way from its images to the bucket, in its own thread.
-
-    There are `num_workers` + 16 threads, so no more shards than that are on their way
-    at any time, however slow the network is. Bad images do not stop the others.
-    """
-    options, destination = job.options, job.destination
-    is_kept = options.keep_local_shards
-    uploads = threading.Semaphore(PARALLEL_UPLOADS)
-    stopping = threading.Event()
-    write = functools.partial(Workers(options.workers, stopping).call, write_records)
-
-    def take(shard: Shard, stamp: Stamp | None) -> None:
-        path = shard_path(shard, options.scratch_dir)
-        if stamp:
-            check_undamaged(path, stamp)
-        else:
-            announce(shard.images[:FIRST_IMAGES])
-            stamp = write_shard(shard, options.scratch_dir, write, durable=is_kept)
-            progress.wrote(shard.name, stamp)
-        if destination:
-            with uploads:
-                if stopping.is_set():
-                    return
-                destination.upload(path, stamp)
-            progress.uploaded[shard.name] = stamp
-            if not is_kept:
-                os.unlink(path)
-
-    tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
-    for i, upload in enumerate(job.work.to_upload):
-        tasks.insert(2 * i, upload)  # alternately, so that neither kind waits
-    threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
-    with _closing(threads, stopping):
-        futures = [threads.submit(take, *task) for task in tasks]
-        for future in concurrent.futures.as_completed(futures):
-            try:
-                future.result()
-            except BadImagesError as error:
-                progress.bad_images.extend(error.args)
-
-
-@contextlib.contextmanager
-def _closing(
-    pool: concurrent.futures.Executor, stopping: threading.Event | None = None
-) -> Iterator[None]:
-    """Waits for a pool to finish; on an error, cancels what has not begun instead."""
-    try:
-        yield
-    except BaseException:
-        if stopping:
-            stopping.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
 @contextlib.contextmanager
 def reporting(say: Callable[[], str]) -> Iterator[None]:
     """Shows progress: a live line on a terminal, else a log line every 10 seconds."""
@@ -1361,8 +1960,27 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
         live_line.draw("")
 
 
+class LiveLine:
+    """A line at the bottom of a terminal that is redrawn in place."""
+
+    is_on = False  # True only for the command, on a terminal
+
+    def draw(self, text: str) -> None:
+        """Draws the line, cut to the width of the terminal; clears it if empty."""
+        if not self.is_on:
+            return
+        handler = logging.get_absl_handler().python_handler
+        # Not while another thread writes a log line, nor if the terminal is gone.
+        with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+live_line = LiveLine()
+
+
 # ---------------------------------------------------------------------------------
-# 7. Cloud Storage: what is in the bucket, and uploading more
+# 9. Cloud Storage: what is in the bucket, uploading more, and what its answers mean
 
 
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # in memory for each upload
@@ -1617,8 +2235,159 @@ def _hold(blob: storage.Blob) -> str:
     return f"retained until {until.isoformat(' ', 'seconds')}" if is_retained else ""
 
 
+def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """Picks the files, given by path, whose bytes the last listing did not find."""
+    missing = {}
+    for path, stamp in stamps.items():
+        there = destination.objects.get(os.path.basename(path))
+        if not (there and there.same_bytes(stamp)):
+            missing[path] = stamp
+    return missing
+
+
+def _upload_missing(destination: Destination, stamps: Mapping[str, Stamp]) -> None:
+    missing = _missing(destination, stamps)
+    threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
+    with _closing(threads):
+        list(threads.map(destination.upload, missing, missing.values()))
+
+
+# Patterns for the facts of `_facts_and_words`: an error's classes, status and words.
+_PASSING = (
+    r"(retryable|(Connection|ChunkedEncoding|Pool|Protocol|SSL)Error|Timeout|"
+    r"BadStatusLine|IncompleteRead|ResponseNotReady).* HTTP |HTTP (408|429|5\d\d)|"
+    r"Metadata server unavailable|temporarily_unavailable|internal_failure|"
+    r"server_error|Internal Server Error|Bad Gateway|Service Unavail"
+)
+_FINAL = (
+    r"GoogleAuthError|Unauthorized|Forbidden|PreconditionFailed|Project was not passed|"
+    r"TypeError|"  # an argument that this version of the client does not know
+    r"BadRequest(?!.*CRC32C)"  # a file can be damaged on its way
+)
+_KINDS = {
+    r"DefaultCredentialsError": "No credentials for {place}",
+    r"GoogleAuthError|Unauthorized": "Cannot log in for {place}",
+    r"Forbidden": "Access to {place} is denied",
+    r"\bNotFound\b": "No bucket for {place}",
+    r"": "Cloud Storage failed at {place}",
+}
+# The first pattern that matches decides. `_PASSING`: the request is repeated. Remedy
+# `RERUN`: the file is uploaded again. Another remedy, or none: the upload is given up.
+_REMEDIES = {
+    r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
+    r"SSLCertVerificationError": (
+        "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
+        "the file of its certificate."
+    ),
+    r"407 Proxy": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
+    _PASSING: RERUN,
+    r"Invalid JWT.*timeframe": "Set the clock of this machine.",
+    r"expired or revoked|Reauth": "Run `gcloud auth application-default login` again.",
+    r"credentials were not found": (
+        "Run `gcloud auth application-default login`, or attach a service account to "
+        "the VM."
+    ),
+    r"getAccessToken": (
+        "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
+        "account that impersonates it."
+    ),
+    r"serviceusage\.services\.use": (
+        "Grant roles/serviceusage.serviceUsageConsumer on the project to the account "
+        "of this run."
+    ),
+    r"Forbidden.*\bscope": (
+        "Stop the VM and run: gcloud compute instances set-service-account NAME "
+        "--scopes=cloud-platform"
+    ),
+    r"Forbidden.* storage\.objects\.": (
+        "Grant roles/storage.objectUser on {bucket} to the account of this run."
+    ),
+    r"\bNotFound\b": "Create it: gcloud storage buckets create {bucket}",
+    _FINAL: "",
+    r"": RERUN,
+}
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    return _look_up(_REMEDIES, _facts_and_words(error)[0])[0] == _PASSING
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether uploading the same file again would fail in the same way."""
+    return _look_up(_REMEDIES, _facts_and_words(error)[0])[1] != RERUN
+
+
+def _look_up(table: Mapping[str, str], facts: str) -> tuple[str, str]:
+    """Finds the first pattern that fits the facts, and what it stands for."""
+    return next(row for row in table.items() if re.search(row[0], facts))
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, in one line without JSON, URL and final period."""
+    return _facts_and_words(error)[1]
+
+
+def explain(error: BaseException, place: str, bucket: str) -> str:
+    """Puts an error in one line: what failed, why, and what to do if that is known."""
+    facts, words = _facts_and_words(error)
+    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
+        words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
+    _, what = _look_up(_KINDS, facts)
+    _, remedy = _look_up(_REMEDIES, facts)
+    line = f"{what}: {words}. {remedy}".rstrip()
+    return line.replace("{place}", place).replace("{bucket}", bucket)
+
+
+def _facts_and_words(error: BaseException) -> tuple[str, str]:
+    """What is known of an error, for the patterns above, and what it says."""
+    chain = list(_chain(error))
+    facts = {cls.__name__ for each in chain for cls in type(each).__mro__}
+    facts |= {"retryable" for each in chain if getattr(each, "retryable", False)}
+    responses = [getattr(each, "response", None) for each in chain]
+    response = next((r for r in responses if r is not None), None)
+    status = getattr(response, "status_code", 0)
+    words = getattr(response, "reason", "") or _words_without_answer(chain)
+    # The service's own words; google.auth has them in the arguments of its errors.
+    for text in [getattr(response, "text", ""), *(a for e in chain for a in e.args)]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            answer = (text if isinstance(text, dict) else json.loads(text))["error"]
+            status, words = answer["code"], answer["message"] or words
+            break
+    if status and not words.startswith(str(status)):
+        words = f"{status} {words}"
+    words = " ".join(words.split()).rstrip(".")
+    if status in (404, 410) and "upload_id=" in getattr(response, "url", ""):
+        facts = set()  # an upload is lost; no bucket is missing
+    return f"{' '.join(facts)} HTTP {status} {words}", words
+
+
+def _words_without_answer(chain: Sequence[BaseException]) -> str:
+    """What the innermost error says, and which host could not be reached."""
+    cause = chain[-1]
+    text = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "")
+    text = text or str(next(iter(cause.args), "")) or repr(cause)
+    text = re.sub(r"(?s)<[^>]*>|https?://\S+|Response( details)?:.*|{.*", " ", text)
+    for each in chain:
+        if request := getattr(each, "request", None):
+            host = urllib.parse.urlsplit(request.url).hostname
+            return f"cannot reach {host} ({text})"
+    return text
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those within it, outermost first; libraries nest them variously."""
+    while error is not None:
+        yield error
+        # As google.api_core, urllib3, requests and google.auth, and `raise from` do.
+        wrapped = [getattr(error, name, None) for name in ("cause", "reason")]
+        wrapped += [*error.args, error.__cause__]
+        error = next((e for e in wrapped if isinstance(e, BaseException)), None)
+
+
 # ---------------------------------------------------------------------------------
-# 8. One run: what is left to do, whether it can be done, doing it
+# 10. What is left to do, whether it can be done, and whether all is done
 
 
 def find_work(
@@ -1659,86 +2428,6 @@ def find_work(
         elif is_own(shard):
             work.to_write.append(shard)
     return work
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A run, with all that is known before its first image.
-
-    Attributes:
-      shards: The whole plan, including the shards of other tasks.
-      destination: None to write the shards only.
-    """
-
-    options: Options
-    synsets: tuple[str, ...]
-    shards: list[Shard]
-    destination: Destination | None
-    work: Work
-
-    @property
-    def num_missing(self) -> int:
-        """How many shards are not done yet, over all tasks."""
-        return len(self.shards) - len(self.work.done)
-
-    @property
-    def manifest_path(self) -> str:
-        return os.path.join(self.options.scratch_dir, MANIFEST_FILE)
-
-    @property
-    def place(self) -> str:
-        """Where the finished data set is."""
-        destination = self.destination
-        return str(destination.path) if destination else self.options.scratch_dir
-
-
-def plan_job(options: Options) -> Job:
-    """Reads, plans and checks all that can be checked before the first image."""
-    problems: list[str] = []
-    dataset = Dataset()  # stays empty if its listing fails; the rest is checked, too
-    destination = None
-    background = concurrent.futures.ThreadPoolExecutor(1)
-    with _closing(background):
-        opened = background.submit(_open_destination, options)
-        with _collecting(problems):
-            with reporting(lambda: f"Still listing {options.raw_dir}."):
-                dataset = read_dataset(options.raw_dir)
-            _log_dataset(dataset, options)
-        with _collecting(problems):
-            destination = opened.result()
-    shards = plan_shards(dataset, options.training_shards, options.validation_shards)
-    objects = destination.objects if destination else None
-    work = find_work(shards, options.scratch_dir, objects, options.is_own)
-    job = Job(options, dataset.synsets, shards, destination, work)
-    problems += [*_scratch_problems(job), *_bucket_problems(job)]
-    if problems:
-        raise InvalidInputError(*problems)
-    return job
-
-
-def _log_dataset(dataset: Dataset, options: Options) -> None:
-    num_classes = len({image.synset for image in dataset.training})
-    logging.info(
-        f"Found {_count(len(dataset.training), 'training image')} in "
-        f"{_count(num_classes, 'synset')} and "
-        f"{_count(len(dataset.validation), 'validation image')} "
-        f"({_size(dataset.num_bytes)}) in {options.raw_dir}: {dataset.layout}."
-    )
-    if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
-        shards = options.training_shards, options.validation_shards
-        for line in warnings_about(dataset, *shards):
-            logging.warning(line)
-
-
-def _open_destination(options: Options) -> Destination | None:
-    """Checks that the bucket takes uploads, and lists it; None without an upload."""
-    if not options.gcs_upload:
-        return None
-    path = GcsPath.parse(options.gcs_output_path or "")
-    destination = Destination(path, options.gcs_project, options.client)
-    destination.check_access()
-    destination.list_objects()
-    return destination
 
 
 def _foreign(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
@@ -1801,6 +2490,13 @@ def _scratch_problems(job: Job) -> list[str]:
     return room_problems(flag, options.scratch_dir, needed, "shards", remedy)
 
 
+def _uploaded_before(job: Job) -> list[pathlib.Path]:
+    """Lists this task's shards that the bucket holds already and that are here, too."""
+    done = [s for s in job.options.share(job.shards) if s.name in job.work.done]
+    paths = [pathlib.Path(shard_path(s, job.options.scratch_dir)) for s in done]
+    return [path for path in paths if path.exists()]
+
+
 def room_problems(
     flag: str,
     directory: str | os.PathLike[str],
@@ -1823,101 +2519,23 @@ def nearest_directory(path: str | os.PathLike[str]) -> pathlib.Path:
     return next(p for p in (place, *place.parents) if p.exists())
 
 
-def log_intent(job: Job) -> None:
-    """Says what is there and what will be done."""
-    options, work = job.options, job.work
-    own = options.share(job.shards)
-    num_done = len(own) - len(work.left)
-    found = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
-    if foreign := _foreign(found, job.shards):
-        logging.warning(
-            f"{options.scratch_dir} also holds {_count(len(foreign), 'shard')} of "
-            f"another plan: {_some(foreign)}. Remove what you do not need."
-        )
-    if options.task_count > 1:
-        logging.info(
-            f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
-            f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still "
-            "missing."
-        )
-    if not work.left:
-        logging.info(
-            f"Nothing to do: {_count(len(own), 'shard')} are up to date in {job.place}."
-        )
-    elif num_done or work.to_upload:
-        line = f"Resuming: {num_done:,} of {_count(len(own), 'shard')} are up to date"
-        if work.to_upload:
-            line += f"; {len(work.to_upload):,} need only be uploaded"
-        logging.info(f"{line}.")
-    if work.to_write:
-        num_bytes = sum(shard.num_bytes for shard in work.to_write)
-        then = f", and from there to {job.place}" if job.destination else ""
-        logging.info(
-            f"{'Would write' if options.dry_run else 'Writing'} "
-            f"{_shards_of_images(work.to_write)} ({_size(num_bytes)}) to "
-            f"{options.scratch_dir}{then}."
-        )
-
-
-def _shards_of_images(shards: Sequence[Shard]) -> str:
-    num_images = sum(len(shard.images) for shard in shards)
-    return f"{_count(len(shards), 'shard')} of {_count(num_images, 'image')}"
-
-
-def carry_out(job: Job) -> None:
-    """Does the work, checks that everything is where it should be, and says so."""
-    _remove_temporary_files(job.options)
-    if job.num_missing:
-        _remove_manifest(job)
-    if not job.options.keep_local_shards:
-        for path in _uploaded_before(job):
+def _remove_temporary_files(options: Options) -> None:
+    """Removes what a killed run of this task left half-written."""
+    scratch_dir = pathlib.Path(options.scratch_dir)
+    if options.task_count == 1:
+        for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)
-    progress = Progress(job.work, is_uploading=bool(job.destination))
-    if job.work.left:
-        with reporting(progress.line):
-            write_and_upload(job, progress)
-        _log_done(job, progress)
-    if progress.bad_images:
-        logging.info(
-            f"{_count(len(progress.bad_images), 'image')} cannot be used, and their "
-            "shards were not written. Replace them and rerun the same command."
-        )
-        raise BadImagesError(*sorted(progress.bad_images))
+    for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
+        index = re.match(r"\.+(?:train|validation)-(\d+)-of-\d", path.name)
+        if index and int(index[1]) % options.task_count == options.task:
+            path.unlink(missing_ok=True)
+
+
+def _remove_manifest(job: Job) -> None:
+    """Removes the mark of a complete data set, because it is not one."""
+    pathlib.Path(job.manifest_path).unlink(missing_ok=True)
     if job.destination:
-        job.destination.list_objects()
-    try:
-        stamps = _check_finished(job, progress)
-    except RunError:
-        _remove_manifest(job)
-        raise
-    if missing := len(job.shards) - len(stamps):
-        logging.info(
-            f"This task is done; {_count(missing, 'shard')} of other tasks are still "
-            "missing."
-        )
-    else:
-        _complete(job, stamps)
-
-
-def _log_done(job: Job, progress: Progress) -> None:
-    seconds = progress.seconds()
-    if progress.shards_to_write:
-        logging.info(
-            f"Wrote {len(progress.stamps):,} of "
-            f"{_count(progress.shards_to_write, 'shard')} "
-            f"({_count(progress.images, 'image')}, {_size(progress.num_bytes)}) to "
-            f"{job.options.scratch_dir} in "
-            f"{_duration(seconds)}, {progress.images / seconds:,.0f} images/s, "
-            f"{_size(progress.num_bytes / seconds)}/s; encoded "
-            f"{_count(progress.repaired, 'PNG or CMYK image')} again as RGB JPEG."
-        )
-    if job.destination and progress.shards_to_upload:
-        num_bytes = sum(stamp.num_bytes for stamp in progress.uploaded.values())
-        logging.info(
-            f"Uploaded {len(progress.uploaded):,} of "
-            f"{_count(progress.shards_to_upload, 'shard')} ({_size(num_bytes)}) to "
-            f"{job.destination.path} in {_duration(seconds)}."
-        )
+        job.destination.delete(MANIFEST_FILE)
 
 
 def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
@@ -1963,32 +2581,6 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
         )
 
 
-def _remove_temporary_files(options: Options) -> None:
-    """Removes what a killed run of this task left half-written."""
-    scratch_dir = pathlib.Path(options.scratch_dir)
-    if options.task_count == 1:
-        for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
-            path.unlink(missing_ok=True)
-    for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
-        index = re.match(r"\.+(?:train|validation)-(\d+)-of-\d", path.name)
-        if index and int(index[1]) % options.task_count == options.task:
-            path.unlink(missing_ok=True)
-
-
-def _uploaded_before(job: Job) -> list[pathlib.Path]:
-    """Lists this task's shards that the bucket holds already and that are here, too."""
-    done = [s for s in job.options.share(job.shards) if s.name in job.work.done]
-    paths = [pathlib.Path(shard_path(s, job.options.scratch_dir)) for s in done]
-    return [path for path in paths if path.exists()]
-
-
-def _remove_manifest(job: Job) -> None:
-    """Removes the mark of a complete data set, because it is not one."""
-    pathlib.Path(job.manifest_path).unlink(missing_ok=True)
-    if job.destination:
-        job.destination.delete(MANIFEST_FILE)
-
-
 def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     """The JSON text that marks a data set as complete.
 
@@ -2031,25 +2623,9 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     )
 
 
-def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
-    """Picks the files, given by path, whose bytes the last listing did not find."""
-    missing = {}
-    for path, stamp in stamps.items():
-        there = destination.objects.get(os.path.basename(path))
-        if not (there and there.same_bytes(stamp)):
-            missing[path] = stamp
-    return missing
-
-
-def _upload_missing(destination: Destination, stamps: Mapping[str, Stamp]) -> None:
-    missing = _missing(destination, stamps)
-    threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
-    with _closing(threads):
-        list(threads.map(destination.upload, missing, missing.values()))
-
-
 # ---------------------------------------------------------------------------------
-# 9. Command line
+# 11. The command line, and what else calls
+
 
 # Line breaks, and what would reorder the text on a terminal.
 CONTROL_CHARACTERS = r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
@@ -2185,85 +2761,6 @@ def _num_processors() -> int:
     return max(1, number)
 
 
-def run(
-    raw_data_dir: str | None,
-    gcs_upload: bool = True,
-    gcs_project: str | None = None,
-    gcs_output_path: str | None = None,
-    local_scratch_dir: str | None = None,
-    client: storage.Client | None = None,
-    **more: Any,
-) -> None:
-    """Writes the shards that are missing and uploads those that the bucket lacks.
-
-    Args:
-      gcs_project: As --project; the others are as the flags of the same names.
-      client: To use for the upload instead of a new one.
-      **more: Other fields of `Options`.
-
-    Raises:
-      BadImagesError: An InvalidInputError; all but the shards of these images are done.
-      InvalidInputError: A ValueError: what must be fixed; nothing was done.
-      RunError: What stopped the run; finished shards are kept.
-    """
-    with failures_in_words():
-        upload = gcs_upload, gcs_project, gcs_output_path
-        options = Options(raw_data_dir, *upload, local_scratch_dir, client, **more)
-        if options.dry_run:
-            log_intent(plan_job(options))
-            return
-        with _locked(options):
-            start_forkserver()  # imports TensorFlow while images are listed
-            if options.fake_imagenet:
-                make_fake_imagenet(options)
-            job = plan_job(options)
-            log_intent(job)
-            carry_out(job)
-
-
-@contextlib.contextmanager
-def _locked(options: Options) -> Iterator[None]:
-    """Keeps a second run out of the scratch directory; the lock dies with the process.
-
-    Tasks of the same count may share the directory.
-    """
-    scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
-    is_new = not scratch_dir.exists()
-    scratch_dir.mkdir(parents=True, exist_ok=True)
-    path = scratch_dir / f".lock-{options.task}-of-{count}"
-    with _lock(path):
-        for other in scratch_dir.glob(".lock-*-of-*"):
-            if not other.name.endswith(f"-of-{count}"):
-                with _lock(other, fcntl.LOCK_SH):
-                    pass
-        try:
-            yield
-        except InvalidInputError:
-            if is_new:  # leave nothing where nothing was done
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # there are shards
-                    scratch_dir.rmdir()
-            raise
-
-
-@contextlib.contextmanager
-def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"Another run is writing to {path.parent}: wait until it ends, or "
-                "choose another --local_scratch_dir."
-            ) from None
-        except OSError as error:  # some network file systems cannot
-            logging.warning(
-                f"Cannot lock {path} ({error.strerror}): do not run two at once."
-            )
-        yield
-
-
 def convert_to_tf_records(
     raw_data_dir: str, local_scratch_dir: str
 ) -> tuple[list[str], list[str]]:
@@ -2326,47 +2823,47 @@ def failures_in_words() -> Iterator[None]:
         ) from error
 
 
-class Stopped(BaseException):
-    """A signal that ends the run: Ctrl-C, or the preemption of the machine."""
+@contextlib.contextmanager
+def _locked(options: Options) -> Iterator[None]:
+    """Keeps a second run out of the scratch directory; the lock dies with the process.
 
-
-def _raise_stopped(signal_number: int, _: object) -> NoReturn:
-    for other in STOP_SIGNALS:  # further ones change nothing
-        signal.signal(other, signal.SIG_IGN)
-    raise Stopped(signal.Signals(signal_number))
-
-
-class LiveLine:
-    """A line at the bottom of a terminal that is redrawn in place."""
-
-    is_on = False  # True only for the command, on a terminal
-
-    def draw(self, text: str) -> None:
-        """Draws the line, cut to the width of the terminal; clears it if empty."""
-        if not self.is_on:
-            return
-        handler = logging.get_absl_handler().python_handler
-        # Not while another thread writes a log line, nor if the terminal is gone.
-        with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
-            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-            print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-live_line = LiveLine()
-
-
-class _LogFormatter(python_logging.Formatter):
-    """Formats a line as '2026-11-22 07:10:33 WARNING: ...', without the level for INFO.
-
-    It stays one line, with control characters escaped, whatever a file is called.
+    Tasks of the same count may share the directory.
     """
+    scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
+    is_new = not scratch_dir.exists()
+    scratch_dir.mkdir(parents=True, exist_ok=True)
+    path = scratch_dir / f".lock-{options.task}-of-{count}"
+    with _lock(path):
+        for other in scratch_dir.glob(".lock-*-of-*"):
+            if not other.name.endswith(f"-of-{count}"):
+                with _lock(other, fcntl.LOCK_SH):
+                    pass
+        try:
+            yield
+        except InvalidInputError:
+            if is_new:  # leave nothing where nothing was done
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # there are shards
+                    scratch_dir.rmdir()
+            raise
 
-    def format(self, record: python_logging.LogRecord) -> str:
-        live_line.draw("")
-        level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
-        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}" + re.sub(
-            CONTROL_CHARACTERS, lambda c: repr(c[0])[1:-1], record.getMessage()
-        )
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"Another run is writing to {path.parent}: wait until it ends, or "
+                "choose another --local_scratch_dir."
+            ) from None
+        except OSError as error:  # some network file systems cannot
+            logging.warning(
+                f"Cannot lock {path} ({error.strerror}): do not run two at once."
+            )
+        yield
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -2393,6 +2890,29 @@ def main(arguments: Sequence[str]) -> None:
         _exit(128 + number, f"Stopped by {number.name}. {RERUN}")
 
 
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Answers --help and --version, or parses the flags."""
+    if {"-h", "-help", "--help"} & set(arguments[1:]):
+        print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
+        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
+        sys.exit(0)
+    rest = app.parse_flags_with_usage(arguments)
+    if FLAGS.version:
+        print(f"imagenet_to_gcs.py {__version__}")
+        sys.exit(0)
+    return rest
+
+
+class Stopped(BaseException):
+    """A signal that ends the run: Ctrl-C, or the preemption of the machine."""
+
+
+def _raise_stopped(signal_number: int, _: object) -> NoReturn:
+    for other in STOP_SIGNALS:  # further ones change nothing
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(signal.Signals(signal_number))
+
+
 def _exit(status: int, *errors: str) -> NoReturn:
     """Ends the process at once, without waiting for uploads that hang.
 
@@ -2406,17 +2926,30 @@ def _exit(status: int, *errors: str) -> NoReturn:
     os._exit(status)
 
 
-def parse_flags(arguments: list[str]) -> list[str]:
-    """Answers --help and --version, or parses the flags."""
-    if {"-h", "-help", "--help"} & set(arguments[1:]):
-        print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
-        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
-        sys.exit(0)
-    rest = app.parse_flags_with_usage(arguments)
-    if FLAGS.version:
-        print(f"imagenet_to_gcs.py {__version__}")
-        sys.exit(0)
-    return rest
+class _LogFormatter(python_logging.Formatter):
+    """Formats a line as '2026-11-22 07:10:33 WARNING: ...', without the level for INFO.
+
+    It stays one line, with control characters escaped, whatever a file is called.
+    """
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        live_line.draw("")
+        level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
+        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}" + re.sub(
+            CONTROL_CHARACTERS, lambda c: repr(c[0])[1:-1], record.getMessage()
+        )
+
+
+def _open_closed_streams() -> None:
+    """Restarts the command with /dev/null in place of each standard stream it lacks.
+
+    Otherwise, the next file to be opened would become stderr and receive the log.
+    """
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # ---------------------------------------------------------------------------------
@@ -2562,537 +3095,8 @@ def _check_end(file: BinaryIO, position: int, end: int) -> None:
 
 
 # ---------------------------------------------------------------------------------
-# B. Wrong raw directories, in words
+# B. A fake ImageNet: a demonstration if you have no ImageNet yet
 
-
-IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
-# Images of ImageNet-1k, and of the smallest of its classes
-IMAGENET_SPLITS = {"training": (1_281_167, 732), "validation": (50_000, 50)}
-
-
-def _files_at(path: str) -> list[str]:
-    """Lists a file, or all files below a directory, except in foreign directories."""
-    if not _is_visible(path):
-        return []
-    if not os.path.isdir(path):
-        return [path]
-    files = []
-    for place, directories, names in os.walk(path):
-        directories[:] = filter(_is_visible, directories)
-        files += [f"{place}/{name}" for name in names]
-    return files
-
-
-def _no_split(raw_data_dir: str, split: str) -> str:
-    """Describes the absence of `train/` or `validation/` with what is there instead."""
-    directory = os.path.join(raw_data_dir, split)
-    if os.path.islink(directory):
-        directory += f" (a link to {os.readlink(directory)})"
-    found = _some(sorted(entry.name for entry in _scan(raw_data_dir)), 10) or "nothing"
-    return (
-        f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
-        "there. Both splits are required; README, step 2, says in which layouts."
-    )
-
-
-def _no_images(source: ImageSource, below: str = "*") -> str:
-    """Describes a directory or tar without images with what is in it instead."""
-    files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
-    images = [path for path in files if _looks_like_image(path)]
-    names = sorted(map(os.path.basename, files))
-    found = _left_out(images) if images else f"Found {_some(names) or 'nothing'} there."
-    packed = source.depth or any(name.endswith(".tar") for name in names)
-    remedy = " Extract the tar, as README says in step 2." if packed else ""
-    return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}{remedy}"
-
-
-def _left_out(paths: Sequence[str]) -> str:
-    """Describes images that are not read, with what would make them be."""
-    suffixes = collections.Counter(os.path.splitext(path)[1] for path in paths)
-    found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
-    return (
-        f"{_count(len(paths), 'image')} left out ({found}), such as {min(paths)}: only "
-        f"JPEG and PNG files named *{IMAGE_SUFFIX} directly in "
-        f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
-    )
-
-
-def _foreign_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
-    """Describes validation classes that must be wrong: they would move every label."""
-    foreign = sorted(validated - trained)
-    most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
-    if trained and foreign and len(foreign) > most:
-        yield (
-            "Validation images must be of the classes of the training images, such as "
-            f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of "
-            f"{LABELS_FILE} is the synset of the i-th validation image; README, step "
-            "2, says where to get it."
-        )
-
-
-def warnings_about(
-    dataset: Dataset, training_shards: int, validation_shards: int
-) -> Iterator[str]:
-    """Describes what is allowed, but differs from ImageNet."""
-    if dataset.left_out:
-        yield _left_out(dataset.left_out)
-    if empty := [image for image in dataset.images if not image.num_bytes]:
-        one, its = ("is", "its") if len(empty) == 1 else ("are", "their")
-        yield (
-            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling "
-            f"links), such as {empty[0].path}; {its} shards will not be written."
-        )
-    synsets = dataset.synsets
-    trained = collections.Counter(image.synset for image in dataset.training)
-    validated = collections.Counter(image.synset for image in dataset.validation)
-    yield from _lacks("training", synsets, trained, validated, training_shards)
-    yield from _lacks("validation", synsets, validated, trained, validation_shards)
-
-
-def _lacks(
-    split: str,
-    synsets: Sequence[str],
-    sizes: collections.Counter[str],
-    others: Mapping[str, int],
-    num_shards: int,
-) -> Iterator[str]:
-    """Describes what a split lacks.
-
-    Args:
-      sizes, others: Numbers of images by class, here and in the other split.
-    """
-    labels = enumerate(synsets, start=1)
-    lone = [f"{s} (label {i})" for i, s in labels if s in sizes and s not in others]
-    # With validation images of few classes, this is a trial, and no class is wrong.
-    is_trial = split == "training" and 3 * len(others) < 2 * len(sizes)
-    if lone and not is_trial:
-        num_synsets = _count(len(synsets), "synset")
-        yield f"{len(lone):,} of {num_synsets} have {split} images only: {_some(lone)}."
-    num_images = sizes.total()
-    num_expected, smallest = IMAGENET_SPLITS[split]
-    short = [f"{name} ({n:,})" for name, n in sorted(sizes.items()) if n < smallest]
-    classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
-    if len(synsets) == IMAGENET_SYNSETS and num_images != num_expected:
-        yield (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {num_images:,} "
-            f"({num_images - num_expected:+,}).{classes}"
-        )
-    shard_size = images_per_shard(num_images, num_shards)
-    if num_empty := num_shards - math.ceil(num_images / shard_size):
-        yield (
-            f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty, "
-            f"given {_count(num_images, f'{split} image')}; a smaller --{split}_shards "
-            "avoids that."
-        )
-
-
-def _count(number: int, noun: str) -> str:
-    """Formats a number with its noun: '1 image', '1,024 images', '2 classes'."""
-    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {plural}"
-
-
-def _size(num_bytes: float) -> str:
-    """Formats a number of bytes in decimal units: '110.0 KB', '146.9 GB'."""
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            break
-        num_bytes /= 1000
-    return f"{num_bytes:,.{0 if unit == 'bytes' else 1}f} {unit}"
-
-
-def _duration(seconds: float) -> str:
-    """Formats a time: '45 s', '12 min', '3 h 5 min'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """Names the first few of many: 'a, b, c and 97 more'."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
-# ---------------------------------------------------------------------------------
-# C. Worker processes
-
-# Whether to show TensorFlow's log; otherwise, stderr is kept, for `Forkserver.death`.
-IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
-# Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
-# and what libjpeg says of each skeleton.
-NOISE = re.compile(
-    r"\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
-)
-
-
-class Workers:
-    """Processes that write shards for the threads of the run."""
-
-    def __init__(self, num_workers: int, stopping: threading.Event):
-        forkserver = start_forkserver()
-        self._stopping = stopping
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        # Each is queued twice, so that its next call can wait while it makes one.
-        for worker in [Worker(forkserver) for _ in range(num_workers)] * 2:
-            self._idle.put(worker)
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function in the next process that has room for a call."""
-        request = pickle.dumps(functools.partial(function, *arguments))
-        worker = self._idle.get()
-        try:
-            if self._stopping.is_set():
-                raise concurrent.futures.CancelledError
-            return worker.call(request)
-        finally:
-            self._idle.put(worker)
-
-
-class Worker:
-    """A process that makes calls until its pipe is closed.
-
-    Two threads may be in `call`: one sends its request while the other waits for its
-    answer. The lock of the answers, taken before the next may send, keeps their order.
-    """
-
-    def __init__(self, forkserver: Forkserver):
-        self._forkserver = forkserver
-        self._stderr = _unnamed_file()
-        ours, theirs = socket.socketpair()
-        files = [theirs.fileno(), self._stderr.fileno()]
-        with ours, theirs, contextlib.suppress(ConnectionError):  # `call` meets it, too
-            self._pipe = ours.makefile("rwb")
-            socket.send_fds(forkserver.requests, [b"."], files)
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
-
-    def call(self, request: bytes) -> Any:
-        try:
-            with self._sending:  # until it is this call's turn to receive
-                self._pipe.write(request)
-                self._pipe.flush()
-                self._receiving.acquire()
-            try:
-                result, error, trace = pickle.load(self._pipe)
-            finally:
-                self._receiving.release()
-        except (EOFError, ConnectionError, pickle.UnpicklingError):
-            raise self._forkserver.death(_text(self._stderr)) from None
-        if error:
-            raise error from RuntimeError(f"in a worker process:\n{trace}")
-        return result
-
-
-class Forkserver:
-    """The process that imports TensorFlow, once, and forks the workers.
-
-    Unlike the standard library's, it needs no temporary directory and no semaphore,
-    does not run the user's program again, and tells what a worker died of, by dying the
-    same way. In its own session, Ctrl-C and hangups do not reach it.
-    """
-
-    def __init__(self) -> None:
-        self._stderr = _unnamed_file()
-        self.requests, stdin = socket.socketpair()  # a byte, with a worker's files
-        # Runs this file, whatever its name, as the same module; see its last lines.
-        # With runpy, importing TensorFlow takes 0.4 s longer.
-        paths = [os.path.abspath(path) for path in sys.path]
-        code = (
-            f"import sys; sys.path[:] = {paths!r}; IS_FORKSERVER = True; "
-            f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
-            "sys.modules[__name__] = sys.modules['__main__']; "
-            "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
-        )
-        level = "0" if IS_VERBOSE else "3"
-        more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
-        with stdin:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=stdin.fileno(),
-                stdout=subprocess.PIPE,  # stays empty: see _end_with_run
-                stderr=None if IS_VERBOSE else self._stderr,
-                env={**os.environ, **more},
-                cwd="/",  # the current directory may be gone, which TensorFlow minds
-                start_new_session=True,
-            )
-
-    def death(self, worker_words: str) -> RunError:
-        """Says what a worker or the forkserver died of, in its last words."""
-        time.sleep(0.2)  # a signal to the whole run may still be on its way
-        self.requests.close()  # ends it, in case it is still alive
-        status = self.process.wait()
-        if status == -signal.SIGKILL:
-            return RunError(
-                "A worker process was killed, most likely because the machine ran out "
-                "of memory. Finished shards are kept: rerun the same command with "
-                "fewer --num_workers."
-            )
-        text = worker_words or _text(self._stderr)
-        lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
-        errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
-        words = [signal.Signals(-status).name] if status < 0 else []
-        words += (errors or lines)[-1:]
-        said = ": ".join(words).rstrip(".") or f"exit status {status}"
-        if status == -signal.SIGILL:
-            said += ", as if TensorFlow were built for another processor"
-        if "import tensorflow" in text:
-            remedy = f"Run {INSTALL} in a new virtual environment."
-            return RunError(f"TensorFlow cannot be imported: {said}. {remedy}")
-        return RunError(f"A worker process died: {said}. {FIX_AND_RERUN}")
-
-
-_forkserver: Forkserver | None = None
-
-
-def start_forkserver() -> Forkserver:
-    """Starts the forkserver unless it is running; returns before it is ready.
-
-    Importing TensorFlow takes seconds, during which the raw directory is listed.
-    """
-    global _forkserver
-    if not _forkserver or _forkserver.process.poll() is not None:
-        try:
-            _forkserver = Forkserver()
-        except OSError as error:
-            problem = f"Cannot start a process: {error.strerror}. {FIX_AND_RERUN}"
-            raise RunError(problem) from error
-    return _forkserver
-
-
-def _unnamed_file() -> BinaryIO:
-    file_descriptor = os.memfd_create("stderr")
-    # In append mode, so that writes after a truncation begin at the start.
-    fcntl.fcntl(file_descriptor, fcntl.F_SETFL, os.O_APPEND)
-    return open(file_descriptor, "r+b", buffering=0)
-
-
-def _text(file: BinaryIO) -> str:
-    file_descriptor = file.fileno()  # without a position, which threads would share
-    text = os.pread(file_descriptor, os.fstat(file_descriptor).st_size, 0)
-    return text.decode(errors="replace").strip()
-
-
-def _serve_forks() -> None:
-    """Imports TensorFlow, then forks a worker whenever the run asks for one.
-
-    A fork after TensorFlow has run anything would hang.
-    """
-    _end_with_run()
-    warnings.simplefilter("ignore")  # a warning is never the cause of death
-    with _no_garbage_collection():
-        import tensorflow  # noqa: F401
-    signal.signal(signal.SIGCHLD, _die_like_worker)  # not for the import's own children
-    with socket.socket(fileno=0) as requests:
-        while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
-            if os.fork() == 0:
-                _answer_calls(*file_descriptors)
-            for file_descriptor in file_descriptors:
-                os.close(file_descriptor)
-
-
-def _end_with_run() -> None:
-    """Has the kernel kill the forkserver and its workers when the run ends.
-
-    Only the run holds the other end of stdout. When that closes, the kernel sends SIGIO
-    to this process group, which kills it.
-    """
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
-    stdout = select.poll()
-    stdout.register(1, 0)
-    if stdout.poll(0):  # the run has ended already
-        os._exit(0)
-
-
-def _die_like_worker(*_: object) -> None:
-    with contextlib.suppress(ChildProcessError):
-        while (child := os.waitpid(-1, os.WNOHANG))[0]:
-            status = os.waitstatus_to_exitcode(child[1])
-            if status < 0:
-                os.kill(os.getpid(), -status)
-            elif status:
-                os._exit(status)
-
-
-def _answer_calls(channel: int, stderr: int) -> NoReturn:
-    """Makes the calls that the run sends to this worker, on one processor."""
-    os.dup2(channel, 0)  # else a worker would keep the forkserver's socket open
-    if not IS_VERBOSE:
-        os.dup2(stderr, 2)
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    pipe = socket.socket(fileno=channel).makefile("rwb")
-    while pipe.peek(1):  # until the run closes it
-        call = pickle.load(pipe)
-        try:
-            answer: Any = call(), None, ""
-        except BaseException as error:  # noqa: BLE001
-            answer = None, error, traceback.format_exc()
-        if not IS_VERBOSE:
-            os.ftruncate(2, 0)  # libjpeg warns about every skeleton
-        pipe.write(pickle.dumps(answer))
-        pipe.flush()
-    os._exit(0)
-
-
-def _open_closed_streams() -> None:
-    """Restarts the command with /dev/null in place of each standard stream it lacks.
-
-    Otherwise, the next file to be opened would become stderr and receive the log.
-    """
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(null, True)
-    os.close(null)
-    if None in (sys.stdin, sys.stdout, sys.stderr):
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-# ---------------------------------------------------------------------------------
-# D. Errors of Cloud Storage: which ones pass, and what they say
-
-
-# Patterns for the facts of `_facts_and_words`: an error's classes, status and words.
-_PASSING = (
-    r"(retryable|(Connection|ChunkedEncoding|Pool|Protocol|SSL)Error|Timeout|"
-    r"BadStatusLine|IncompleteRead|ResponseNotReady).* HTTP |HTTP (408|429|5\d\d)|"
-    r"Metadata server unavailable|temporarily_unavailable|internal_failure|"
-    r"server_error|Internal Server Error|Bad Gateway|Service Unavail"
-)
-_FINAL = (
-    r"GoogleAuthError|Unauthorized|Forbidden|PreconditionFailed|Project was not passed|"
-    r"TypeError|"  # an argument that this version of the client does not know
-    r"BadRequest(?!.*CRC32C)"  # a file can be damaged on its way
-)
-_KINDS = {
-    r"DefaultCredentialsError": "No credentials for {place}",
-    r"GoogleAuthError|Unauthorized": "Cannot log in for {place}",
-    r"Forbidden": "Access to {place} is denied",
-    r"\bNotFound\b": "No bucket for {place}",
-    r"": "Cloud Storage failed at {place}",
-}
-# The first pattern that matches decides. `_PASSING`: the request is repeated. Remedy
-# `RERUN`: the file is uploaded again. Another remedy, or none: the upload is given up.
-_REMEDIES = {
-    r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
-    r"SSLCertVerificationError": (
-        "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
-        "the file of its certificate."
-    ),
-    r"407 Proxy": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
-    _PASSING: RERUN,
-    r"Invalid JWT.*timeframe": "Set the clock of this machine.",
-    r"expired or revoked|Reauth": "Run `gcloud auth application-default login` again.",
-    r"credentials were not found": (
-        "Run `gcloud auth application-default login`, or attach a service account to "
-        "the VM."
-    ),
-    r"getAccessToken": (
-        "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
-        "account that impersonates it."
-    ),
-    r"serviceusage\.services\.use": (
-        "Grant roles/serviceusage.serviceUsageConsumer on the project to the account "
-        "of this run."
-    ),
-    r"Forbidden.*\bscope": (
-        "Stop the VM and run: gcloud compute instances set-service-account NAME "
-        "--scopes=cloud-platform"
-    ),
-    r"Forbidden.* storage\.objects\.": (
-        "Grant roles/storage.objectUser on {bucket} to the account of this run."
-    ),
-    r"\bNotFound\b": "Create it: gcloud storage buckets create {bucket}",
-    _FINAL: "",
-    r"": RERUN,
-}
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    return _look_up(_REMEDIES, _facts_and_words(error)[0])[0] == _PASSING
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether uploading the same file again would fail in the same way."""
-    return _look_up(_REMEDIES, _facts_and_words(error)[0])[1] != RERUN
-
-
-def _look_up(table: Mapping[str, str], facts: str) -> tuple[str, str]:
-    """Finds the first pattern that fits the facts, and what it stands for."""
-    return next(row for row in table.items() if re.search(row[0], facts))
-
-
-def words_of(error: BaseException) -> str:
-    """What an error says, in one line without JSON, URL and final period."""
-    return _facts_and_words(error)[1]
-
-
-def explain(error: BaseException, place: str, bucket: str) -> str:
-    """Puts an error in one line: what failed, why, and what to do if that is known."""
-    facts, words = _facts_and_words(error)
-    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
-        words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
-    _, what = _look_up(_KINDS, facts)
-    _, remedy = _look_up(_REMEDIES, facts)
-    line = f"{what}: {words}. {remedy}".rstrip()
-    return line.replace("{place}", place).replace("{bucket}", bucket)
-
-
-def _facts_and_words(error: BaseException) -> tuple[str, str]:
-    """What is known of an error, for the patterns above, and what it says."""
-    chain = list(_chain(error))
-    facts = {cls.__name__ for each in chain for cls in type(each).__mro__}
-    facts |= {"retryable" for each in chain if getattr(each, "retryable", False)}
-    responses = [getattr(each, "response", None) for each in chain]
-    response = next((r for r in responses if r is not None), None)
-    status = getattr(response, "status_code", 0)
-    words = getattr(response, "reason", "") or _words_without_answer(chain)
-    # The service's own words; google.auth has them in the arguments of its errors.
-    for text in [getattr(response, "text", ""), *(a for e in chain for a in e.args)]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            answer = (text if isinstance(text, dict) else json.loads(text))["error"]
-            status, words = answer["code"], answer["message"] or words
-            break
-    if status and not words.startswith(str(status)):
-        words = f"{status} {words}"
-    words = " ".join(words.split()).rstrip(".")
-    if status in (404, 410) and "upload_id=" in getattr(response, "url", ""):
-        facts = set()  # an upload is lost; no bucket is missing
-    return f"{' '.join(facts)} HTTP {status} {words}", words
-
-
-def _words_without_answer(chain: Sequence[BaseException]) -> str:
-    """What the innermost error says, and which host could not be reached."""
-    cause = chain[-1]
-    text = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "")
-    text = text or str(next(iter(cause.args), "")) or repr(cause)
-    text = re.sub(r"(?s)<[^>]*>|https?://\S+|Response( details)?:.*|{.*", " ", text)
-    for each in chain:
-        if request := getattr(each, "request", None):
-            host = urllib.parse.urlsplit(request.url).hostname
-            return f"cannot reach {host} ({text})"
-    return text
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those within it, outermost first; libraries nest them variously."""
-    while error is not None:
-        yield error
-        # As google.api_core, urllib3, requests and google.auth, and `raise from` do.
-        wrapped = [getattr(error, name, None) for name in ("cause", "reason")]
-        wrapped += [*error.args, error.__cause__]
-        error = next((e for e in wrapped if isinstance(e, BaseException)), None)
-
-
-# ---------------------------------------------------------------------------------
-# E. A fake ImageNet: a demonstration if you have no ImageNet yet
 
 FAKE_TRAINING_IMAGES = 2048
 FAKE_VALIDATION_IMAGES = 256
