@@ -162,11 +162,32 @@ class InvalidInputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Why a run had to stop: one line with the cause and a remedy."""
+    """Why a run had to stop: the cause and a remedy; finished shards are kept.
+
+    Its arguments are one line each.
+
+    Attributes:
+      may_pass: Whether the same command can succeed later, without anyone's doing.
+    """
+
+    def __init__(self, *problems: str, may_pass: bool = False):
+        super().__init__(*problems)
+        self.may_pass = may_pass
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
-class BadImagesError(InvalidInputError):
+class BadImagesError(RunError):
     """Images that cannot be used; every shard without one of them is done."""
+
+
+class MachineError(RunError):
+    """The machine failed: its disk, its memory, a process, or one of its limits."""
+
+
+class ServiceError(RunError):
+    """Cloud Storage, or what leads to it, failed or refused."""
 
 
 @contextlib.contextmanager
@@ -248,7 +269,7 @@ def run(
       **more: Other fields of `Options`.
 
     Raises:
-      BadImagesError: An InvalidInputError; all but the shards of these images are done.
+      BadImagesError: A RunError; all but the shards of these images are done.
       InvalidInputError: A ValueError: what must be fixed; nothing was done.
       RunError: What stopped the run; finished shards are kept.
     """
