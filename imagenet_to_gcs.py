@@ -12,47 +12,50 @@
 """Writes raw ImageNet as TFRecord shards and uploads them to Cloud Storage.
 
     python3 imagenet_to_gcs.py --project=$PROJECT --gcs_output_path=$DATA_DIR \\
-      --raw_data_dir=$IMAGENET_HOME --local_scratch_dir=$IMAGENET_HOME/tf_records
+      --raw_data_dir=$IMAGENET_HOME \\
+      --local_scratch_dir=$IMAGENET_HOME/tf_records
 
 Without ImageNet and without a bucket, try it on generated images:
 
-    python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=$HOME/fake --nogcs_upload
+    python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=fake \\
+      --nogcs_upload
 
 What goes in, under --raw_data_dir:
 
-    train/n01440764/n01440764_18.JPEG       1,281,167 images, one directory per synset
-    validation/ILSVRC2012_val_00000001.JPEG    50,000 images
-    synset_labels.txt              line i is the synset of the i-th validation image
+    train/n01440764/n01440764_18.JPEG        1,281,167 images, in 1,000 synsets
+    validation/ILSVRC2012_val_00000001.JPEG  50,000 images
+    synset_labels.txt            line i: the synset of the i-th validation image
 
 ImageNet's own tars are read in place, without extracting them.
 
 What comes out, under --local_scratch_dir and, flat, under --gcs_output_path:
 
-    train/train-00000-of-01024                 1,024 shards
-    validation/validation-00000-of-00128         128 shards
-    manifest.json                              written last: the data set is complete
+    train/train-00000-of-01024            1,024 shards
+    validation/validation-00000-of-00128    128 shards
+    manifest.json                         written last: the data set is complete
 
 A shard is a TFRecord file; a record is a tf.train.Example of nine features:
 
-    image/height, image/width   int64   pixels
-    image/colorspace            bytes   RGB
-    image/channels              int64   3
-    image/class/label           int64   1 to 1000, the rank among the sorted synsets
-    image/class/synset          bytes   n01440764
-    image/format                bytes   JPEG
-    image/filename              bytes   n01440764_18.JPEG
-    image/encoded               bytes   the file as it is; a PNG or a CMYK JPEG is
-                                        encoded again, as an RGB JPEG
+    image/height, image/width  int64  pixels
+    image/colorspace           bytes  RGB
+    image/channels             int64  3
+    image/class/label          int64  1 to 1000, the rank among sorted synsets
+    image/class/synset         bytes  n01440764
+    image/format               bytes  JPEG
+    image/filename             bytes  n01440764_18.JPEG
+    image/encoded              bytes  the file as it is; a PNG or a CMYK JPEG is
+                                      encoded again, as an RGB JPEG
 
-The same raw directory gives the same bytes on every machine, with any number of
-workers, however often the run was interrupted: rerun the same command to resume.
+The same raw directory gives the same bytes on every machine, with any number
+of workers, however often the run was interrupted. To resume, rerun the command.
 
-There are two kinds of errors. InvalidInputError lists what must be fixed before the run
-can start; nothing was done. (Bad images are found only while shards are written: then
-all other shards are done.) RunError says what stopped it; finished shards are kept.
+There are two kinds of errors. InvalidInputError lists what must be fixed before
+the run can start; nothing was done. (Bad images are found only while shards are
+written: then all other shards are done.) RunError says what stopped it;
+finished shards are kept.
 
-Exit status: 0 if everything is done; 1 if anything is wrong, with a line per problem;
-130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+Exit status: 0 if everything is done; 1 if anything is wrong, with a line per
+problem; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
 from __future__ import annotations
@@ -115,7 +118,7 @@ if TYPE_CHECKING:
 
     from google.cloud import storage
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 LABELS_FILE = "synset_labels.txt"
 MANIFEST_FILE = "manifest.json"
@@ -129,23 +132,39 @@ VALIDATION_DIRECTORY = "validation"
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("project", None, "Google Cloud project of the upload.")
-flags.DEFINE_string("gcs_output_path", None, "gs://bucket or gs://bucket/directory.")
 flags.DEFINE_string(
-    "local_scratch_dir", None, "For the shards; default: tf_records in --raw_data_dir."
+    "gcs_output_path", None, "Where to upload: gs://bucket or gs://bucket/directory."
+)
+flags.DEFINE_string(
+    "local_scratch_dir",
+    None,
+    "Where to write the shards; default: tf_records in --raw_data_dir.",
 )
 flags.DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
-flags.DEFINE_bool("gcs_upload", True, "Upload the shards; otherwise only write them.")
-flags.DEFINE_integer("num_workers", None, "Processes; default: one per processor.")
-flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "How many to write.")
-flags.DEFINE_integer("validation_shards", VALIDATION_SHARDS, "How many to write.")
+flags.DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
+flags.DEFINE_integer(
+    "num_workers", None, "Number of encoding processes; default: one per processor."
+)
+flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of training shards.")
+flags.DEFINE_integer(
+    "validation_shards", VALIDATION_SHARDS, "Number of validation shards."
+)
 flags.DEFINE_bool(
     "fake_imagenet", False, "First fill an empty --raw_data_dir with fake images."
 )
 flags.DEFINE_bool("keep_local_shards", True, "Keep local shards once uploaded.")
-flags.DEFINE_integer("task_index", None, "Which of --task_count machines, from 0.")
+flags.DEFINE_integer(
+    "task_index", None, "Index of this machine among --task_count, from 0."
+)
 flags.DEFINE_integer("task_count", 1, "Number of machines that share the work.")
 flags.DEFINE_bool("dry_run", False, "Check everything and say what would be done.")
 flags.DEFINE_bool("version", False, "Print the version and exit.")
+
+INHERITED_FLAGS = """
+  --flagfile: A file with flags, one a line.
+  --verbosity: -1 logs only warnings and errors.
+    (default: '0')
+  --help: Print this manual and exit."""
 
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Finished shards are kept: fix this and rerun the same command."
@@ -2915,7 +2934,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
     """Answers --help and --version, or parses the flags."""
     if {"-h", "-help", "--help"} & set(arguments[1:]):
         print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
-        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
+        own_flags = FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
+        print(f"{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}")
         sys.exit(0)
     rest = app.parse_flags_with_usage(arguments)
     if FLAGS.version:

@@ -49,6 +49,9 @@ def test_help_begins_with_how_to_use_it(tmp_path: Path, flag: str) -> None:
     assert re.match(r"(?i)usage", finished.stdout)
     start = finished.stdout.partition("\n  --")[0]
     assert len(re.findall(r"imagenet_to_gcs(?:\.py)? .*--", start)) >= 2
+    assert max(map(len, finished.stdout.splitlines())) <= 80
+    for name in ("flagfile", "verbosity", "help", "version"):
+        assert re.search(rf"^  --(\[no\])?{name}: ", finished.stdout, re.MULTILINE)
     for name, default in DEFAULTS.items():
         pattern = rf"^ *--(\[no\])?{name}\b"
         assert re.search(pattern, finished.stdout, re.MULTILINE), name
