@@ -1,11 +1,9 @@
 """What the tests share: a Cloud Storage, and small raw ImageNets."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import contract
 import pytest
@@ -17,8 +15,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 # The tests import the script by its name.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture
@@ -40,18 +36,3 @@ def mixed_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = ("baseline", "png", "progressive", "cmyk", "grey", "444", "exif_thumbnail")
     directory = tmp_path_factory.mktemp("mixed") / "raw"
     return contract.make_raw(directory, 7, 3, 8, kinds)
-
-
-@pytest.fixture(scope="session")
-def sample() -> Path:
-    """225 photographs of ImageNet beside the repository, where they are."""
-    directory = SHARED / "imagenet_sample"
-    if not directory.is_dir():
-        pytest.skip("needs the ImageNet sample")
-    return directory
-
-
-def golden_records(sample: Path) -> dict[str, list[Any]]:
-    """What the reference makes of the sample: the records of each shard."""
-    lines = (sample.parent / "imagenet_sample_records.jsonl").read_text().splitlines()
-    return dict(json.loads(line) for line in lines)
