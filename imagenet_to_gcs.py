@@ -572,6 +572,7 @@ MAX_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no mo
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
+SPLIT_FOLDERS = ("", *TARS, "val", *(tar.removesuffix(".tar") for tar in TARS.values()))
 OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FOREIGN_NAMES = (  # how names begin that operating systems and network disks leave
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
@@ -588,13 +589,14 @@ class RawImage(NamedTuple):
 
     Attributes:
       source: The directory or tar that holds it.
+      name: Its path below the source; in a tar there can be folders in it.
       label: 1-based rank of the synset among all synsets; 0 until it is known.
       version: Of its file (`file_version`), or of the tar it is in (`tar_version`).
       offset: Of its first byte in the tar; None for a file in a directory.
     """
 
     source: str
-    filename: str
+    name: str
     synset: str
     label: int
     num_bytes: int
@@ -603,7 +605,11 @@ class RawImage(NamedTuple):
 
     @property
     def path(self) -> str:
-        return os.path.join(self.source, self.filename)
+        return os.path.join(self.source, self.name)
+
+    @property
+    def filename(self) -> str:
+        return self.name.rpartition("/")[2]
 
 
 def file_version(status: os.stat_result) -> int:
@@ -764,11 +770,20 @@ def _classes_among(
 
 
 def _classes_in_tar(tar: ImageSource, left_out: list[str]) -> list[ImageSource]:
+    """Finds the class tars or class folders in a tar; their images have a class."""
     found = []
-    for file in tar.list_members(left_out, suffix=".tar"):
-        synset, start = file.filename.removesuffix(".tar"), file.offset or 0
-        end = start + file.num_bytes
-        found.append(ImageSource(tar.path, synset, start, end, file.version))
+    folders = collections.defaultdict(list)
+    for file in tar.list_members(left_out, 0, ".tar", IMAGE_SUFFIX):
+        synset, start = file.synset, file.offset or 0
+        if file.name.endswith(IMAGE_SUFFIX):
+            folders[synset].append(file)
+        else:
+            end = start + file.num_bytes
+            found.append(ImageSource(tar.path, synset, start, end, file.version))
+    if "" in folders:
+        raise InvalidInputError(_no_images(tar, "*/*"))
+    for synset, images in folders.items():
+        found.append(ImageSource(tar.path, synset, start=0, images=images))
     return found
 
 
@@ -812,7 +827,7 @@ def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
     """Lists the validation images, sorted by name, from the first place that has any:
 
     `validation/*.JPEG`, `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Only
-    those in directories of classes have a synset already, and none has a label.
+    those in class folders, also of the tar, have a synset already; none has a label.
     """
     directory, entries, tar = _find_split(raw_data_dir, VALIDATION_DIRECTORY)
     sources = [directory]
@@ -823,7 +838,7 @@ def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
         images = tar.list_images(left_out)
     if not images:
         raise InvalidInputError(_no_images(tar or directory))
-    return sorted(images, key=lambda i: (_filename_in_bytes(i), i.source))
+    return sorted(images, key=lambda i: (os.fsencode(i.filename), i.synset))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -836,6 +851,7 @@ class ImageSource:
       start, end: Of the tar in the file, in bytes. A directory has neither, a tar has
         a start, a tar inside a tar has both.
       version: Of the tar that holds it, when it was found there.
+      images: Those of a class folder in a tar, which were listed with the others.
     """
 
     path: str
@@ -843,23 +859,32 @@ class ImageSource:
     start: int | None = None
     end: int | None = None
     version: Version | None = None
+    images: Sequence[RawImage] = ()
 
     @property
     def place(self) -> str:
+        if self.images:
+            return os.path.dirname(self.images[0].path)
         return f"{self.path}/{self.synset}.tar" if self.end else self.path
 
     @property
     def depth(self) -> int:
-        """How packed it is: 0 for a directory, 1 for a tar, 2 for a tar in a tar."""
-        return (self.start is not None) + (self.end is not None)
+        """How packed it is: 0 for a directory, 1 for a tar, 2 for a class in a tar."""
+        return (self.start is not None) + bool(self.end or self.images)
 
     def list_images(self, left_out: list[str], label: int = 0) -> list[RawImage]:
         """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
 
         Paths of other images are added to `left_out`.
         """
-        find = self.list_members if self.depth else self._list_directory
-        return sorted(find(left_out, label), key=_filename_in_bytes)
+        images: Iterable[RawImage]
+        if self.images:
+            images = (image._replace(label=label) for image in self.images)
+        elif self.depth:
+            images = self.list_members(left_out, label)
+        else:
+            images = self._list_directory(left_out, label)
+        return sorted(images, key=_name_in_bytes)
 
     def _list_directory(self, left_out: list[str], label: int) -> Iterator[RawImage]:
         source, synset = self.path, self.synset
@@ -878,23 +903,49 @@ class ImageSource:
             yield RawImage(source, name, synset, label, size, version)
 
     def list_members(
-        self, left_out: list[str], label: int = 0, suffix: str = IMAGE_SUFFIX
+        self, left_out: list[str], label: int = 0, *suffixes: str
     ) -> Iterator[RawImage]:
         """Lists the images of a tar, or, as `RawImage` too, the class tars in it."""
         version, members = list_tar(self)
-        seen: set[str] = set()
+        classes: dict[str, tuple[str, str] | None] = {}
         for path, file in members.items():
-            name, size, offset = os.path.basename(path), file.size, file.offset_data
-            if not _is_named(name, suffix):
+            folder, _, name = path.rpartition("/")
+            if not _is_named(name, suffixes or IMAGE_SUFFIX):
                 left_out += [f"{self.path}/{path}"] * _looks_like_image(name)
                 continue
-            if name in seen:
-                problem = f"must have different names; two in {self.path} are {name}."
-                raise InvalidInputError(f"Files of a tar {problem}")
-            if size > MAX_IMAGE_BYTES and suffix == IMAGE_SUFFIX:
+            key = path if name.endswith(".tar") else folder
+            if key not in classes:
+                classes[key] = self._class_at(key)
+            if not (class_ := classes[key]):
+                continue
+            size, offset = file.size, file.offset_data
+            if size > MAX_IMAGE_BYTES and key == folder:
                 raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
-            seen.add(name)
-            yield RawImage(self.path, name, self.synset, label, size, version, offset)
+            yield RawImage(self.path, path, class_[0], label, size, version, offset)
+        patterns = sorted({class_[1] for class_ in classes.values() if class_})
+        if len(patterns) > 1:
+            raise InvalidInputError(
+                "A tar must hold images in one folder, in one folder for each class, "
+                f"side by side, or as class tars; {self.place} holds "
+                f"{_some(patterns)}. Extract it, and move them."
+            )
+
+    def _class_at(self, path: str) -> tuple[str, str] | None:
+        """Says which class a folder or class tar in a tar is, and which pattern fits.
+
+        The class is that of the tar, or else the folder's name. Images that lie in no
+        folder, or in one named for a split, have none: `val/x.JPEG` is as `x.JPEG`.
+        """
+        if not all(map(_is_visible, path.split("/"))):
+            return None
+        parent, _, name = path.rpartition("/")
+        if path.endswith(".tar"):
+            synset, pattern = name.removesuffix(".tar"), f"{parent}/*.tar"
+        elif self.synset or name in SPLIT_FOLDERS:
+            synset, pattern = self.synset, f"{path}/*{IMAGE_SUFFIX}"
+        else:
+            synset, pattern = name, f"{parent}/*/*{IMAGE_SUFFIX}"
+        return synset, pattern.lstrip("/")
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -906,7 +957,7 @@ def _scan(directory: str) -> list[os.DirEntry[str]]:
         raise InvalidInputError(problem) from error
 
 
-def _is_named(name: str, suffix: str = IMAGE_SUFFIX) -> bool:
+def _is_named(name: str, suffix: str | tuple[str, ...] = IMAGE_SUFFIX) -> bool:
     return name.endswith(suffix) and name[0] != "."
 
 
@@ -918,9 +969,9 @@ def _looks_like_image(name: str) -> bool:
     return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
 
 
-def _filename_in_bytes(image: RawImage) -> bytes:
+def _name_in_bytes(image: RawImage) -> bytes:
     """Orders by name, alike in all locales; faster than `os.fsencode`."""
-    return image.filename.encode(sys.getfilesystemencoding(), "surrogateescape")
+    return image.name.encode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def _files_at(path: str) -> list[str]:

@@ -74,7 +74,7 @@ def lay_out(raw: Path, directory: Path, training: str, validation: str) -> Path:
     directory.mkdir(parents=True)
     TRAINING_LAYOUTS[training](raw, directory)
     VALIDATION_LAYOUTS[validation](raw, directory)
-    if validation != "folders":
+    if validation not in ("folders", "tar_of_folders"):
         shutil.copy(raw / "synset_labels.txt", directory)
     for path in directory.glob("*/**/*.JPEG"):
         os.utime(path, (MTIME, MTIME))
@@ -107,6 +107,18 @@ def _write_whole_tar(raw: Path, directory: Path) -> None:
     write_tar(directory / "ILSVRC2012_img_train.tar", _class_tars(raw))
 
 
+def _write_tar_of_folders(raw: Path, directory: Path) -> None:
+    _copy_train(raw, directory / "unpacked")
+    _pack(directory / "unpacked", directory / "ILSVRC2012_img_train.tar")
+
+
+def _pack(directory: Path, path: Path) -> None:
+    """Packs a tree, `./` and all directories too, and removes it."""
+    with tarfile.open(path, "w") as tar:
+        tar.add(directory, ".")
+    shutil.rmtree(directory)
+
+
 def _copy_flat(raw: Path, directory: Path) -> None:
     shutil.copytree(raw / "validation", directory / "validation")
 
@@ -124,12 +136,18 @@ def _write_validation_tar(raw: Path, directory: Path) -> None:
     write_tar(directory / "ILSVRC2012_img_val.tar", _files(raw / "validation"))
 
 
+def _write_validation_tar_of_folders(raw: Path, directory: Path) -> None:
+    _copy_to_folders(raw, directory / "unpacked")
+    _pack(directory / "unpacked", directory / "ILSVRC2012_img_val.tar")
+
+
 Layout = Callable[[Path, Path], None]
 
 TRAINING_LAYOUTS: dict[str, Layout] = {
     "directories": _copy_train,
     "class_tars": _write_class_tars,
     "whole_tar": _write_whole_tar,
+    "tar_of_folders": _write_tar_of_folders,
 }
 
 VALIDATION_LAYOUTS: dict[str, Layout] = {
@@ -137,4 +155,5 @@ VALIDATION_LAYOUTS: dict[str, Layout] = {
     "folders": _copy_to_folders,  # without a label file
     "labelled_folders": _copy_to_folders,
     "tar": _write_validation_tar,
+    "tar_of_folders": _write_validation_tar_of_folders,  # without a label file
 }

@@ -87,8 +87,13 @@ def base_shards(
             "folders",
             "training images in 7 tars, validation images in 7 directories",
         ),
+        (
+            "tar_of_folders",
+            "tar_of_folders",
+            "training images in a tar, validation images in a tar",
+        ),
     ],
-    ids=["tars", "class_tars-folders"],
+    ids=["tars", "class_tars-folders", "tars_of_folders"],
 )
 def test_shards_are_those_of_directories_in_another_layout(
     mixed_raw: Path,
@@ -207,6 +212,11 @@ def test_order_is_the_same_when_a_name_is_in_two_folders(tmp_path: Path) -> None
             ("class_tars", "whole_tar"),
             "rm train/n01440838.tar",
             f"RAW/{TRAINING_TAR}/n01440838.tar",
+        ),
+        (
+            ("directories", "tar_of_folders"),
+            "rm -r train/n01440838",
+            f"RAW/{TRAINING_TAR}/train/n01440838",
         ),
     ],
 )

@@ -86,8 +86,8 @@ def with_images(*images: script.RawImage) -> script.Shard:
 @pytest.mark.parametrize(
     "changed",
     [
-        pytest.param(with_image(filename="x.JPEG"), id="file name"),
-        pytest.param(with_image(filename="\udcff.JPEG"), id="file name not in UTF-8"),
+        pytest.param(with_image(name="x.JPEG"), id="file name"),
+        pytest.param(with_image(name="\udcff.JPEG"), id="file name not in UTF-8"),
         pytest.param(with_image(synset="n9"), id="synset"),
         pytest.param(with_image(label=9), id="label"),
         pytest.param(with_image(num_bytes=9), id="size"),

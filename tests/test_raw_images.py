@@ -282,9 +282,9 @@ REFUSALS = {
         ]
         + ["1 more class cannot be listed."]
     ),
-    "tar -cf ILSVRC2012_img_train.tar train; rm -r train": (
-        "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 12 images left out (12 "
-        f"*.JPEG), such as train/n01440764/n01440764_1.JPEG: {READ} Extract the tar, "
+    "tar -cf ILSVRC2012_img_train.tar -C train/n01440764 .; rm -r train": (
+        "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 3 images left out (3 "
+        f"*.JPEG), such as n01440764_1.JPEG: {READ} Extract the tar, "
         "as README says in step 2."
     ),
 }

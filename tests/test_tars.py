@@ -7,6 +7,7 @@ import itertools
 import lzma
 import os
 import random
+import re
 import shutil
 import subprocess
 import tarfile
@@ -271,10 +272,6 @@ REFUSED = {
     },
     "circle": (link("a.JPEG", "b.JPEG") + link("b.JPEG", "a.JPEG") + END, NO_FILE),
     "name that leads out": (member("../a.JPEG", b"out") + END, f"../{NO_FILE}"),
-    "two of one name": (
-        member("x/a.JPEG", b"1") + member("y/a.JPEG", b"2") + END,
-        "Files of a tar must have different names; two in PATH are a.JPEG.",
-    ),
     **{
         f"size {value!r}": (with_field(member("a"), SIZE, value), DAMAGED)
         for value in (
@@ -396,6 +393,86 @@ def test_error_names_the_class_when_its_tar_in_a_tar_is_bad(
     assert len(first.list_images([])) == 1
     assert second.place == f"{tmp_path}/{TRAINING_TAR}/n2.tar"
     assert problem(second) == f"{reason}. {DOWNLOAD}"
+
+
+# ---------------------------------------------------------------- folders in a tar
+
+IN_FOLDERS: dict[str, dict[str, str]] = {
+    "classes": {"a/1.JPEG": "a", "b/1.JPEG": "b"},
+    "one class": {"a/1.JPEG": "a", "a/2.JPEG": "a"},
+    "in a folder": {"./train/a/1.JPEG": "a", "train/b/1.JPEG": "b"},
+    "deep": {"x/train/val/1.JPEG": "", "./x/train/val/2.JPEG": ""},
+    "deep classes": {"x/y/val/a/1.JPEG": "a", "./x/y/val/b/1.JPEG": "b"},
+    "class like a split, in one": {"val/train/a/1.JPEG": "a"},
+    "no folder": {"./1.JPEG": "", "2.JPEG": ""},
+    **{
+        f"folder {name}": {f"{name}/1.JPEG": ""}
+        for name in ("val", "validation", "train", "ILSVRC2012_img_val")
+    },
+    "other folders": {"a/1.JPEG": "a", "@eaDir/x/1.JPEG": "-", "__MACOSX/1.JPEG": "-"},
+}
+
+
+@pytest.mark.parametrize("synsets", IN_FOLDERS.values(), ids=IN_FOLDERS)
+def test_class_is_the_folder_of_an_image_in_a_tar(
+    path: Path, synsets: dict[str, str]
+) -> None:
+    """Unless it is named like the split. `-` is no image but what a NAS left."""
+    write_tar(path, dict.fromkeys(synsets, b"1"))
+    found = ImageSource(str(path), start=0).list_images([])
+    assert {(image.path, image.filename, image.synset) for image in found} == {
+        (os.path.normpath(path / name), os.path.basename(name), synset)
+        for name, synset in synsets.items()
+        if synset != "-"
+    }
+
+
+def test_class_is_that_of_its_tar_whatever_the_folder(path: Path) -> None:
+    write_tar(path, {"images/1.JPEG": b"1", "images/2.JPEG": b"1"})
+    found = ImageSource(str(path), "n1", start=0).list_images([], 7)
+    assert [(image.synset, image.label) for image in found] == [("n1", 7)] * 2
+
+
+@pytest.mark.parametrize(
+    ("synset", "names", "found"),
+    [
+        ("", ["1.JPEG", "a/1.JPEG"], "*.JPEG, */*.JPEG"),
+        ("", ["val/1.JPEG", "val/a/1.JPEG"], "val/*.JPEG, val/*/*.JPEG"),
+        ("", ["val/1.JPEG", "2.JPEG"], "*.JPEG, val/*.JPEG"),
+        ("", ["val/1.JPEG", "a/1.JPEG"], "*/*.JPEG, val/*.JPEG"),
+        ("", ["x/a/1.JPEG", "y/a/1.JPEG"], "x/*/*.JPEG, y/*/*.JPEG"),
+        ("", ["a/images/1.JPEG", "b/images/1.JPEG"], "a/*/*.JPEG, b/*/*.JPEG"),
+        ("", ["a/1.JPEG", "a/more/1.JPEG"], "*/*.JPEG, a/*/*.JPEG"),
+        ("n1", ["1.JPEG", "a/2.JPEG"], "*.JPEG, a/*.JPEG"),
+        ("n1", ["n1/1.JPEG", "n2/2.JPEG"], "n1/*.JPEG, n2/*.JPEG"),
+    ],
+)
+def test_images_are_refused_when_they_do_not_lie_side_by_side(
+    path: Path, synset: str, names: list[str], found: str
+) -> None:
+    write_tar(path, dict.fromkeys(names, b"1"))
+    with pytest.raises(InvalidInputError) as caught:
+        ImageSource(str(path), synset, start=0).list_images([])
+    assert str(caught.value) == (
+        "A tar must hold images in one folder, in one folder for each class, side by "
+        f"side, or as class tars; {path} holds {found}. Extract it, and move them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["n1.tar", "n2/1.JPEG"], "*.tar, */*.JPEG"),
+        (["train/n1.tar", "train/n1/1.JPEG"], "train/*.tar, train/*/*.JPEG"),
+        (["n1.tar", "1.JPEG"], "*.JPEG, *.tar"),
+        (["x/n1.tar", "y/n1.tar"], "x/*.tar, y/*.tar"),
+    ],
+)
+def test_classes_are_refused_when_they_do_not_lie_side_by_side(
+    tmp_path: Path, names: list[str], found: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(f" holds {found}. ")):
+        whole_tar(tmp_path, [(name, b"") for name in names])
 
 
 CLASS = tar_bytes({"n1_1.JPEG": b"1"})
