@@ -415,10 +415,10 @@ def log_intent(job: Job) -> None:
     own = options.share(job.shards)
     num_done = len(own) - len(work.left)
     found = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
-    if foreign := _foreign(found, job.shards):
+    if strangers := _strangers(found, job.shards):
         logging.warning(
-            f"{options.scratch_dir} also holds {_count(len(foreign), 'shard')} of "
-            f"another plan: {_some(foreign)}. Remove what you do not need."
+            f"{options.scratch_dir} also holds {_count(len(strangers), 'shard')} of "
+            f"another plan: {_some(strangers)}. Remove what you do not need."
         )
     if options.task_count > 1:
         logging.info(
@@ -574,14 +574,14 @@ VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
 SPLIT_FOLDERS = ("", *TARS, "val", *(tar.removesuffix(".tar") for tar in TARS.values()))
 OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-FOREIGN_NAMES = (  # how names begin that operating systems and network disks leave
+SYSTEM_NAMES = (  # how names begin that operating systems and network disks leave
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
     *("System Volume Information", "__MACOSX", "lost+found"),
 )
 NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
-Version: TypeAlias = int | tuple[int, int, int]
+Fingerprint: TypeAlias = int | tuple[int, int, int]
 
 
 class RawImage(NamedTuple):
@@ -591,7 +591,7 @@ class RawImage(NamedTuple):
       source: The directory or tar that holds it.
       name: Its path below the source; in a tar there can be folders in it.
       label: 1-based rank of the synset among all synsets; 0 until it is known.
-      version: Of its file (`file_version`), or of the tar it is in (`tar_version`).
+      fingerprint: `file_fingerprint`, or `tar_fingerprint` of the tar it is in.
       offset: Of its first byte in the tar; None for a file in a directory.
     """
 
@@ -600,7 +600,7 @@ class RawImage(NamedTuple):
     synset: str
     label: int
     num_bytes: int
-    version: Version
+    fingerprint: Fingerprint
     offset: int | None = None
 
     @property
@@ -612,7 +612,7 @@ class RawImage(NamedTuple):
         return self.name.rpartition("/")[2]
 
 
-def file_version(status: os.stat_result) -> int:
+def file_fingerprint(status: os.stat_result) -> int:
     """Tells a file from a later one of the same name and size: microseconds.
 
     An int of nanoseconds would take 16 bytes more, 1.3 million times.
@@ -620,7 +620,7 @@ def file_version(status: os.stat_result) -> int:
     return status.st_mtime_ns // 1000
 
 
-def tar_version(status: os.stat_result) -> tuple[int, int, int]:
+def tar_fingerprint(status: os.stat_result) -> tuple[int, int, int]:
     """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -632,13 +632,13 @@ class Dataset:
     Attributes:
       synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
         read the shards keep 0 for "background".
-      left_out: Paths of images that are not read; see `warnings_about`.
+      skipped: Paths of images that are not read; see `warnings_about`.
     """
 
     synsets: tuple[str, ...] = ()
     training: Sequence[RawImage] = ()
     validation: Sequence[RawImage] = ()
-    left_out: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
     @property
     def images(self) -> Iterable[RawImage]:
@@ -670,28 +670,28 @@ def read_dataset(raw_data_dir: str) -> Dataset:
       InvalidInputError: The directory does not hold a data set; lists all problems.
     """
     problems: list[str] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     classes: list[ImageSource] = []
     training: list[RawImage] = []
     validation: list[RawImage] = []
     with _no_garbage_collection():
         with _collecting(problems):
-            classes = find_classes(raw_data_dir, left_out)
+            classes = find_classes(raw_data_dir, skipped)
         with _collecting(problems):
-            validation = list_validation(raw_data_dir, left_out)
+            validation = list_validation(raw_data_dir, skipped)
         with _collecting(problems):
             validation = _with_synsets(validation, raw_data_dir)
         trained = {class_.synset for class_ in classes}
         validated = {image.synset for image in validation} - {""}
-        problems += _foreign_classes(trained, validated)
+        problems += _unknown_classes(trained, validated)
         synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
         with _collecting(problems):
-            training = list_training(classes, label_of, left_out)
+            training = list_training(classes, label_of, skipped)
     if problems:
         raise InvalidInputError(*problems)
     validation = [i._replace(label=label_of[i.synset]) for i in validation]
-    return Dataset(synsets, training, validation, sorted(left_out))
+    return Dataset(synsets, training, validation, sorted(skipped))
 
 
 @contextlib.contextmanager
@@ -709,7 +709,7 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
+def find_classes(raw_data_dir: str, skipped: list[str]) -> list[ImageSource]:
     """Finds the source of each class, in the order of their paths.
 
     Takes the first that exists of: directories `train/<synset>`; tars
@@ -717,9 +717,9 @@ def find_classes(raw_data_dir: str, left_out: list[str]) -> list[ImageSource]:
     must hold nothing that it lacks; see `_is_covered`.
     """
     directory, entries, tar = _find_split(raw_data_dir, TRAINING_DIRECTORY)
-    found = _classes_among(entries, left_out)
+    found = _classes_among(entries, skipped)
     if tar:
-        found += _classes_in_tar(tar, [] if found else left_out)
+        found += _classes_in_tar(tar, [] if found else skipped)
     if not found:
         raise InvalidInputError(_no_images(tar or directory, "*/*"))
     depth = min(source.depth for source in found)
@@ -748,7 +748,7 @@ def _find_split(
 
 
 def _classes_among(
-    entries: Iterable[os.DirEntry[str]], left_out: list[str]
+    entries: Iterable[os.DirEntry[str]], skipped: list[str]
 ) -> list[ImageSource]:
     """Picks class directories and class tars."""
     found = []
@@ -762,24 +762,24 @@ def _classes_among(
             if not name.startswith("ILSVRC"):  # a whole split
                 found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
         elif _looks_like_image(name):
-            left_out.append(path)
+            skipped.append(path)
         elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
             problem = "must be a directory or a tar, not a file or a broken link"
             raise InvalidInputError(f"Each class {problem}: {path}.")
     return found
 
 
-def _classes_in_tar(tar: ImageSource, left_out: list[str]) -> list[ImageSource]:
+def _classes_in_tar(tar: ImageSource, skipped: list[str]) -> list[ImageSource]:
     """Finds the class tars or class folders in a tar; their images have a class."""
     found = []
     folders = collections.defaultdict(list)
-    for file in tar.list_members(left_out, 0, ".tar", IMAGE_SUFFIX):
+    for file in tar.list_members(skipped, 0, ".tar", IMAGE_SUFFIX):
         synset, start = file.synset, file.offset or 0
         if file.name.endswith(IMAGE_SUFFIX):
             folders[synset].append(file)
         else:
             end = start + file.num_bytes
-            found.append(ImageSource(tar.path, synset, start, end, file.version))
+            found.append(ImageSource(tar.path, synset, start, end, file.fingerprint))
     if "" in folders:
         raise InvalidInputError(_no_images(tar, "*/*"))
     for synset, images in folders.items():
@@ -802,14 +802,14 @@ def _is_covered(source: ImageSource, chosen: ImageSource | None) -> bool:
 
 
 def list_training(
-    classes: Sequence[ImageSource], label_of: Mapping[str, int], left_out: list[str]
+    classes: Sequence[ImageSource], label_of: Mapping[str, int], skipped: list[str]
 ) -> list[RawImage]:
     """Lists the images of all classes, sorted by path."""
     images: list[RawImage] = []
     problems: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
         found = [
-            threads.submit(c.list_images, left_out, label_of[c.synset]) for c in classes
+            threads.submit(c.list_images, skipped, label_of[c.synset]) for c in classes
         ]
     for class_, listed in zip(classes, found, strict=True):
         with _collecting(problems):
@@ -823,7 +823,7 @@ def list_training(
     return images
 
 
-def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
+def list_validation(raw_data_dir: str, skipped: list[str]) -> list[RawImage]:
     """Lists the validation images, sorted by name, from the first place that has any:
 
     `validation/*.JPEG`, `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Only
@@ -832,10 +832,10 @@ def list_validation(raw_data_dir: str, left_out: list[str]) -> list[RawImage]:
     directory, entries, tar = _find_split(raw_data_dir, VALIDATION_DIRECTORY)
     sources = [directory]
     if not any(_is_named(entry.name) for entry in entries):
-        sources = [c for c in _classes_among(entries, left_out) if not c.depth]
-    images = [image for source in sources for image in source.list_images(left_out)]
+        sources = [c for c in _classes_among(entries, skipped) if not c.depth]
+    images = [image for source in sources for image in source.list_images(skipped)]
     if tar and not images:
-        images = tar.list_images(left_out)
+        images = tar.list_images(skipped)
     if not images:
         raise InvalidInputError(_no_images(tar or directory))
     return sorted(images, key=lambda i: (os.fsencode(i.filename), i.synset))
@@ -850,7 +850,7 @@ class ImageSource:
       synset: Class of all its images; empty if they are of many classes.
       start, end: Of the tar in the file, in bytes. A directory has neither, a tar has
         a start, a tar inside a tar has both.
-      version: Of the tar that holds it, when it was found there.
+      fingerprint: Of the tar that holds it, when it was found there.
       images: Those of a class folder in a tar, which were listed with the others.
     """
 
@@ -858,7 +858,7 @@ class ImageSource:
     synset: str = ""
     start: int | None = None
     end: int | None = None
-    version: Version | None = None
+    fingerprint: Fingerprint | None = None
     images: Sequence[RawImage] = ()
 
     @property
@@ -872,46 +872,46 @@ class ImageSource:
         """How packed it is: 0 for a directory, 1 for a tar, 2 for a class in a tar."""
         return (self.start is not None) + bool(self.end or self.images)
 
-    def list_images(self, left_out: list[str], label: int = 0) -> list[RawImage]:
+    def list_images(self, skipped: list[str], label: int = 0) -> list[RawImage]:
         """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
 
-        Paths of other images are added to `left_out`.
+        Paths of other images are added to `skipped`.
         """
         images: Iterable[RawImage]
         if self.images:
             images = (image._replace(label=label) for image in self.images)
         elif self.depth:
-            images = self.list_members(left_out, label)
+            images = self.list_members(skipped, label)
         else:
-            images = self._list_directory(left_out, label)
+            images = self._list_directory(skipped, label)
         return sorted(images, key=_name_in_bytes)
 
-    def _list_directory(self, left_out: list[str], label: int) -> Iterator[RawImage]:
+    def _list_directory(self, skipped: list[str], label: int) -> Iterator[RawImage]:
         source, synset = self.path, self.synset
         for entry in _scan(source):
             name = entry.name
             if not _is_named(name):
-                left_out += filter(_looks_like_image, _files_at(entry.path))
+                skipped += filter(_looks_like_image, _files_at(entry.path))
                 continue
             try:
                 status = entry.stat()
-                size, version = status.st_size, file_version(status)
+                size, fingerprint = status.st_size, file_fingerprint(status)
                 if size > MAX_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
                     raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
             except OSError:  # a dangling link, most likely; `warnings_about` counts it
-                size = version = 0
-            yield RawImage(source, name, synset, label, size, version)
+                size = fingerprint = 0
+            yield RawImage(source, name, synset, label, size, fingerprint)
 
     def list_members(
-        self, left_out: list[str], label: int = 0, *suffixes: str
+        self, skipped: list[str], label: int = 0, *suffixes: str
     ) -> Iterator[RawImage]:
         """Lists the images of a tar, or, as `RawImage` too, the class tars in it."""
-        version, members = list_tar(self)
+        fingerprint, members = list_tar(self)
         classes: dict[str, tuple[str, str] | None] = {}
         for path, file in members.items():
             folder, _, name = path.rpartition("/")
             if not _is_named(name, suffixes or IMAGE_SUFFIX):
-                left_out += [f"{self.path}/{path}"] * _looks_like_image(name)
+                skipped += [f"{self.path}/{path}"] * _looks_like_image(name)
                 continue
             key = path if name.endswith(".tar") else folder
             if key not in classes:
@@ -921,7 +921,7 @@ class ImageSource:
             size, offset = file.size, file.offset_data
             if size > MAX_IMAGE_BYTES and key == folder:
                 raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
-            yield RawImage(self.path, path, class_[0], label, size, version, offset)
+            yield RawImage(self.path, path, class_[0], label, size, fingerprint, offset)
         patterns = sorted({class_[1] for class_ in classes.values() if class_})
         if len(patterns) > 1:
             raise InvalidInputError(
@@ -962,7 +962,7 @@ def _is_named(name: str, suffix: str | tuple[str, ...] = IMAGE_SUFFIX) -> bool:
 
 
 def _is_visible(name: str) -> bool:
-    return not os.path.basename(name).startswith(FOREIGN_NAMES)
+    return not os.path.basename(name).startswith(SYSTEM_NAMES)
 
 
 def _looks_like_image(name: str) -> bool:
@@ -975,7 +975,7 @@ def _name_in_bytes(image: RawImage) -> bytes:
 
 
 def _files_at(path: str) -> list[str]:
-    """Lists a file, or all files below a directory, except in foreign directories."""
+    """Lists a file, or all files below a directory, without system directories."""
     if not _is_visible(path):
         return []
     if not os.path.isdir(path):
@@ -1004,18 +1004,22 @@ def _no_images(source: ImageSource, below: str = "*") -> str:
     files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
     images = [path for path in files if _looks_like_image(path)]
     names = sorted(map(os.path.basename, files))
-    found = _left_out(images) if images else f"Found {_some(names) or 'nothing'} there."
+    found = (
+        _describe_skipped(images)
+        if images
+        else f"Found {_some(names) or 'nothing'} there."
+    )
     packed = source.depth or any(name.endswith(".tar") for name in names)
     remedy = " Extract the tar, as README says in step 2." if packed else ""
     return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}{remedy}"
 
 
-def _left_out(paths: Sequence[str]) -> str:
+def _describe_skipped(paths: Sequence[str]) -> str:
     """Describes images that are not read, with what would make them be."""
     suffixes = collections.Counter(os.path.splitext(path)[1] for path in paths)
     found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
     return (
-        f"{_count(len(paths), 'image')} left out ({found}), such as {min(paths)}: only "
+        f"{_count(len(paths), 'image')} skipped ({found}), such as {min(paths)}: only "
         f"JPEG and PNG files named *{IMAGE_SUFFIX} directly in "
         f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
     )
@@ -1079,14 +1083,14 @@ def read_labels(labels_path: str) -> list[str]:
     return labels
 
 
-def _foreign_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
+def _unknown_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
     """Describes validation classes that must be wrong: they would move every label."""
-    foreign = sorted(validated - trained)
+    unknown = sorted(validated - trained)
     most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
-    if trained and foreign and len(foreign) > most:
+    if trained and unknown and len(unknown) > most:
         yield (
             "Validation images must be of the classes of the training images, such as "
-            f"{_some(sorted(trained))}; found {_some(foreign)}. Line i of "
+            f"{_some(sorted(trained))}; found {_some(unknown)}. Line i of "
             f"{LABELS_FILE} is the synset of the i-th validation image; README, step "
             "2, says where to get it."
         )
@@ -1096,8 +1100,8 @@ def warnings_about(
     dataset: Dataset, training_shards: int, validation_shards: int
 ) -> Iterator[str]:
     """Describes what is allowed, but differs from ImageNet."""
-    if dataset.left_out:
-        yield _left_out(dataset.left_out)
+    if dataset.skipped:
+        yield _describe_skipped(dataset.skipped)
     if empty := [image for image in dataset.images if not image.num_bytes]:
         one, its = ("is", "its") if len(empty) == 1 else ("are", "their")
         yield (
@@ -1178,16 +1182,16 @@ class Shard:
     def digest(self) -> str:
         """Hashes what the records are made of: 64 hexadecimal digits of SHA-256.
 
-        Times are left out, so machines with copies of the raw data agree on it.
+        Times are no part of it, so machines with copies of the raw data agree on it.
         """
         lines = [f"{RECORD_FORMAT}\0{self.name}\n"]
         for i in self.images:
             lines.append(f"{i.filename}\0{i.synset}\0{i.label}\0{i.num_bytes}\n")
         return _sha256(lines)
 
-    def versions(self) -> str:
-        """Hashes what tells the images here from later ones: `version` and `offset`."""
-        return _sha256(f"{i.version} {i.offset}\n" for i in self.images)
+    def fingerprint(self) -> str:
+        """Hashes what tells the images here from later ones; other machines differ."""
+        return _sha256(f"{i.fingerprint} {i.offset}\n" for i in self.images)
 
 
 def _sha256(lines: Iterable[str]) -> str:
@@ -1274,9 +1278,13 @@ class OpenImage(NamedTuple):
             status = os.fstat(file)
         finally:
             os.close(file)
-        version = file_version(status) if image.offset is None else tar_version(status)
+        fingerprint = (
+            file_fingerprint(status)
+            if image.offset is None
+            else tar_fingerprint(status)
+        )
         has_grown = image.offset is None and status.st_size > image.num_bytes
-        if left or has_grown or version != image.version:
+        if left or has_grown or fingerprint != image.fingerprint:
             raise OSError(errno.ESTALE, "it has changed since the run began")
         return b"".join(parts)
 
@@ -1569,7 +1577,7 @@ class Stamp:
     num_bytes: int
     crc32c: str  # of the file: base64 of 4 big-endian bytes, as Cloud Storage has it
     num_repaired: int = 0  # examples whose image was encoded again
-    versions: str = ""  # `Shard.versions()` of what it was made of; none for an object
+    fingerprint: str = ""  # `Shard.fingerprint()`; none for an object
     mtime_ns: int = 0  # when the file was last modified; 0 for an object
 
     def same_bytes(self, other: Stamp) -> bool:
@@ -1611,7 +1619,7 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
         records.num_bytes,
         _crc32c_text(records.crc32c),
         num_repaired,
-        shard.versions(),
+        shard.fingerprint(),
     )
 
 
@@ -1693,12 +1701,15 @@ def read_text(path: str) -> str:
 def read_stamp(path: str) -> Stamp | None:
     """Reads the stamp of a shard, even of one that was removed; None if there is none.
 
-    An unreadable stamp matches no shard: its digest and versions are empty, so that the
-    shard is written again. If it counted as absent, the bucket's copy would pass for up
-    to date, although an image may have been touched.
+    An unreadable stamp matches no shard: its digest and fingerprint are empty, so that
+    the shard is written again. If it counted as absent, the bucket's copy would pass
+    for up to date, although an image may have been touched.
     """
     try:
-        return Stamp(**json.loads(read_text(_stamp_path(path))))
+        fields = json.loads(read_text(_stamp_path(path)))
+        if "versions" in fields:  # what 2.x called it
+            fields["fingerprint"] = fields.pop("versions")
+        return Stamp(**fields)
     except (ValueError, TypeError, RecursionError):
         return Stamp("", 0, 0, "") if os.path.lexists(_stamp_path(path)) else None
 
@@ -1982,7 +1993,7 @@ class Progress:
         self.stamps: dict[str, Stamp] = {}  # of the shards written in this run, by name
         self.uploaded: dict[str, Stamp] = {}  # of the shards uploaded in this run
         self.images = self.num_bytes = self.repaired = 0  # in the shards written
-        self.bad_images: list[str] = []  # a line for each; their shards are left out
+        self.bad_images: list[str] = []  # a line for each; their shards are not written
         self._start = time.monotonic()
         self._history = collections.deque([(0.0, 0, 0, 0)])
         self._lock = threading.Lock()
@@ -2508,7 +2519,7 @@ def find_work(
         is_there = there and (
             there.same_bytes(here) if here else there.digest == digest
         )
-        if here and is_own(shard) and here.versions != shard.versions():
+        if here and is_own(shard) and here.fingerprint != shard.fingerprint():
             work.to_write.append(shard)  # an image was touched, or the stamp unreadable
         elif here and is_here and objects is None:
             work.done[shard.name] = here
@@ -2521,14 +2532,14 @@ def find_work(
     return work
 
 
-def _foreign(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
+def _strangers(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
     """Picks the names that models would read besides the shards of this plan."""
     planned = {shard.name for shard in shards}
     pattern = re.compile(f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-")
     return sorted(n for n in filenames if pattern.match(n) and n not in planned)
 
 
-def _foreign_problem(path: GcsPath, names: Sequence[str]) -> str:
+def _stranger_problem(path: GcsPath, names: Sequence[str]) -> str:
     """Says that models would read other objects, too, and how to delete just those."""
     globs = set()
     for name in names:
@@ -2553,8 +2564,8 @@ def _bucket_problems(job: Job) -> Iterator[str]:
         return
     if job.options.task_count > 1 and not job.destination.is_listed:
         yield f"--task_count needs the permission to list {job.destination.path}."
-    if foreign := _foreign(job.destination.objects, job.shards):
-        yield _foreign_problem(job.destination.path, foreign)
+    if strangers := _strangers(job.destination.objects, job.shards):
+        yield _stranger_problem(job.destination.path, strangers)
     to_replace = job.work.left
     if job.num_missing:
         to_replace.append(MANIFEST_FILE)
@@ -2641,8 +2652,8 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
         return {**job.work.done, **progress.uploaded}
     work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
     check_none_wrong(work.left, len(options.share(job.shards)), job.place)
-    if destination and (foreign := _foreign(destination.objects, job.shards)):
-        raise RunError(_foreign_problem(destination.path, foreign))
+    if destination and (strangers := _strangers(destination.objects, job.shards)):
+        raise RunError(_stranger_problem(destination.path, strangers))
     # A manifest with this text is of a run that read these bytes, or had uploaded them.
     is_complete_here = len(work.done) == len(job.shards) and not destination
     if is_complete_here and read_text(job.manifest_path) != _manifest(job, work.done):
@@ -3091,8 +3102,8 @@ class TarHeader(tarfile.TarInfo):
         return header
 
 
-def list_tar(source: ImageSource) -> tuple[Version, Members]:
-    """Lists the files in a tar by normalized name, and tells its version.
+def list_tar(source: ImageSource) -> tuple[Fingerprint, Members]:
+    """Lists the files in a tar by normalized name, and tells its fingerprint.
 
     As in extracting, a link is its target under another name, and a later member
     replaces an earlier one of the same name.
@@ -3102,11 +3113,13 @@ def list_tar(source: ImageSource) -> tuple[Version, Members]:
             # Reading ahead between far headers makes a listing 1.2 times slower.
             with contextlib.suppress(OSError):  # not everywhere possible
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            version = tar_version(os.fstat(file.fileno()))
-            if source.version not in (None, version):
+            fingerprint = tar_fingerprint(os.fstat(file.fileno()))
+            if source.fingerprint not in (None, fingerprint):
                 raise ValueError("it has changed since the run began")
-            end = version[1] if source.end is None else source.end
-            return version, _resolve_links(_read_headers(file, source.start or 0, end))
+            end = fingerprint[1] if source.end is None else source.end
+            return fingerprint, _resolve_links(
+                _read_headers(file, source.start or 0, end)
+            )
     except (OSError, ValueError, tarfile.TarError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         problem = f"Cannot list the tar {source.place}: {reason}."

@@ -174,7 +174,7 @@ def test_first_layout_of_the_table_is_used_when_several_are_there(
     expected = f"training images in {training}, validation images in {validation}"
     assert found.layout == expected
     unread = merged.glob("validation/*/*.JPEG") if validation == "a directory" else []
-    assert sorted(found.left_out) == sorted(map(str, unread))
+    assert sorted(found.skipped) == sorted(map(str, unread))
     assert planned(merged) == planned(raw)
 
 

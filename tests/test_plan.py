@@ -130,18 +130,20 @@ def test_digest_differs_when_only_the_borders_of_the_names_do(separator: str) ->
 
 
 @pytest.mark.parametrize(
-    ("changed", "versions_change"),
+    ("changed", "fingerprint_changes"),
     [
         pytest.param(dataclasses.replace(SHARD), False, id="nothing"),
         pytest.param(with_image(source="/moved"), False, id="place"),
-        pytest.param(with_image(version=9), True, id="time of modification"),
-        pytest.param(with_image(version=(1, 2, 3)), True, id="version of the tar"),
+        pytest.param(with_image(fingerprint=9), True, id="time of modification"),
+        pytest.param(
+            with_image(fingerprint=(1, 2, 3)), True, id="fingerprint of the tar"
+        ),
         pytest.param(with_image(offset=512), True, id="offset in the tar"),
     ],
 )
 def test_digest_is_the_same_on_every_machine(
-    changed: script.Shard, versions_change: bool
+    changed: script.Shard, fingerprint_changes: bool
 ) -> None:
-    """Times and places are no part of it; of the versions, only times and offsets."""
+    """Times and places are no part of it; of the fingerprint, they are all."""
     assert changed.digest() == SHARD.digest()
-    assert (changed.versions() != SHARD.versions()) == versions_change
+    assert (changed.fingerprint() != SHARD.fingerprint()) == fingerprint_changes

@@ -22,7 +22,7 @@ def test_image_has_the_size_and_time_of_its_file(raw: Path) -> None:
     os.utime(path, ns=(5, 1_234_567_890_123))
     dataset = script.read_dataset(str(raw))
     first, size = dataset.training[0], path.stat().st_size
-    found = (first.path, first.version, first.num_bytes)
+    found = (first.path, first.fingerprint, first.num_bytes)
     assert found == (str(path), 1_234_567_890, size)
     assert dataset.num_bytes == sum(p.stat().st_size for p in raw.rglob("*.JPEG"))
 
@@ -152,7 +152,7 @@ NO_VALIDATION = "No directory RAW/validation, and no ILSVRC2012_img_val.tar besi
 BOTH = "there. Both splits are required; README, step 2, says in which layouts."
 NO_IMAGES = "No images match RAW/train/*/*.JPEG. Found"
 SEVERAL = "n01440764, n01440801, n01440838 and"
-FOREIGN = "Validation images must be of the classes of the training images, such as "
+UNKNOWN = "Validation images must be of the classes of the training images, such as "
 HINT = (
     "Line i of synset_labels.txt is the synset of the i-th validation image; README, "
     "step 2, says where to get it."
@@ -214,7 +214,7 @@ REFUSALS = {
     "rm -r train/*": f"{NO_IMAGES} nothing there.",
     "rm -r train/*; touch train/{a,b,c,d,e}": f"{NO_IMAGES} a, b, c and 2 more there.",
     "rm -r train/*; touch train/n1_1.JPEG": (
-        "No images match RAW/train/*/*.JPEG. 1 image left out (1 *.JPEG), such as "
+        "No images match RAW/train/*/*.JPEG. 1 image skipped (1 *.JPEG), such as "
         f"RAW/train/n1_1.JPEG: {READ}"
     ),
     "rm train/n01440838/*": (
@@ -222,17 +222,17 @@ REFUSALS = {
     ),
     "rm validation/*": "No images match RAW/validation/*.JPEG. Found nothing there.",
     "seq 171 174 >synset_labels.txt": (
-        f"{FOREIGN}{SEVERAL} 1 more; found 171, 172, 173 and 1 more. {HINT}"
+        f"{UNKNOWN}{SEVERAL} 1 more; found 171, 172, 173 and 1 more. {HINT}"
     ),
     "rm *.txt; cd validation; mkdir 1 2; mv *[12].JPEG 1; mv *[34].JPEG 2": (
-        f"{FOREIGN}{SEVERAL} 1 more; found 1, 2. {HINT}"
+        f"{UNKNOWN}{SEVERAL} 1 more; found 1, 2. {HINT}"
     ),
     "rm synset_labels.txt; mkdir validation/images; mv validation/*.JPEG $_": (
-        f"{FOREIGN}{SEVERAL} 1 more; found images. {HINT}"
+        f"{UNKNOWN}{SEVERAL} 1 more; found images. {HINT}"
     ),
     "mkdir train/n2{001..996}; for d in train/n2*; do echo x >$d/1.JPEG; done; "
     "sed -i 4s/.*/n01440876/ synset_labels.txt": (
-        f"{FOREIGN}{SEVERAL} 997 more; found n01440876. {HINT}"
+        f"{UNKNOWN}{SEVERAL} 997 more; found n01440876. {HINT}"
     ),
     "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
     "sed -i 3s/.*/n01440875/ ../synset_labels.txt": (
@@ -263,13 +263,13 @@ REFUSALS = {
     },
     **{
         f"cd train/n01440764; for f in *; do mv $f ${{f%.JPEG}}{suffix}; done": (
-            f"{EMPTY} 3 images left out (3 *{suffix}), such as "
+            f"{EMPTY} 3 images skipped (3 *{suffix}), such as "
             f"RAW/train/n01440764/n01440764_1{suffix}: {READ}"
         )
         for suffix in (".png", ".jpg", ".JPG", ".Jpeg", ".webp", ".bmp")
     },
     "cd train/n01440764; mkdir images; mv *.JPEG images": (
-        f"{EMPTY} 3 images left out (3 *.JPEG), such as "
+        f"{EMPTY} 3 images skipped (3 *.JPEG), such as "
         f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
     ),
     "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
@@ -283,7 +283,7 @@ REFUSALS = {
         + ["1 more class cannot be listed."]
     ),
     "tar -cf ILSVRC2012_img_train.tar -C train/n01440764 .; rm -r train": (
-        "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 3 images left out (3 "
+        "No images match RAW/ILSVRC2012_img_train.tar/*/*.JPEG. 3 images skipped (3 "
         f"*.JPEG), such as n01440764_1.JPEG: {READ} Extract the tar, "
         "as README says in step 2."
     ),
@@ -300,30 +300,30 @@ def test_command_says_what_is_wrong(raw: Path, commands: str, problem: str) -> N
     assert not (raw.parent / "scratch").exists()
 
 
-def left_out(what: str, first: str) -> str:
+def skipped(what: str, first: str) -> str:
     return f"{what}, such as RAW/{first}: {READ}"
 
 
 WARNINGS = {
     "cd train; ln -s nothing ILSVRC2012_img_train.tar; "
-    "touch n01440764/{a.jpg,b.jpeg,c.JPG} n01440801/{d,e}.png": left_out(
-        "5 images left out (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png)",
+    "touch n01440764/{a.jpg,b.jpeg,c.JPG} n01440801/{d,e}.png": skipped(
+        "5 images skipped (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png)",
         "train/n01440764/a.jpg",
     ),
-    "touch train/n01440764_9.JPEG": left_out(
-        "1 image left out (1 *.JPEG)", "train/n01440764_9.JPEG"
+    "touch train/n01440764_9.JPEG": skipped(
+        "1 image skipped (1 *.JPEG)", "train/n01440764_9.JPEG"
     ),
     "mkdir -p {train/n01440801,validation}/more/even; "
-    "touch train/n01440801/more/m.JPEG validation/more/even/n.JPEG": left_out(
-        "2 images left out (2 *.JPEG)", "train/n01440801/more/m.JPEG"
+    "touch train/n01440801/more/m.JPEG validation/more/even/n.JPEG": skipped(
+        "2 images skipped (2 *.JPEG)", "train/n01440801/more/m.JPEG"
     ),
     "cd validation; touch x.png; mkdir n01440764; mv *.JPEG n01440764; "
-    "mkdir n01440764/deep; touch n01440764/deep/x.JPEG; rm ../*.txt": left_out(
-        "2 images left out (1 *.JPEG, 1 *.png)", "validation/n01440764/deep/x.JPEG"
+    "mkdir n01440764/deep; touch n01440764/deep/x.JPEG; rm ../*.txt": skipped(
+        "2 images skipped (1 *.JPEG, 1 *.png)", "validation/n01440764/deep/x.JPEG"
     ),
     "cd train; touch n01440801/d.png; for d in *; do tar -cf $d.tar -C $d .; done; "
-    "tar -cf ../ILSVRC2012_img_train.tar *.tar; rm -r ../train": left_out(
-        "1 image left out (1 *.png)", "ILSVRC2012_img_train.tar/d.png"
+    "tar -cf ../ILSVRC2012_img_train.tar *.tar; rm -r ../train": skipped(
+        "1 image skipped (1 *.png)", "ILSVRC2012_img_train.tar/d.png"
     ),
     f": >{IMAGE}; ln -sf nowhere validation/ILSVRC2012_val_00000001.JPEG": (
         f"2 images are empty (zero bytes or dangling links), such as RAW/{IMAGE}; "

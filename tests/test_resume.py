@@ -314,7 +314,7 @@ def test_only_changed_shards_are_rewritten_when_raw_changes(
 ) -> None:
     raw = copy_tree(small.raw, tmp_path / "raw")
     scratch = copy_tree(small.scratch, tmp_path / "scratch")
-    if training_shards == 8:  # else the bucket's would be foreign
+    if training_shards == 8:  # else the bucket's would be strangers
         fill(emulator, scratch)
     made_before, before = made_of(raw, 8), identities(scratch)
     contract.change(raw, change)
@@ -450,7 +450,7 @@ def test_manifest_is_absent_when_run_is_killed_in_the_middle(
         lambda emulator: emulator.delete("imagenet/train-00003-of-00008"),
         lambda emulator: emulator.put("imagenet/train-00003-of-00016", b"x"),
     ],
-    ids=["deleted", "foreign"],
+    ids=["deleted", "strangers"],
 )
 def test_manifest_is_removed_when_the_closing_listing_finds_something_wrong(
     small: Data,
@@ -528,11 +528,11 @@ def test_other_hidden_files_are_kept_when_temporaries_are_removed(
     small: Data, tmp_path: Path
 ) -> None:
     scratch = copy_tree(small.scratch, tmp_path / "scratch")
-    foreign = [scratch / "mine" / ".x.tmp", scratch / ".mine.tmp"]
+    others = [scratch / "mine" / ".x.tmp", scratch / ".mine.tmp"]
     (scratch / "mine").mkdir()
     left = scratch / "train" / ".train-00003-of-00008.vm-1-2.tmp"
-    for path in [*foreign, left]:
+    for path in [*others, left]:
         path.write_bytes(b"x")
     done = run_command(*small.flags(scratch, *LOCAL))
     assert done.status == 0, done.stderr
-    assert temporary_files(scratch) == sorted(foreign)
+    assert temporary_files(scratch) == sorted(others)

@@ -99,7 +99,7 @@ def test_stamp_says_what_the_shard_is(mixed_raw: Path, tmp_path: Path) -> None:
         num_bytes=path.stat().st_size,
         crc32c=crc32c_of(path),
         num_repaired=changed,
-        versions=shard.versions(),
+        fingerprint=shard.fingerprint(),
         mtime_ns=path.stat().st_mtime_ns,
     )
     assert json.loads(stamp_of(path).read_text()) == dataclasses.asdict(stamp)
@@ -234,12 +234,20 @@ def test_shard_is_not_finished_when_it_is_not_as_stamped(
     assert find_finished(shard, tmp_path) is None
 
 
-def test_stamp_of_an_older_version_is_understood_or_written_again(
-    raw: Path, tmp_path: Path
-) -> None:
-    """It had neither the times nor the versions."""
+def test_stamp_of_2_0_is_understood(raw: Path, tmp_path: Path) -> None:
+    """It called the fingerprint versions; its shards are not written again."""
     shard = plan(raw)[0]
     stamp = script.write_shard(shard, str(tmp_path))
-    change_stamp(mtime_ns=None, versions=None)(path_of(shard, tmp_path))
-    found = find_finished(shard, tmp_path)
-    assert found is None or found.same_bytes(stamp)
+    change = change_stamp(fingerprint=None, versions=stamp.fingerprint)
+    change(path_of(shard, tmp_path))
+    assert find_finished(shard, tmp_path) == stamp
+
+
+def test_shard_is_written_again_when_its_stamp_is_of_1_0(
+    raw: Path, tmp_path: Path
+) -> None:
+    """It had neither the times nor the fingerprint."""
+    shard = plan(raw)[0]
+    script.write_shard(shard, str(tmp_path))
+    change_stamp(mtime_ns=None, fingerprint=None)(path_of(shard, tmp_path))
+    assert find_finished(shard, tmp_path) is None

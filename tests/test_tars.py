@@ -186,7 +186,7 @@ def test_all_files_are_found_when_the_command_tar_packed_them(
 
 
 def random_members(seed: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Makes up a tree: files, links, directories; long, foreign and equal names."""
+    """Makes up a tree: files, links, directories; long, strange and equal names."""
     rng = random.Random(seed)
     kinds = [tarfile.REGTYPE] * 6 + [tarfile.AREGTYPE, tarfile.CONTTYPE]
     kinds += [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE]
@@ -239,8 +239,10 @@ def test_images_are_listed_by_name_the_last_of_each(path: Path) -> None:
         ("n1_2.JPEG", 3, BLOCK),
     ]
     status = path.stat()
-    version = (status.st_ino, status.st_size, status.st_mtime_ns)
-    assert {(i.synset, i.label, i.version) for i in images} == {("n1", 7, version)}
+    fingerprint = (status.st_ino, status.st_size, status.st_mtime_ns)
+    assert {(i.synset, i.label, i.fingerprint) for i in images} == {
+        ("n1", 7, fingerprint)
+    }
 
 
 # ---------------------------------------------------------------- what is refused
