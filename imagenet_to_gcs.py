@@ -76,22 +76,22 @@ import itertools
 import json
 import logging as python_logging
 import math
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
 import os
 import pathlib
-import pickle
-import queue
 import random
 import re
-import select
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import traceback
@@ -167,6 +167,11 @@ INHERITED_FLAGS = """
   --help: Print this manual and exit."""
 
 RERUN = "Rerun the same command to resume."
+TOO_MANY_THREADS = (
+    "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it, or "
+    "rerun the same command with fewer --num_workers."
+)
+owns_process = False  # True in the command, which nobody else's code shares
 FIX_AND_RERUN = "Finished shards are kept: fix this and rerun the same command."
 
 
@@ -298,13 +303,13 @@ def run(
         if options.dry_run:
             log_intent(plan_job(options))
             return
-        with _locked(options):
-            start_forkserver()  # imports TensorFlow while images are listed
+        # The pool imports TensorFlow while images are listed.
+        with Pool(options.workers, options.scratch_dir) as pool, _locked(options):
             if options.fake_imagenet:
-                make_fake_imagenet(options)
+                make_fake_imagenet(options, pool)
             job = plan_job(options)
             log_intent(job)
-            carry_out(job)
+            carry_out(job, pool)
 
 
 def plan_job(options: Options) -> Job:
@@ -450,7 +455,7 @@ def _shards_of_images(shards: Sequence[Shard]) -> str:
     return f"{_count(len(shards), 'shard')} of {_count(num_images, 'image')}"
 
 
-def carry_out(job: Job) -> None:
+def carry_out(job: Job, pool: Pool) -> None:
     """Does the work, checks that everything is where it should be, and says so."""
     _remove_temporary_files(job.options)
     if job.num_missing:
@@ -461,7 +466,7 @@ def carry_out(job: Job) -> None:
     progress = Progress(job.work, is_uploading=bool(job.destination))
     if job.work.left:
         with reporting(progress.line):
-            write_and_upload(job, progress)
+            write_and_upload(job, progress, pool)
         _log_done(job, progress)
     if progress.bad_images:
         logging.info(
@@ -485,7 +490,7 @@ def carry_out(job: Job) -> None:
         _complete(job, stamps)
 
 
-def write_and_upload(job: Job, progress: Progress) -> None:
+def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
     """Takes each shard all the way from its images to the bucket, in its own thread.
 
     There are `num_workers` + 16 threads, so no more shards than that are on their way
@@ -495,7 +500,7 @@ def write_and_upload(job: Job, progress: Progress) -> None:
     is_kept = options.keep_local_shards
     uploads = threading.Semaphore(PARALLEL_UPLOADS)
     stopping = threading.Event()
-    write = functools.partial(Workers(options.workers, stopping).call, write_records)
+    write = functools.partial(pool.call, write_records)
 
     def take(shard: Shard, stamp: Stamp | None) -> None:
         path = shard_path(shard, options.scratch_dir)
@@ -698,14 +703,14 @@ def read_dataset(raw_data_dir: str) -> Dataset:
 def _no_garbage_collection() -> Iterator[None]:
     """Stops the collector while millions of objects are made, then exempts them.
 
-    Otherwise listing 1.3 million images takes 2.5 times as long, and importing
-    TensorFlow 1.2 times.
+    Otherwise listing 1.3 million images takes 2.5 times as long.
     """
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if owns_process:
+            gc.freeze()
         gc.enable()
 
 
@@ -1470,13 +1475,16 @@ def _check_decodes(skeleton: Skeleton) -> None:
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
     """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
     stderr = os.dup(2)
-    with _unnamed_file() as caught:
-        os.dup2(caught.fileno(), 2)
-        with contextlib.suppress(Exception):
-            decode()
-        os.dup2(stderr, 2)
-        lines = _text(caught).splitlines()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # what does not fit into its 64 KiB is dropped
+    os.dup2(writer, 2)
+    with contextlib.suppress(Exception):
+        decode()
+    os.dup2(stderr, 2)
     os.close(stderr)
+    os.close(writer)
+    with open(reader, errors="replace") as caught:
+        lines = caught.read().splitlines()
     reasons = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)]
     return reasons[-1].rstrip(".") if reasons else "libjpeg cannot decode it"
 
@@ -1756,225 +1764,273 @@ def check_undamaged(path: str, stamp: Stamp) -> None:
 # 8. Processes that write shards, and the line that says how far they are
 
 
-# Whether to show TensorFlow's log; otherwise, stderr is kept, for `Forkserver.death`.
-IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"
-# Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
-# and what libjpeg says of each skeleton.
-NOISE = re.compile(
-    r"\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
-)
+IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"  # shows TensorFlow's log
+LAST_WORDS_BYTES = 4096
+JPEG_WARNINGS = re.compile(rb"^Corrupt JPEG.*\n", re.MULTILINE)  # on all skeletons
+# Lines that do not tell a cause: the log, stack traces, a traceback's source lines.
+NOISE = re.compile(r"\s|\*\*\* |WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")
+SOCKET_DIRECTORY_BYTES = 107 - len("/pymp-12345678/listener-12345678")
+CALLER_HAS_NO_GUARD = 87  # exit status of a worker that was to start workers itself
+IMPORT_FAILED = 88  # exit status of a worker that cannot import TensorFlow
+FORKSERVER_DIED = 255  # the standard library's word for a worker's unknown end
 
 
-class Workers:
-    """Processes that write shards for the threads of the run."""
+class Pool(contextlib.AbstractContextManager["Pool"]):
+    """Processes that make calls for the threads of the run.
 
-    def __init__(self, num_workers: int, stopping: threading.Event):
-        forkserver = start_forkserver()
-        self._stopping = stopping
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        # Each is queued twice, so that its next call can wait while it makes one.
-        for worker in [Worker(forkserver) for _ in range(num_workers)] * 2:
-            self._idle.put(worker)
+    The standard library's forkserver imports TensorFlow, once, and forks them. That
+    takes seconds, during which the raw directory is listed.
+    """
+
+    def __init__(self, num_workers: int, spare_directory: str):
+        _check_can_have_workers()
+        _leave_lost_directory()
+        self._spare_directory = spare_directory
+        self._context = _Context()
+        self._words = b""  # the last of what workers wrote to stderr
+        self._cause: RunError | None = None  # why a worker died
+        self._ending = threading.Lock()
+        reader, self._stderr = multiprocessing.Pipe(duplex=False)
+        self._listener = threading.Thread(
+            target=self._listen, args=[reader], daemon=True
+        )
+        self._listener.start()
+        if owns_process and not IS_VERBOSE:
+            os.dup2(self._stderr.fileno(), 2)
+        # The tracker of semaphores, which this starts, is to outlive a closed terminal.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+        try:
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                num_workers, self._context, _begin_worker, (self._stderr,)
+            )
+        except BlockingIOError as error:
+            raise MachineError(TOO_MANY_THREADS) from error
+        except (ImportError, NotImplementedError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            problem = f"Cannot make a semaphore in /dev/shm: {reason}. {FIX_AND_RERUN}"
+            raise MachineError(problem) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._start = self._background.submit(self._import_tensorflow)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind and owns_process:
+            return  # the process ends at once, and the workers with it
+        self._background.shutdown()
+        if kind:
+            for process in self._context.processes:
+                if process.pid:
+                    process.terminate()
+        with self._ending:
+            self._executor.shutdown(cancel_futures=True)
+        self._stderr.close()
+        if not owns_process:
+            self._listener.join()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the next process that has room for a call."""
-        request = pickle.dumps(functools.partial(function, *arguments))
-        worker = self._idle.get()
         try:
-            if self._stopping.is_set():
-                raise concurrent.futures.CancelledError
-            return worker.call(request)
-        finally:
-            self._idle.put(worker)
-
-
-class Worker:
-    """A process that makes calls until its pipe is closed.
-
-    Two threads may be in `call`: one sends its request while the other waits for its
-    answer. The lock of the answers, taken before the next may send, keeps their order.
-    """
-
-    def __init__(self, forkserver: Forkserver):
-        self._forkserver = forkserver
-        self._stderr = _unnamed_file()
-        ours, theirs = socket.socketpair()
-        files = [theirs.fileno(), self._stderr.fileno()]
-        with ours, theirs, contextlib.suppress(ConnectionError):  # `call` meets it, too
-            self._pipe = ours.makefile("rwb")
-            socket.send_fds(forkserver.requests, [b"."], files)
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
-
-    def call(self, request: bytes) -> Any:
+            self._start.result()
+            future = self._executor.submit(_make_call, function, *arguments)
+        except (concurrent.futures.BrokenExecutor, EOFError, OSError) as error:
+            raise self._death(error) from None
         try:
-            with self._sending:  # until it is this call's turn to receive
-                self._pipe.write(request)
-                self._pipe.flush()
-                self._receiving.acquire()
-            try:
-                result, error, trace = pickle.load(self._pipe)
-            finally:
-                self._receiving.release()
-        except (EOFError, ConnectionError, pickle.UnpicklingError):
-            raise self._forkserver.death(_text(self._stderr)) from None
-        if error:
-            raise error from RuntimeError(f"in a worker process:\n{trace}")
-        return result
+            return future.result()
+        except concurrent.futures.BrokenExecutor as error:
+            raise self._death(error) from None
+
+    def _listen(self, reader: multiprocessing.connection.Connection) -> None:
+        with reader:
+            while piece := os.read(reader.fileno(), 2**16):
+                words = JPEG_WARNINGS.sub(b"", self._words + piece)
+                self._words = words[-LAST_WORDS_BYTES:]
+                time.sleep(0.05)  # else each image would wake this thread
+
+    def _import_tensorflow(self) -> None:
+        """Starts the forkserver, which imports TensorFlow, and the first worker."""
+        more = {"TF_CPP_MIN_LOG_LEVEL": "0" if IS_VERBOSE else "3"}
+        if owns_process:
+            more["PYTHONSAFEPATH"] = "1"  # modules in the current directory are no help
+        with _environment(more), _room_for_socket(self._spare_directory):
+            self._context.set_forkserver_preload(["tensorflow"])
+            self._executor.submit(os.getpid)
+
+    def _death(self, error: BaseException) -> RunError:
+        """Says what a worker or the forkserver died of: all threads the same."""
+        with self._ending:
+            if not self._cause:
+                self._executor.shutdown(cancel_futures=True)
+                time.sleep(0.2)  # a signal to the whole run may still be on its way
+                self._cause = self._find_cause(error)
+        return self._cause
+
+    def _find_cause(self, error: BaseException) -> RunError:
+        if isinstance(error, BlockingIOError):  # the limit of processes
+            return MachineError(TOO_MANY_THREADS)
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            problem = f"Cannot start a process: {error.strerror or error}"
+            return MachineError(f"{problem}. {FIX_AND_RERUN}")
+        statuses = [process.exitcode for process in self._context.processes]
+        # The pool itself sends SIGTERM to those that are left.
+        statuses.sort(key=lambda status: status == -signal.SIGTERM)
+        status = next(filter(None, statuses), 0)
+        text = self._words.decode(errors="replace")
+        if status not in (0, FORKSERVER_DIED):
+            return _cause_of_death(status, text)
+        done = _plain_import()  # does what the forkserver did, and can be asked
+        if done.returncode:
+            status = IMPORT_FAILED if done.returncode > 0 else done.returncode
+            return _cause_of_death(status, done.stderr)
+        problem = "The process that starts the workers died"
+        return MachineError(f"{problem}. {FIX_AND_RERUN}")
 
 
-class Forkserver:
-    """The process that imports TensorFlow, once, and forks the workers.
-
-    Unlike the standard library's, it needs no temporary directory and no semaphore,
-    does not run the user's program again, and tells what a worker died of, by dying the
-    same way. In its own session, Ctrl-C and hangups do not reach it.
-    """
+class _Context(multiprocessing.context.ForkServerContext):
+    """The standard library's forkserver; its processes are kept: how did they end?"""
 
     def __init__(self) -> None:
-        self._stderr = _unnamed_file()
-        self.requests, stdin = socket.socketpair()  # a byte, with a worker's files
-        # Runs this file, whatever its name, as the same module; see its last lines.
-        # With runpy, importing TensorFlow takes 0.4 s longer.
-        paths = [os.path.abspath(path) for path in sys.path]
-        code = (
-            f"import sys; sys.path[:] = {paths!r}; IS_FORKSERVER = True; "
-            f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
-            "sys.modules[__name__] = sys.modules['__main__']; "
-            "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
+        self.processes: list[multiprocessing.context.ForkServerProcess] = []
+
+    def Process(self, **settings: Any) -> Any:  # type: ignore[override]
+        self.processes.append(multiprocessing.context.ForkServerProcess(**settings))
+        return self.processes[-1]
+
+
+def _check_can_have_workers() -> None:
+    main = sys.modules["__main__"]
+    if sys.modules.get("__mp_main__", main) is not main:
+        # A worker is importing the program that called `run`, and calls it again.
+        os._exit(CALLER_HAS_NO_GUARD)
+    if multiprocessing.current_process().daemon:
+        raise InvalidInputError(
+            "Worker processes cannot be started from a daemonic process."
         )
-        level = "0" if IS_VERBOSE else "3"
-        more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
-        with stdin:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=stdin.fileno(),
-                stdout=subprocess.PIPE,  # stays empty: see _end_with_run
-                stderr=None if IS_VERBOSE else self._stderr,
-                env={**os.environ, **more},
-                cwd="/",  # the current directory may be gone, which TensorFlow minds
-                start_new_session=True,
-            )
-
-    def death(self, worker_words: str) -> RunError:
-        """Says what a worker or the forkserver died of, in its last words."""
-        time.sleep(0.2)  # a signal to the whole run may still be on its way
-        self.requests.close()  # ends it, in case it is still alive
-        status = self.process.wait()
-        if status == -signal.SIGKILL:
-            return RunError(
-                "A worker process was killed, most likely because the machine ran out "
-                "of memory. Finished shards are kept: rerun the same command with "
-                "fewer --num_workers."
-            )
-        text = worker_words or _text(self._stderr)
-        lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
-        errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
-        words = [signal.Signals(-status).name] if status < 0 else []
-        words += (errors or lines)[-1:]
-        said = ": ".join(words).rstrip(".") or f"exit status {status}"
-        if status == -signal.SIGILL:
-            said += ", as if TensorFlow were built for another processor"
-        if "import tensorflow" in text:
-            remedy = f"Run {INSTALL} in a new virtual environment."
-            return RunError(f"TensorFlow cannot be imported: {said}. {remedy}")
-        return RunError(f"A worker process died: {said}. {FIX_AND_RERUN}")
+    path = getattr(main, "__file__", "" if __name__ == "__main__" else None)
+    if not main.__spec__ and path is not None and not os.path.exists(path):
+        raise InvalidInputError(
+            "The program must be a file, for its worker processes read it, too; it "
+            f"comes from {path or 'the command line'}."
+        )
 
 
-_forkserver: Forkserver | None = None
+def _leave_lost_directory() -> None:
+    """Moves to / if the current directory, in which workers start, is none for them."""
+    try:
+        os.chdir(os.getcwd())
+    except OSError:  # it is gone, or cannot be entered
+        os.chdir("/")
 
 
-def start_forkserver() -> Forkserver:
-    """Starts the forkserver unless it is running; returns before it is ready.
-
-    Importing TensorFlow takes seconds, during which the raw directory is listed.
-    """
-    global _forkserver
-    if not _forkserver or _forkserver.process.poll() is not None:
-        try:
-            _forkserver = Forkserver()
-        except OSError as error:
-            problem = f"Cannot start a process: {error.strerror}. {FIX_AND_RERUN}"
-            raise RunError(problem) from error
-    return _forkserver
-
-
-def _unnamed_file() -> BinaryIO:
-    file_descriptor = os.memfd_create("stderr")
-    # In append mode, so that writes after a truncation begin at the start.
-    fcntl.fcntl(file_descriptor, fcntl.F_SETFL, os.O_APPEND)
-    return open(file_descriptor, "r+b", buffering=0)
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """Adds variables to the environment, for a process that is started meanwhile."""
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _text(file: BinaryIO) -> str:
-    file_descriptor = file.fileno()  # without a position, which threads would share
-    text = os.pread(file_descriptor, os.fstat(file_descriptor).st_size, 0)
-    return text.decode(errors="replace").strip()
+@contextlib.contextmanager
+def _room_for_socket(spare_directory: str) -> Iterator[None]:
+    """Has temporary files made where a socket's path fits into its 107 bytes."""
+    before = tempfile.tempdir
+    places = ["/tmp", "/var/tmp", "/dev/shm", spare_directory]
+    with contextlib.suppress(FileNotFoundError):  # none can be written to
+        places.insert(0, tempfile.gettempdir())
+    for place in places:
+        is_short = len(os.fsencode(place)) <= SOCKET_DIRECTORY_BYTES
+        if is_short and os.access(place, os.W_OK | os.X_OK):
+            tempfile.tempdir = place
+            break
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
-def _serve_forks() -> None:
-    """Imports TensorFlow, then forks a worker whenever the run asks for one.
-
-    A fork after TensorFlow has run anything would hang.
-    """
-    _end_with_run()
+def _begin_worker(stderr: multiprocessing.connection.Connection) -> None:
+    """Prepares a worker: its stderr is the run's pipe, and it ends with the run."""
+    for signal_number in (signal.SIGINT, signal.SIGHUP):  # these are the run's
+        signal.signal(signal_number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_run, daemon=True).start()
+    if not IS_VERBOSE:
+        os.dup2(stderr.fileno(), 2)
     warnings.simplefilter("ignore")  # a warning is never the cause of death
-    with _no_garbage_collection():
-        import tensorflow  # noqa: F401
-    signal.signal(signal.SIGCHLD, _die_like_worker)  # not for the import's own children
-    with socket.socket(fileno=0) as requests:
-        while file_descriptors := socket.recv_fds(requests, 1, 2)[1]:
-            if os.fork() == 0:
-                _answer_calls(*file_descriptors)
-            for file_descriptor in file_descriptors:
-                os.close(file_descriptor)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # unless preloaded
+    try:
+        import tensorflow as tf
+    except BaseException:
+        traceback.print_exc()
+        os._exit(IMPORT_FAILED)
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    gc.freeze()
 
 
 def _end_with_run() -> None:
-    """Has the kernel kill the forkserver and its workers when the run ends.
+    if run := multiprocessing.parent_process():
+        run.join()
+    os._exit(1)
 
-    Only the run holds the other end of stdout. When that closes, the kernel sends SIGIO
-    to this process group, which kills it.
+
+def _make_call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Makes a call in a worker; an unforeseen error is sent in words.
+
+    Not all errors, such as TensorFlow's, can be sent.
     """
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(1, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_ASYNC)
-    stdout = select.poll()
-    stdout.register(1, 0)
-    if stdout.poll(0):  # the run has ended already
-        os._exit(0)
+    try:
+        return function(*arguments)
+    except (RunError, OSError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001
+        raise RuntimeError(f"in a worker process:\n{traceback.format_exc()}") from None
 
 
-def _die_like_worker(*_: object) -> None:
-    with contextlib.suppress(ChildProcessError):
-        while (child := os.waitpid(-1, os.WNOHANG))[0]:
-            status = os.waitstatus_to_exitcode(child[1])
-            if status < 0:
-                os.kill(os.getpid(), -status)
-            elif status:
-                os._exit(status)
+def _plain_import() -> subprocess.CompletedProcess[str]:
+    """Imports TensorFlow in a process of its own, to see how that fails."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; import tensorflow"
+    level = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, **level}
+    return subprocess.run(
+        command, env=env, stderr=subprocess.PIPE, check=False, cwd="/", text=True
+    )
 
 
-def _answer_calls(channel: int, stderr: int) -> NoReturn:
-    """Makes the calls that the run sends to this worker, on one processor."""
-    os.dup2(channel, 0)  # else a worker would keep the forkserver's socket open
-    if not IS_VERBOSE:
-        os.dup2(stderr, 2)
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    pipe = socket.socket(fileno=channel).makefile("rwb")
-    while pipe.peek(1):  # until the run closes it
-        call = pickle.load(pipe)
-        try:
-            answer: Any = call(), None, ""
-        except BaseException as error:  # noqa: BLE001
-            answer = None, error, traceback.format_exc()
-        if not IS_VERBOSE:
-            os.ftruncate(2, 0)  # libjpeg warns about every skeleton
-        pipe.write(pickle.dumps(answer))
-        pipe.flush()
-    os._exit(0)
+def _cause_of_death(status: int, text: str) -> RunError:
+    """Puts an exit status and last words into a line."""
+    if status == CALLER_HAS_NO_GUARD:
+        return RunError(
+            "Worker processes import the program that calls run(): it must do so "
+            "under if __name__ == '__main__'."
+        )
+    if status == -signal.SIGKILL or "failed to map segment" in text:
+        return MachineError(
+            "A worker process was killed, most likely because the machine ran out "
+            "of memory. Finished shards are kept: rerun the same command with "
+            "fewer --num_workers."
+        )
+    if "pthread_create() failed" in text:
+        return MachineError(TOO_MANY_THREADS)
+    lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
+    errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
+    words = [signal.Signals(-status).name] if status < 0 else []
+    words += (errors or lines)[-1:]
+    said = ": ".join(words).rstrip(".") or f"exit status {status}"
+    if status == -signal.SIGILL:
+        said += ", as if TensorFlow were built for another processor"
+    if status == IMPORT_FAILED:
+        remedy = f"Run {INSTALL} in a new virtual environment."
+        return MachineError(f"TensorFlow cannot be imported: {said}. {remedy}")
+    return MachineError(f"A worker process died: {said}. {FIX_AND_RERUN}")
 
 
 LOG_SECONDS = 10.0
@@ -2762,11 +2818,11 @@ class Options:
         if problems:
             raise InvalidInputError(*problems)
 
-    @property
+    @functools.cached_property  # not affected by a later change of directory
     def raw_dir(self) -> str:
         return os.path.abspath(os.path.expanduser(self.raw_data_dir or ""))
 
-    @property
+    @functools.cached_property
     def scratch_dir(self) -> str:
         scratch_dir = os.path.expanduser(self.local_scratch_dir or "")
         return os.path.abspath(scratch_dir or os.path.join(self.raw_dir, "tf_records"))
@@ -2919,10 +2975,7 @@ def failures_in_words() -> Iterator[None]:
     except RuntimeError as error:
         if str(error) != "can't start new thread":
             raise
-        raise RunError(
-            "Cannot start a thread: the limit of processes (ulimit -u) is reached. "
-            "Raise it, or rerun the same command with fewer --num_workers."
-        ) from error
+        raise MachineError(TOO_MANY_THREADS) from error
 
 
 @contextlib.contextmanager
@@ -2970,6 +3023,8 @@ def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command; ends the process with the exit status of the manual."""
+    global owns_process
+    owns_process = True
     logging.get_absl_handler().setFormatter(_LogFormatter())
     if FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)
@@ -2977,6 +3032,9 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f"All arguments must be flags; found {arguments[1]!r}.")
     warnings.filterwarnings("ignore", module="google", category=FutureWarning)
     live_line.is_on = bool(sys.stderr and sys.stderr.isatty())
+    if not IS_VERBOSE:  # the other stderr is for what dies
+        sys.stderr = os.fdopen(os.dup(2), "w", 1, errors="backslashreplace")
+        logging.get_absl_handler().python_handler.setStream(sys.stderr)
     for signal_number in STOP_SIGNALS:
         if signal.getsignal(signal_number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(signal_number, _raise_stopped)
@@ -2984,7 +3042,7 @@ def main(arguments: Sequence[str]) -> None:
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
-        _exit(0)
+        _ignore_signals()
     except (InvalidInputError, RunError) as error:
         _exit(1, *error.args)
     except Stopped as stopped:
@@ -3010,19 +3068,22 @@ class Stopped(BaseException):
     """A signal that ends the run: Ctrl-C, or the preemption of the machine."""
 
 
+def _ignore_signals() -> None:
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
+
+
 def _raise_stopped(signal_number: int, _: object) -> NoReturn:
-    for other in STOP_SIGNALS:  # further ones change nothing
-        signal.signal(other, signal.SIG_IGN)
+    _ignore_signals()  # further ones change nothing
     raise Stopped(signal.Signals(signal_number))
 
 
 def _exit(status: int, *errors: str) -> NoReturn:
     """Ends the process at once, without waiting for uploads that hang.
 
-    The kernel ends the forkserver and the workers with it: `_end_with_run`.
+    The forkserver and the workers see it, and end, too.
     """
-    for signal_number in STOP_SIGNALS:
-        signal.signal(signal_number, signal.SIG_IGN)
+    _ignore_signals()
     for line in errors:
         logging.error(line)
     logging.flush()
@@ -3209,7 +3270,7 @@ FAKE_IMAGE_BYTES = 100_000  # at most
 FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 
 
-def make_fake_imagenet(options: Options) -> None:
+def make_fake_imagenet(options: Options, pool: Pool) -> None:
     """Generates 2,048 training and 256 validation images of 1,000 synsets.
 
     They leave none of the 1,024 and 128 shards empty. The synsets, from n90000000 on,
@@ -3235,7 +3296,7 @@ def make_fake_imagenet(options: Options) -> None:
     root.mkdir(parents=True, exist_ok=True)
     (root / FAKE_MARK).touch()
     synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
-    _draw_all([*_fake_paths(root, synsets)], options.workers)
+    _draw_all([*_fake_paths(root, synsets)], options.workers, pool)
     labels = "".join(f"{synset}\n" for synset in synsets[:FAKE_VALIDATION_IMAGES])
     write_text(str(root / LABELS_FILE), labels)  # last: all is there
 
@@ -3248,13 +3309,12 @@ def _fake_paths(root: pathlib.Path, synsets: Sequence[str]) -> Iterator[pathlib.
         yield root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i:08d}.JPEG"
 
 
-def _draw_all(paths: Sequence[pathlib.Path], num_workers: int) -> None:
-    stopping = threading.Event()
-    draw = functools.partial(Workers(num_workers, stopping).call, draw_fake_image)
-    threads = concurrent.futures.ThreadPoolExecutor(num_workers)
+def _draw_all(paths: Sequence[pathlib.Path], num_workers: int, pool: Pool) -> None:
+    draw = functools.partial(pool.call, draw_fake_image)
+    threads = concurrent.futures.ThreadPoolExecutor(2 * num_workers)
     number = 0
     say = lambda: f"Generated {number:,} of {len(paths):,} fake images."
-    with reporting(say), _closing(threads, stopping):
+    with reporting(say), _closing(threads):
         for _ in threads.map(draw, paths, itertools.count()):
             number += 1
 
@@ -3272,8 +3332,6 @@ def draw_fake_image(path: pathlib.Path, seed: int) -> None:
         pathlib.Path(temporary_path).write_bytes(jpeg.numpy())
 
 
-if "IS_FORKSERVER" in globals():
-    _serve_forks()
-elif __name__ == "__main__":
+if __name__ == "__main__":
     _open_closed_streams()
     app.run(main, flags_parser=parse_flags)

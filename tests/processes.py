@@ -66,13 +66,16 @@ class Run:
         return found
 
     def forkserver(self) -> int | None:
-        """The process that forks the workers, once it is there."""
+        """The standard library's process that forks the workers, once it is there."""
+        name = "multiprocessing.forkserver"
         children = [pid for pid in self.pids() if _parent_of(pid) == self.pid]
-        return next((p for p in children if "IS_FORKSERVER" in _command_line(p)), None)
+        return next((pid for pid in children if name in _command_line(pid)), None)
 
     def workers(self) -> list[int]:
+        """The children of the forkserver, oldest first."""
         forkserver = self.forkserver()
-        return [p for p in self.pids() if forkserver and _parent_of(p) == forkserver]
+        pids = sorted(self.pids())
+        return [p for p in pids if forkserver and _parent_of(p) == forkserver]
 
     def finish(self, timeout: float = 120) -> Finished:
         """Waits for its end, and for that of all its processes."""
