@@ -1967,7 +1967,7 @@ def _begin_worker(stderr: multiprocessing.connection.Connection) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # unless preloaded
     try:
         import tensorflow as tf
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         traceback.print_exc()
         os._exit(IMPORT_FAILED)
     tf.config.threading.set_intra_op_parallelism_threads(1)
