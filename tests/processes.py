@@ -1,9 +1,9 @@
 """Runs of the command that are watched, disturbed and killed while they go on.
 
-    run = start(*flags)
-    wait_for(lambda: len(shards_of(scratch)) >= 3)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait_until_gone()
+    with started(*flags) as run:
+        wait_for(lambda: len(finished_shards(scratch)) >= 3, run)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait_until_gone()
 
 Each run carries a mark in its environment, which all its processes inherit.
 """
