@@ -21,6 +21,13 @@ OUT_OF_MEMORY = (
 )
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 CMYK images: to encode them again takes seconds, in which it can be hit."""
+    raw = tmp_path_factory.mktemp("large") / "raw"
+    return contract.make_raw(raw, 10, 60, 4, ("cmyk",), 320, 240)
+
+
 def flags(raw: Path, training_shards: int = 3) -> list[str]:
     directories = [f"--raw_data_dir={raw}", f"--local_scratch_dir={raw}/scratch"]
     shards = [f"--training_shards={training_shards}", "--validation_shards=2"]
@@ -106,7 +113,8 @@ def test_command_works_from(raw: Path, tmp_path: Path, shell: str) -> None:
     assert_complete(done, raw)
 
 
-def test_status_is_right_when_stderr_is_closed(raw: Path, tmp_path: Path) -> None:
+def test_status_is_right_when_stderr_is_closed(large: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(large, tmp_path / "raw")
     for number, status in ((None, 1), (signal.SIGTERM, 143)):
         place = raw if number else raw / "missing"
         shell = f"exec {shlex.join(command(place, 9))} 2>&-"
@@ -162,7 +170,7 @@ def test_run_works_in_one_thread_after_another(raw: Path, tmp_path: Path) -> Non
 
 
 def test_workers_end_with_run_and_all_ends_with_the_program(
-    raw: Path, tmp_path: Path
+    large: Path, tmp_path: Path
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text(
@@ -170,7 +178,7 @@ def test_workers_end_with_run_and_all_ends_with_the_program(
         "    convert(sys.argv[2])\n    time.sleep(600)\n"
     )
     scratch = tmp_path / "scratch"
-    arguments = [sys.executable, str(program), str(raw), str(scratch)]
+    arguments = [sys.executable, str(program), str(large), str(scratch)]
     env = {"PYTHONPATH": str(REPOSITORY)}
     with running(arguments, tmp_path / "log", **env) as run:
         wait_for(run.workers, run)
@@ -259,12 +267,6 @@ def test_last_words_are_reported_when_tensorflow_fails(
 
 
 # ----------------------------------------------------------------- killed
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw ImageNet of 100 shards."""
-    return contract.make_raw(tmp_path_factory.mktemp("large") / "raw", 10, 10, 4)
 
 
 @pytest.mark.parametrize(
