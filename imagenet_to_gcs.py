@@ -1817,6 +1817,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind and owns_process:
             return  # the process ends at once, and the workers with it
+        if owns_process and not self._start.done():  # there was nothing to do
+            _end_children()
         self._background.shutdown()
         if kind:
             for process in self._context.processes:
@@ -1979,6 +1981,14 @@ def _end_with_run() -> None:
     if run := multiprocessing.parent_process():
         run.join()
     os._exit(1)
+
+
+def _end_children() -> None:
+    """Ends the forkserver, which does not see the run's end before its import's."""
+    for path in pathlib.Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # not everywhere there
+            for child in path.read_text().split():
+                os.kill(int(child), signal.SIGTERM)  # the tracker ignores it
 
 
 def _make_call(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -3087,6 +3097,7 @@ def _exit(status: int, *errors: str) -> NoReturn:
     for line in errors:
         logging.error(line)
     logging.flush()
+    _end_children()
     os._exit(status)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import contract
 import pytest
-from command import REPOSITORY, SCRIPT, Finished, run_code, run_command
+from command import REPOSITORY, SCRIPT, Finished, run_code, run_command, run_python
 from processes import Run, finished_shards, started, unprivileged, wait_for
 
 FIX = "Finished shards are kept: fix this and rerun the same command."
@@ -169,6 +170,81 @@ def test_run_works_in_one_thread_after_another(raw: Path, tmp_path: Path) -> Non
         contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
 
 
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        pytest.param(
+            PROGRAM + "convert(sys.argv[2])",
+            "imagenet_to_gcs.RunError: Worker processes import the program that calls "
+            "run(): it must do so under if __name__ == '__main__'.",
+            id="without a guard",
+        ),
+        pytest.param(
+            PROGRAM + "import multiprocessing\n"
+            "multiprocessing.current_process().daemon = True\n"
+            "if __name__ == '__main__': convert(sys.argv[2])",
+            "imagenet_to_gcs.InvalidInputError: Worker processes cannot be started "
+            "from a daemonic process.",
+            id="daemonic",
+        ),
+    ],
+)
+def test_line_is_clear_when_a_program_cannot_have_workers(
+    raw: Path, tmp_path: Path, program: str, line: str
+) -> None:
+    (tmp_path / "program.py").write_text(program)
+    place = str(tmp_path / "program.py")
+    env = {"PYTHONPATH": str(REPOSITORY)}
+    done = run_python(place, str(raw), str(tmp_path / "scratch"), env=env)
+    assert (done.status, done.lines[-1]) == (1, line)
+    assert done.stderr.count("Traceback") == 1
+
+
+def test_line_is_clear_when_the_command_comes_from_stdin(
+    raw: Path, tmp_path: Path
+) -> None:
+    shell = f"{sys.executable} - {shlex.join(flags(raw))} < {SCRIPT}"
+    with running(["sh", "-c", shell], tmp_path / "log") as run:
+        done = run.finish()
+    error = (
+        "The program must be a file, for its worker processes read it, too; it comes "
+        "from <stdin>."
+    )
+    assert (done.status, done.errors) == (1, [error])
+
+
+def test_caller_is_as_before_and_may_have_used_the_forkserver(
+    raw: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        PROGRAM + "import gc, logging, multiprocessing, os, signal, tempfile\n"
+        "def state():\n"
+        "    return (dict(os.environ), os.getcwd(), tempfile.tempdir, gc.isenabled(),\n"
+        "            gc.get_freeze_count(), threading.enumerate(),\n"
+        "            [signal.getsignal(n) for n in (1, 2, 15)],\n"
+        "            signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+        "def use_forkserver():\n"
+        "    process = multiprocessing.get_context('forkserver').Process(target=int)\n"
+        "    process.start()\n"
+        "    process.join()\n"
+        "    assert process.exitcode == 0\n"
+        "if __name__ == '__main__':\n"
+        "    if sys.argv[3] == 'before':\n"
+        "        use_forkserver()\n"
+        "    before = state()\n"
+        "    convert(sys.argv[2])\n"
+        "    assert state() == before, (before, state())\n"
+        "    use_forkserver()\n"
+    )
+    env = {"PYTHONPATH": str(REPOSITORY)}
+    for order in ("before", "after"):
+        scratch = str(tmp_path / order)
+        done = run_python(str(program), str(raw), scratch, order, env=env)
+        assert done.status == 0, done.stderr
+        contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
+
+
 def test_workers_end_with_run_and_all_ends_with_the_program(
     large: Path, tmp_path: Path
 ) -> None:
@@ -298,6 +374,56 @@ def test_run_ends_in_one_line_when_the_forkserver_dies(
         done = run.finish()
     error = f"The process that starts the workers died. {FIX}"
     assert (done.status, done.errors) == (1, [error])
+
+
+# ----------------------------------------------------------------- what is left
+
+
+def semaphores(run: Run) -> set[Path]:
+    """Those that the run has in shared memory."""
+    maps = Path(f"/proc/{run.pid}/maps").read_text()
+    return set(map(Path, re.findall(r"/dev/shm/sem\S+", maps)))
+
+
+@pytest.mark.parametrize("phase", ["importing", "writing"])
+@pytest.mark.parametrize("number", ["INT", "TERM", "HUP", "KILL"])
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the run", "to its group"])
+def test_nothing_is_left_after_a_signal(
+    large: Path, tmp_path: Path, phase: str, number: str, to_all: bool
+) -> None:
+    raw = shutil.copytree(large, tmp_path / "raw")
+    signal_number = signal.Signals[f"SIG{number}"]
+    is_killed = number == "KILL"
+    with started(*flags(raw, 100)) as run:
+        if phase == "importing":
+            wait_for(run.forkserver, run)
+        else:
+            wait_for(lambda: finished_shards(raw / "scratch"), run)
+        shared = semaphores(run)
+        assert shared
+        (os.killpg if to_all else os.kill)(run.pid, signal_number)
+        if is_killed and phase == "importing":
+            run.wait_until_gone(timeout=60)  # the import goes on to its end
+        done = run.finish()
+    assert done.status == (-signal_number if is_killed else 128 + signal_number)
+    text = f"Stopped by SIG{number}. Rerun the same command to resume."
+    assert done.errors == ([] if is_killed else [text])
+    assert "Traceback" not in done.stderr
+    assert "resource_tracker" not in done.stderr
+    # If the tracker is killed, too, nobody is left to remove them.
+    assert to_all and is_killed or not any(path.exists() for path in shared)
+
+
+def test_nothing_is_left_after_a_normal_end(raw: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    for _ in range(2):  # the second has nothing to do
+        with started(*flags(raw), env={"TMPDIR": str(temporary)}) as run:
+            wait_for(lambda: semaphores(run), run)
+            shared = semaphores(run)
+            assert_complete(run.finish(), raw)
+        assert not any(path.exists() for path in shared)
+        assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 6])
