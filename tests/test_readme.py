@@ -33,7 +33,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from command import REPOSITORY, SCRIPT, UPLOAD, Finished, environment, run_command
-from emulator import Emulator, Status
+from emulator import Emulator, Stall, Status
 from google.cloud import batch_v1
 from google.protobuf import json_format
 from processes import started, wait_for
@@ -511,9 +511,10 @@ def without_credentials(raw: Path) -> Finished:
 
 def while_another_runs(raw: Path) -> Finished:
     with Emulator() as emulator:
+        emulator.inject(Stall(600), kind="chunk", at=1, times=None)
         flags = (f"--raw_data_dir={raw}", *UPLOAD)
         with started(*flags, env=emulator.environment) as running:
-            wait_for(lambda: emulator.objects(), running)
+            wait_for(emulator.objects, running)
             return run_command(*flags, env=emulator.environment)
 
 
