@@ -3215,7 +3215,10 @@ def _read_member(descriptor: int, position: int, end: int) -> tarfile.TarInfo | 
         errors = ValueError, LookupError, OverflowError, RecursionError
         with contextlib.suppress(tarfile.TarError, *errors):
             tar = tarfile.TarFile(fileobj=io.BytesIO(piece))
-            if (member := tar.next()) and member.size >= 0:
+            member = tar.next()
+            # Some versions go on behind what they refuse, as after a negative size.
+            offset = 2 * tarfile.BLOCKSIZE if piece[156:157] == b"g" else 0
+            if member and member.offset == offset and member.size >= 0:
                 break
     else:
         return None
