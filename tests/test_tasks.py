@@ -185,9 +185,9 @@ def test_manifest_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def halted(*command: str, env: dict[str, str] | None = None) -> Iterator[Run]:
-    """Starts a run, and halts it once it has its lock."""
+    """Starts a run, and halts it once it has its lock, and says what it found."""
     with started(*command, env=env) as running:
-        wait_for(running.forkserver, running)
+        wait_for(running.output, running)
         os.killpg(running.pid, signal.SIGSTOP)
         yield running
 
