@@ -70,6 +70,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import http.client
 import importlib.util
 import io
 import itertools
@@ -86,6 +87,7 @@ import re
 import shlex
 import shutil
 import signal
+import ssl
 import stat
 import struct
 import subprocess
@@ -99,7 +101,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 INSTALL = "python3 -m pip install -r requirements.txt"
 
@@ -330,6 +332,11 @@ def plan_job(options: Options) -> Job:
     objects = destination.objects if destination else None
     work = find_work(shards, options.scratch_dir, objects, options.is_own)
     job = Job(options, dataset.synsets, shards, destination, work)
+    with _collecting(problems):
+        if destination and work.left:
+            destination.check_access(work.left[0])
+    with _collecting(problems):
+        problems += _finished_problems(job)
     problems += [*_scratch_problems(job), *_bucket_problems(job)]
     if problems:
         raise InvalidInputError(*problems)
@@ -351,12 +358,11 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
 
 
 def _open_destination(options: Options) -> Destination | None:
-    """Checks that the bucket takes uploads, and lists it; None without an upload."""
+    """Lists what the bucket holds; None without an upload."""
     if not options.gcs_upload:
         return None
     path = GcsPath.parse(options.gcs_output_path or "")
     destination = Destination(path, options.gcs_project, options.client)
-    destination.check_access()
     destination.list_objects()
     return destination
 
@@ -514,7 +520,8 @@ def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
             with uploads:
                 if stopping.is_set():
                     return
-                destination.upload(path, stamp)
+                if not destination.upload(path, stamp):
+                    return
             progress.uploaded[shard.name] = stamp
             if not is_kept:
                 os.unlink(path)
@@ -2150,11 +2157,15 @@ live_line = LiveLine()
 # 9. Cloud Storage: what is in the bucket, uploading more, and what its answers mean
 
 
-UPLOAD_CHUNK_BYTES = 5 * 2**20  # in memory for each upload
+UPLOAD_CHUNK_BYTES = 5 * 2**20  # what is sent again after a fault
+PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
 TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
-CHUNK_TIMEOUT = (10, 300)  # the same, with time to send a chunk at 0.02 MB/s
+# The first also bounds the sending of a piece, for which a full socket buffer may have
+# to lose a third (1.3 MB); before the answer, it has to lose all. Both at 20 KB/s.
+CHUNK_TIMEOUT = (120, 300)
 REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
+RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
 WARNING_SECONDS = 10
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 
@@ -2176,14 +2187,18 @@ class GcsPath:
     @classmethod
     def parse(cls, text: str) -> GcsPath:
         """Parses `gs://bucket` or `gs://bucket/directory`; a final `/` may follow."""
-        match = re.fullmatch(r"gs://([^/]*)/?(.*)", text)
+        flag = f"--gcs_output_path={_escaped(text)}"
+        match = re.fullmatch(r"(?s)gs://([^/]*)(/?.*)", text)
         if not match:
             problem = "must start with gs://, as in gs://bucket/directory"
-            raise InvalidInputError(f"--gcs_output_path={text} {problem}.")
+            raise InvalidInputError(f"{flag} {problem}.")
+        if found := _strange_parts(text, match[2]):
+            problem = "Readers would not find the data set, or take it for a pattern"
+            raise InvalidInputError(f"{flag} must not contain {found}. {problem}.")
         # https://cloud.google.com/storage/docs/buckets#naming
         if not re.fullmatch("[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", match[1]):
             raise InvalidInputError(
-                f"--gcs_output_path={text} must name a bucket after gs://: 3 to 222 "
+                f"{flag} must name a bucket after gs://: 3 to 222 "
                 f"characters of a-z, 0-9, '-', '_' and '.'; found {match[1]!r}."
             )
         return cls(match[1], match[2].strip("/"))
@@ -2191,6 +2206,23 @@ class GcsPath:
     def name_of(self, filename: str) -> str:
         """Names a file of the directory as the bucket does: `directory/filename`."""
         return f"{self.directory}/{filename}".lstrip("/")
+
+
+def _escaped(text: str) -> str:
+    """Shows what cannot be seen or printed: line breaks, bytes that are no UTF-8."""
+    hidden = rf"{CONTROL_CHARACTERS}|[\ud800-\udfff]"
+    return re.sub(hidden, lambda match: repr(match[0])[1:-1], text)
+
+
+def _strange_parts(text: str, path: str) -> str:
+    """Names what is legal in Cloud Storage, or nearly so, but never meant."""
+    found = re.findall(rf"{CONTROL_CHARACTERS}|[\ud800-\udfff]|[*?#\[\]]", text)
+    found += ["//"] * ("//" in path)
+    found += [part for part in path.split("/") if part in (".", "..")]
+    named = [repr(part) for part in dict.fromkeys(found)]
+    if text[-1].isspace() and text[-1] not in found:
+        named.append(f"{text[-1]!r} at its end")
+    return ", ".join(named)
 
 
 class Destination:
@@ -2202,104 +2234,190 @@ class Destination:
     Attributes:
       objects: Stamps of what the last listing found, by base name.
       is_listed: Whether that listing was permitted.
-      held: Why some of the objects cannot be replaced, by base name.
+      passed_over: Base names of what is there and may be neither seen nor replaced.
+      stopping: Ends uploads and pauses, with a CancelledError, once it is set.
     """
 
-    def __init__(self, path: GcsPath, project: str | None, client: Any = None):
+    def __init__(
+        self,
+        path: GcsPath,
+        project: str | None,
+        client: Any = None,
+        stopping: threading.Event | None = None,
+    ):
         # Otherwise the client also asks for the bucket's metadata, in its own thread.
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "1")
         for library in ("google", "urllib3"):  # they warn of each retry
             python_logging.getLogger(library).setLevel(python_logging.ERROR)
-        from google.cloud import storage
 
         self.path = path
         self.objects: dict[str, Stamp] = {}
         self.is_listed = True
-        self.held: dict[str, str] = {}
+        self.passed_over: list[str] = []
+        self.stopping = stopping or threading.Event()
         self._next_warning = 0.0
-        create = self._patiently(REQUEST_SECONDS)(storage.Client)
+        self._payer = project
         with self._explained():
-            self._client = client or create(project=project)
+            create = self._patiently(REQUEST_SECONDS)(_new_client)
+            self._client = client or create(project)
         self._payer = project or self._client.project
         self._bucket = self._client.bucket(path.bucket)
 
-    def check_access(self) -> None:
-        """Starts an upload and cancels it, which needs the permission to upload.
+    def check_access(self, filename: str) -> None:
+        """Starts the upload of a file, which needs the permission, and leaves it.
+
+        The service forgets it after a week; no object comes of it.
+        """
+
+        retry = self._patiently(REQUEST_SECONDS)
+
+        def start() -> None:
+            blob = self._bucket.blob(self.path.name_of(filename))
+            blob.create_resumable_upload_session(timeout=TIMEOUT, retry=retry)
+
+        with self._explained(filename):
+            try:
+                self._paying(start)
+            except Exception as error:
+                if not self._is_taken(error):
+                    raise
+
+    def _paying(self, request: Callable[[], Any]) -> Any:
+        """Has the project pay if the requester must: that takes a permission in it."""
+        try:
+            return request()
+        except Exception as error:
+            said = read_answer(error)
+            if said.status != 400 or "required" not in said.facts:
+                raise
+        self._bucket = self._client.bucket(self.path.bucket, self._payer)
+        return request()
+
+    def _is_taken(self, error: BaseException) -> bool:
+        """Whether an upload is refused only because there is such an object already.
+
+        Without the permission to list, nobody knows which objects are there.
+        """
+        said = read_answer(error)
+        needs = re.search(r"\bstorage\.objects\.delete\b", said.words)
+        return not self.is_listed and said.status == 403 and bool(needs)
+
+    def list_objects(self) -> dict[str, Stamp]:
+        """Lists the destination by base name; nothing if that is not permitted.
 
         It must come before parallel uploads: the client makes its session unlocked.
         """
-        with self._explained(MANIFEST_FILE):
-            try:
-                self._start_and_cancel()
-            except Exception as error:
-                if "requester pays" not in str(error):
-                    raise
-                # Billing a project takes a permission in it, so only if it must be.
-                self._bucket = self._client.bucket(self.path.bucket, self._payer)
-                self._start_and_cancel()
 
-    def _start_and_cancel(self) -> None:
-        blob = self._bucket.blob(self.path.name_of(MANIFEST_FILE))
-        patiently = self._patiently(REQUEST_SECONDS)
-        url = blob.create_resumable_upload_session(timeout=TIMEOUT, retry=patiently)
-        patiently(self._client._http.delete)(url, timeout=TIMEOUT)
+        def list_all() -> dict[str, Stamp]:
+            blobs = self._client.list_blobs(
+                self._bucket,
+                prefix=self.path.name_of(""),
+                delimiter="/",
+                timeout=TIMEOUT,
+                retry=self._patiently(REQUEST_SECONDS),
+            )
+            return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
 
-    def list_objects(self) -> dict[str, Stamp]:
-        """Lists the destination by base name; nothing if that is not permitted."""
-        from google.api_core import exceptions
-
-        blobs = self._client.list_blobs(
-            self._bucket,
-            prefix=self.path.name_of(""),
-            delimiter="/",
-            timeout=TIMEOUT,
-            retry=self._patiently(REQUEST_SECONDS),
-        )
         with self._explained():
             try:
-                listed = {os.path.basename(blob.name): blob for blob in blobs}
+                self.objects = self._paying(list_all)
                 self.is_listed = True
-            except exceptions.Forbidden:
+            except Exception as error:
+                said = read_answer(error)
+                if "denied" not in said.facts:
+                    raise
                 if self.is_listed:
                     logging.warning(
-                        f"Cannot list {self.path} (storage.objects.list is not "
-                        "granted): all shards will be uploaded, and the result cannot "
-                        "be checked."
+                        f"Cannot list {self.path} ({said.words}): all shards will be "
+                        "uploaded, and the result cannot be checked."
                     )
-                self.is_listed, listed = False, {}
-        self.held = {name: why for name, blob in listed.items() if (why := _hold(blob))}
-        self.objects = {name: _stamp_of(blob) for name, blob in listed.items()}
+                self.is_listed, self.objects = False, {}
         return self.objects
 
-    def upload(self, path: str, stamp: Stamp) -> None:
+    def read(self, filename: str, max_bytes: int = 2**24) -> str:
+        """Reads a small object; empty if there is none, or reading is not permitted."""
+        if self.is_listed and filename not in self.objects:
+            return ""
+        blob = self._bucket.blob(self.path.name_of(filename))
+        patiently = self._patiently(REQUEST_SECONDS)
+        with self._explained(filename):
+            try:
+                data = blob.download_as_bytes(
+                    end=max_bytes, timeout=TIMEOUT, checksum=None, retry=patiently
+                )
+            except Exception as error:
+                if read_answer(error).may_pass:
+                    raise
+                return ""
+        return str(data, "utf-8", "replace")
+
+    def upload(
+        self, path: str, stamp: Stamp, sent: Callable[[int], None] = lambda _: None
+    ) -> bool:
         """Uploads a file, and starts over when the client gives up.
 
         The client retries single requests, but neither a lost upload (404 or 410) nor
         an answer that does not match.
+
+        Args:
+          sent: Told how many bytes of the file have left so far, at each piece; a fault
+            takes some back.
+
+        Returns:
+          False if the file was passed over: see `passed_over`.
         """
         name = os.path.basename(path)
         with self._explained(name):
-            for seconds in RETRY_SECONDS:
+            for seconds in (*RETRY_SECONDS, 0):
                 try:
-                    return self._upload_once(path, stamp)
+                    self._upload_once(path, stamp, sent)
+                    return True
                 except Exception as error:
-                    if is_final(error):
+                    said = read_answer(error)
+                    if self._is_taken(error):
+                        self._pass_over(name)
+                        return False
+                    if not (seconds and (said.may_pass or said.is_lost)):
                         raise
                     check_undamaged(path, stamp)
                     again = f"Uploading {name} again in {_duration(seconds)}"
-                    logging.warning(f"{again}: {words_of(error)}.")
-                    time.sleep(seconds)
-            self._upload_once(path, stamp)
+                    logging.warning(f"{again}: {said.words}.")
+                    self._pause(seconds)
+        raise AssertionError("the last attempt returns or raises")
 
-    def _upload_once(self, path: str, stamp: Stamp) -> None:
+    def _pass_over(self, name: str) -> None:
+        if not self.passed_over:
+            logging.warning(
+                f"Leaving what is already in {self.path}, unseen: neither "
+                "storage.objects.list nor storage.objects.delete is granted."
+            )
+        self.passed_over.append(name)
+
+    def check_none_passed_over(self) -> None:
+        """Stops the run if nobody knows whether all is as it should be."""
+        if self.passed_over:
+            raise ServiceError(
+                f"{_some(self.passed_over)} in {self.path} were there already, and "
+                "cannot be compared: the data set is not called complete. Grant "
+                f"roles/storage.objectUser on gs://{self.path.bucket} and rerun."
+            )
+
+    def _upload_once(
+        self, path: str, stamp: Stamp, sent: Callable[[int], None]
+    ) -> None:
         name = self.path.name_of(os.path.basename(path))
         blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
-        with _ChunkReader(open_file(path)) as file:
+
+        def before_piece(position: int) -> None:
+            self._pause(0)
+            sent(position)
+
+        with open_file(path) as file:
             # If told the size, the client sends a small file in one request, without
             # the checksum by which the service rejects damaged bytes.
             blob.upload_from_file(
-                file,
+                _ChunkReader(file, before_piece),
                 content_type="application/octet-stream",
                 timeout=CHUNK_TIMEOUT,
                 checksum=None,
@@ -2308,76 +2426,122 @@ class Destination:
             )
         stored = _stamp_of(blob)
         if not stored.same_bytes(stamp):
-            raise ValueError(
+            raise WrongContentError(
                 f"the bucket holds {stored.num_bytes:,} bytes of crc32c "
                 f"{stored.crc32c}, not {stamp.num_bytes:,} of {stamp.crc32c}"
             )
 
     def delete(self, filename: str) -> None:
         """Deletes an object; without a listing, that may be refused."""
-        from google.api_core import exceptions
-
         if self.is_listed and filename not in self.objects:
             return
-        harmless: list[type[Exception]] = [exceptions.NotFound]
-        if not self.is_listed:
-            harmless.append(exceptions.Forbidden)
+        harmless = (404,) if self.is_listed else (403, 404)
         blob = self._bucket.blob(self.path.name_of(filename))
-        with self._explained(filename), contextlib.suppress(*harmless):
-            blob.delete(timeout=TIMEOUT, retry=self._patiently(REQUEST_SECONDS))
+        with self._explained(filename):
+            try:
+                blob.delete(timeout=TIMEOUT, retry=self._patiently(REQUEST_SECONDS))
+            except Exception as error:
+                if read_answer(error).status not in harmless:
+                    raise
 
-    def _patiently(self, seconds: float) -> Any:
-        """Returns a `retry` for a request: it waits this long for a fault to pass."""
-        from google.api_core.retry import Retry
+    def _pause(self, seconds: float) -> None:
+        """Waits, or raises if the run is stopping."""
+        if self.stopping.wait(seconds) if seconds else self.stopping.is_set():
+            raise concurrent.futures.CancelledError
 
-        retry = Retry(may_pass, initial=1, maximum=10, timeout=seconds)
-        return lambda request: retry(
-            request, on_error=functools.partial(self._warn, time.monotonic(), seconds)
-        )
+    def _patiently(self, seconds: float) -> Callable[..., Callable[..., Any]]:
+        """Returns a `retry` for the client, which waits so long for a fault to pass."""
+        return lambda request: functools.partial(self._persist, seconds, request)
 
-    def _warn(self, start: float, seconds: float, error: BaseException) -> None:
-        """Says what requests wait for: after 10 s, then at most once a minute."""
-        now = time.monotonic()
-        if now >= max(start + WARNING_SECONDS, self._next_warning):
-            self._next_warning = now + 60
-            what = f"Waiting up to {_duration(seconds)} for {self.path}"
-            logging.warning(f"{what}: {words_of(error)}.")
+    def _persist(
+        self, seconds: float, request: Callable[..., Any], *args: Any, **more: Any
+    ) -> Any:
+        """Repeats a request until it succeeds, fails for good, or time is over."""
+        start, end = time.monotonic(), math.inf
+        for delay in itertools.chain(RETRY_DELAYS, itertools.repeat(RETRY_DELAYS[-1])):
+            try:
+                return request(*args, **more)
+            except Exception as error:
+                now = time.monotonic()
+                end = min(end, now + seconds)
+                said = read_answer(error)
+                if not said.may_pass or now + delay > end:
+                    raise
+                if now >= max(start + WARNING_SECONDS, self._next_warning):
+                    self._next_warning = now + 60  # of all requests, once a minute
+                    what = f"Waiting up to {_duration(seconds)} for {self.path}"
+                    logging.warning(f"{what}: {said.words}.")
+            self._pause(delay * random.uniform(0.5, 1))
+        raise AssertionError("the delays have no end")
 
     @contextlib.contextmanager
     def _explained(self, filename: str = "") -> Iterator[None]:
         """Turns any error into one line."""
         try:
             yield
-        except (RunError, FileNotFoundError):  # it names its file
+        except (RunError, FileNotFoundError, concurrent.futures.CancelledError):
             raise
         except Exception as error:
+            said = read_answer(error)
             place = f"{self.path}/{filename}".removesuffix("/")
-            raise RunError(explain(error, place, f"gs://{self.path.bucket}")) from error
+            bucket = f"gs://{self.path.bucket}"
+            remedy = said.remedy.format(bucket=bucket, project=self._payer)
+            words = "" if "nowhere" in said.facts else f": {said.words}"
+            line = f"{said.failure.format(place)}{words}. {remedy}".rstrip()
+            raise ServiceError(line, may_pass=said.may_pass) from error
 
 
-class _ChunkReader(io.BufferedReader):
-    """Reads a file for the client, a chunk at a time, into one of a few buffers.
+class _ChunkReader:
+    """A file for the client, which sends whatever has a length and can be iterated.
 
-    With `bytes`, or a new buffer each time, the C library keeps some in each thread: a
-    run of 1.3 million images then took 604 MB at its peak instead of 466.
+    Then a timeout counts for each piece, not for a chunk, which a slow line sends for
+    minutes, and memory holds a piece instead of a chunk.
     """
 
-    _free: ClassVar[list[memoryview]] = []
+    def __init__(self, file: BinaryIO, before_piece: Callable[[int], None]):
+        self.file, self.before_piece = file, before_piece
+        self.num_bytes = os.fstat(file.fileno()).st_size
+        self.position = 0
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)  # type: ignore[arg-type]
-        try:
-            self._chunk = self._free.pop()
-        except IndexError:
-            self._chunk = memoryview(bytearray(UPLOAD_CHUNK_BYTES))
+    def tell(self) -> int:
+        return self.position
 
-    def read(self, size: int | None = UPLOAD_CHUNK_BYTES) -> Any:
-        return self._chunk[: self.readinto(self._chunk[:size])]
+    def read(self, size: int) -> bytes | _Chunk:
+        start = self.position
+        self.position = min(start + size, self.num_bytes)
+        # Of an empty body that can be iterated, the client does not say the length.
+        return _Chunk(self, start, self.position) if start < self.position else b""
 
-    def close(self) -> None:
-        if not self.closed:
-            self._free.append(self._chunk)
-        super().close()
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """A part of a file, read anew each time it is sent."""
+
+    reader: _ChunkReader
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[bytes]:
+        file = self.reader.file
+        for position in range(self.start, self.end, PIECE_BYTES):
+            self.reader.before_piece(position)
+            size = min(PIECE_BYTES, self.end - position)
+            try:
+                piece = os.pread(file.fileno(), size, position)
+            except OSError as error:  # which the client would take for the network's
+                problem = f"Cannot read {file.name}: {error.strerror}. {FIX_AND_RERUN}"
+                raise MachineError(problem) from error
+            if len(piece) < size:
+                raise WrongContentError(f"{file.name} has become shorter")
+            yield piece
+        self.reader.before_piece(self.end)
+
+
+class WrongContentError(Exception):
+    """What was sent, or what Cloud Storage says of it, cannot be right."""
 
 
 def _stamp_of(blob: storage.Blob) -> Stamp:
@@ -2385,21 +2549,31 @@ def _stamp_of(blob: storage.Blob) -> Stamp:
 
     Some servers omit a size of 0.
     """
-    metadata = blob.metadata or {}
-    is_as_written = metadata.get("crc32c") == blob.crc32c
-    digest = metadata.get("digest", "") if is_as_written else ""
-    return Stamp(digest, 0, blob.size or 0, blob.crc32c or "")
+    try:
+        num_bytes, crc32c = int(blob.size or 0), str(blob.crc32c or "")
+    except (TypeError, ValueError) as error:
+        problem = f"the size of {blob.name} is not a number"
+        raise WrongContentError(problem) from error
+    metadata = blob.metadata if isinstance(blob.metadata, dict) else {}
+    is_as_written = crc32c and metadata.get("crc32c") == crc32c
+    return Stamp(
+        metadata.get("digest", "") if is_as_written else "", 0, num_bytes, crc32c
+    )
 
 
-def _hold(blob: storage.Blob) -> str:
-    """Says what keeps an object from being replaced or deleted; empty if nothing."""
-    if blob.temporary_hold:
-        return "temporary hold"
-    if blob.event_based_hold:
-        return "event-based hold"
-    until = blob.retention_expiration_time
-    is_retained = until and until.timestamp() > time.time()
-    return f"retained until {until.isoformat(' ', 'seconds')}" if is_retained else ""
+def _new_client(project: str | None) -> storage.Client:
+    """Logs in with whatever `google.auth` finds."""
+    from google.auth import exceptions
+    from google.cloud import storage
+
+    try:
+        return storage.Client(project=project)
+    except exceptions.GoogleAuthError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = "the file of credentials is not understood"
+        kind: Any = exceptions.DefaultCredentialsError
+        raise kind(problem) from error
 
 
 def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
@@ -2415,132 +2589,206 @@ def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str,
 def _upload_missing(destination: Destination, stamps: Mapping[str, Stamp]) -> None:
     missing = _missing(destination, stamps)
     threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
-    with _closing(threads):
+    with _closing(threads, destination.stopping):
         list(threads.map(destination.upload, missing, missing.values()))
 
 
-# Patterns for the facts of `_facts_and_words`: an error's classes, status and words.
-_PASSING = (
-    r"(retryable|(Connection|ChunkedEncoding|Pool|Protocol|SSL)Error|Timeout|"
-    r"BadStatusLine|IncompleteRead|ResponseNotReady).* HTTP |HTTP (408|429|5\d\d)|"
-    r"Metadata server unavailable|temporarily_unavailable|internal_failure|"
-    r"server_error|Internal Server Error|Bad Gateway|Service Unavail"
-)
-_FINAL = (
-    r"GoogleAuthError|Unauthorized|Forbidden|PreconditionFailed|Project was not passed|"
-    r"TypeError|"  # an argument that this version of the client does not know
-    r"BadRequest(?!.*CRC32C)"  # a file can be damaged on its way
-)
-_KINDS = {
-    r"DefaultCredentialsError": "No credentials for {place}",
-    r"GoogleAuthError|Unauthorized": "Cannot log in for {place}",
-    r"Forbidden": "Access to {place} is denied",
-    r"\bNotFound\b": "No bucket for {place}",
-    r"": "Cloud Storage failed at {place}",
+# What failed, by the first fact that is known.
+_FAILURES = {
+    "proxy": "The proxy refuses the way to {}",
+    "credentials": "No credentials for {}",
+    "login": "Cannot log in for {}",
+    "denied": "Access to {} is denied",
+    "bucket": "No bucket for {}",
+    "": "Cloud Storage failed at {}",
 }
-# The first pattern that matches decides. `_PASSING`: the request is repeated. Remedy
-# `RERUN`: the file is uploaded again. Another remedy, or none: the upload is given up.
+_LOGIN = "Run `gcloud auth application-default login`"
+_SCOPE = (
+    "Stop the VM and run: gcloud compute instances set-service-account NAME "
+    "--scopes=cloud-platform"
+)
+# The first of which all facts are known counts.
 _REMEDIES = {
-    r"certificate (has expired|is not yet valid)": "Check this machine's clock.",
-    r"SSLCertVerificationError": (
+    "proxy 407": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
+    "nowhere": f"{_LOGIN}, or attach a service account to the VM.",
+    "metadata 404": "Attach a service account to this machine.",
+    "passing": RERUN,
+    "proxy": "HTTPS_PROXY and NO_PROXY say which hosts are reached through it.",
+    "socks": "Run: python3 -m pip install 'requests[socks]'",
+    "webpage": "A sign-in page or a proxy may be in the way.",
+    "clock": "Check this machine's clock.",
+    "certificate": (
         "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
         "the file of its certificate."
     ),
-    r"407 Proxy": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
-    _PASSING: RERUN,
-    r"Invalid JWT.*timeframe": "Set the clock of this machine.",
-    r"expired or revoked|Reauth": "Run `gcloud auth application-default login` again.",
-    r"credentials were not found": (
-        "Run `gcloud auth application-default login`, or attach a service account to "
-        "the VM."
+    "bundle": "REQUESTS_CA_BUNDLE must name a file of certificates (PEM).",
+    "person invalid_grant": f"{_LOGIN} again.",
+    "invalid_grant": "Check this machine's clock, and that account and key still exist.",
+    "vpcServiceControlsUniqueIdentifier": "",
+    "metadata iam.serviceAccounts.getAccessToken": (
+        "Grant roles/iam.workloadIdentityUser on that service account to the "
+        "Kubernetes service account of the pod."
     ),
-    r"getAccessToken": (
+    "iam.serviceAccounts.getAccessToken": (
         "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
         "account that impersonates it."
     ),
-    r"serviceusage\.services\.use": (
+    "denied serviceusage.services": (
         "Grant roles/serviceusage.serviceUsageConsumer on the project to the account "
         "of this run."
     ),
-    r"Forbidden.*\bscope": (
-        "Stop the VM and run: gcloud compute instances set-service-account NAME "
-        "--scopes=cloud-platform"
-    ),
-    r"Forbidden.* storage\.objects\.": (
+    "denied forbidden storage.objects": (
         "Grant roles/storage.objectUser on {bucket} to the account of this run."
     ),
-    r"\bNotFound\b": "Create it: gcloud storage buckets create {bucket}",
-    _FINAL: "",
-    r"": RERUN,
+    "denied insufficientPermissions": _SCOPE,
+    "denied ACCESS_TOKEN_SCOPE_INSUFFICIENT": _SCOPE,
+    "bucket": (
+        "Create it: gcloud storage buckets create {bucket} --project={project} "
+        "--location=LOCATION"
+    ),
+    "again": RERUN,
 }
+_RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    return _look_up(_REMEDIES, _facts_and_words(error)[0])[0] == _PASSING
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What an error means.
+
+    Attributes:
+      status: Of HTTP; 0 if no answer came.
+      facts: The status, what machines wrote (reasons, OAuth codes, permissions), and
+        what `_conclude` adds.
+      words: For people, in one line without final period; there may be none.
+    """
+
+    status: int
+    facts: frozenset[str]
+    words: str
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may succeed later."""
+        return "passing" in self.facts
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether only a new upload may succeed."""
+        return "again" in self.facts
+
+    @property
+    def failure(self) -> str:
+        return next(_FAILURES[key] for key in _FAILURES if not key or key in self.facts)
+
+    @property
+    def remedy(self) -> str:
+        """What to do; empty if that is not certain."""
+        fit = (key for key in _REMEDIES if self.facts.issuperset(key.split()))
+        return _REMEDIES.get(next(fit, ""), "")
 
 
-def is_final(error: BaseException) -> bool:
-    """Whether uploading the same file again would fail in the same way."""
-    return _look_up(_REMEDIES, _facts_and_words(error)[0])[1] != RERUN
-
-
-def _look_up(table: Mapping[str, str], facts: str) -> tuple[str, str]:
-    """Finds the first pattern that fits the facts, and what it stands for."""
-    return next(row for row in table.items() if re.search(row[0], facts))
-
-
-def words_of(error: BaseException) -> str:
-    """What an error says, in one line without JSON, URL and final period."""
-    return _facts_and_words(error)[1]
-
-
-def explain(error: BaseException, place: str, bucket: str) -> str:
-    """Puts an error in one line: what failed, why, and what to do if that is known."""
-    facts, words = _facts_and_words(error)
-    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    if path and ("GoogleAuthError" in facts or path == getattr(error, "filename", "")):
-        words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
-    _, what = _look_up(_KINDS, facts)
-    _, remedy = _look_up(_REMEDIES, facts)
-    line = f"{what}: {words}. {remedy}".rstrip()
-    return line.replace("{place}", place).replace("{bucket}", bucket)
-
-
-def _facts_and_words(error: BaseException) -> tuple[str, str]:
-    """What is known of an error, for the patterns above, and what it says."""
+def read_answer(error: BaseException) -> Answer:
+    """Reads what an error of the client or of `google.auth` says, whatever the body."""
     chain = list(_chain(error))
-    facts = {cls.__name__ for each in chain for cls in type(each).__mro__}
-    facts |= {"retryable" for each in chain if getattr(each, "retryable", False)}
-    responses = [getattr(each, "response", None) for each in chain]
-    response = next((r for r in responses if r is not None), None)
-    status = getattr(response, "status_code", 0)
-    words = getattr(response, "reason", "") or _words_without_answer(chain)
-    # The service's own words; google.auth has them in the arguments of its errors.
-    for text in [getattr(response, "text", ""), *(a for e in chain for a in e.args)]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            answer = (text if isinstance(text, dict) else json.loads(text))["error"]
-            status, words = answer["code"], answer["message"] or words
-            break
-    if status and not words.startswith(str(status)):
-        words = f"{status} {words}"
+    response = _response(chain)
+    status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
+    texts = [_body(response), *(text for each in chain for text in each.args)]
+    if tunnel := re.match(r"Tunnel connection failed: (\d{3})", str(texts[-1])):
+        status = int(tunnel[1])  # http.client says it nowhere else
+    document = next(filter(None, map(_parsed, texts)), None)
+    is_page = any(str(text).lstrip()[:1] == "<" for text in texts[:2])
+    oauth = (next(_find(document, key), "") for key in ("error", "error_description"))
+    words = next(_find(document, "message"), "") or ": ".join(filter(None, oauth))
+    if response is None:
+        words = words or ("a web page came back" if is_page else _words_of(chain))
+    else:
+        phrase = http.client.responses.get(status, "") if status >= 300 else ""
+        words = words or (texts[0] if re.match("[^\\W\\d]", texts[0]) else "") or phrase
+        words = words or f"with {'a web page' if is_page else 'what is not understood'}"
+        words = words if words.startswith(str(status)) else f"{status} {words}"
     words = " ".join(words.split()).rstrip(".")
-    if status in (404, 410) and "upload_id=" in getattr(response, "url", ""):
-        facts = set()  # an upload is lost; no bucket is missing
-    return f"{' '.join(facts)} HTTP {status} {words}", words
+    facts = {str(status), *_find(document, "error"), *_find(document, "reason")}
+    for token in re.findall(r"[A-Za-z]+(?:\.[A-Za-z]+){2,}|\w+UniqueIdentifier", words):
+        facts |= {token, token.rpartition(".")[0]}
+    is_session = "upload_id=" in str(getattr(response, "url", ""))
+    form = "page" if is_page else "json" if document else ""
+    facts |= {form, "session" if is_session else ""}
+    _conclude(chain, status, facts)
+    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if path and facts & {"credentials", "login"}:
+        words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
+    return Answer(status, frozenset(facts), words)
 
 
-def _words_without_answer(chain: Sequence[BaseException]) -> str:
-    """What the innermost error says, and which host could not be reached."""
-    cause = chain[-1]
-    text = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "")
-    text = text or str(next(iter(cause.args), "")) or repr(cause)
-    text = re.sub(r"(?s)<[^>]*>|https?://\S+|Response( details)?:.*|{.*", " ", text)
-    for each in chain:
-        if request := getattr(each, "request", None):
-            host = urllib.parse.urlsplit(request.url).hostname
-            return f"cannot reach {host} ({text})"
-    return text
+def _conclude(chain: Sequence[BaseException], status: int, facts: set[str]) -> None:
+    """Adds to the facts what follows from types of errors, the status and reasons."""
+    from google.auth import compute_engine, exceptions
+    from google.auth.credentials import Credentials
+    from google.oauth2.credentials import Credentials as PersonCredentials
+    from requests import exceptions as http_errors
+
+    facts_of_types = {
+        http_errors.ProxyError: "proxy",
+        http_errors.InvalidProxyURL: "proxy",
+        http_errors.InvalidSchema: "socks",
+        http_errors.ConnectionError: "network",
+        http_errors.ChunkedEncodingError: "network",
+        http_errors.Timeout: "network",
+        ssl.SSLCertVerificationError: "certificate",
+        exceptions.TransportError: "network",
+        exceptions.GoogleAuthError: "login",
+        exceptions.DefaultCredentialsError: "credentials",
+        Credentials: "login",
+        PersonCredentials: "person",
+        compute_engine.Credentials: "metadata",
+        WrongContentError: "again",
+    }
+    cause, known = chain[-1], [*chain, _at_work(chain, Credentials)]
+    for kind, fact in facts_of_types.items():
+        facts |= {fact for each in known if isinstance(each, kind)}
+    facts.add({401: "login", 407: "proxy"}.get(status, ""))
+    if getattr(cause, "verify_code", 0) in (9, 10):  # not valid yet, or no longer
+        facts.add("clock")
+    has_bundle = type(cause) is OSError and os.environ.get("REQUESTS_CA_BUNDLE")
+    if has_bundle or getattr(cause, "library", "") in ("X509", "PEM"):
+        facts.add("bundle")
+    # Only `google.auth.default` itself raises when it has asked everywhere.
+    raised_in = [frame.name for frame in traceback.extract_tb(chain[0].__traceback__)]
+    if "credentials" in facts and raised_in[-1:] == ["default"]:
+        facts.add("nowhere")
+    if _passes(chain, status, facts):
+        facts.add("passing")
+    elif "page" in facts:
+        facts.add("webpage")
+    elif status == 403 and not facts & {"login", "proxy"}:
+        facts.add("denied")
+    elif status == 404 and "json" in facts and not facts & {"proxy", "session"}:
+        facts.add("bucket")
+    if "session" in facts and status in (200, 308, 400, 404, 410):
+        facts.add("again")
+
+
+def _passes(chain: Sequence[BaseException], status: int, facts: set[str]) -> bool:
+    """Whether the same request may succeed later."""
+    is_late = "nowhere" in facts or (status == 404 and "metadata" in facts)
+    is_plain = getattr(chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"  # no TLS
+    return bool(
+        status in (408, 429, 500, 502, 503, 504)
+        or any(getattr(each, "retryable", False) for each in chain)
+        or (status == 403 and facts & _RATES)
+        or (is_late and _is_googles_machine())
+        or (not (status or is_plain or facts & {"certificate", "bundle"}))
+        and "network" in facts
+    )
+
+
+def _is_googles_machine() -> bool:
+    """Whether this machine says that it is Google's, whose identity can come late."""
+    if os.environ.get("NO_GCE_CHECK") == "true":
+        return False
+    names = "GCE_METADATA_HOST", "K_SERVICE", "CLOUD_RUN_JOB", "KUBERNETES_SERVICE_HOST"
+    product = read_text("/sys/class/dmi/id/product_name")
+    return product.startswith("Google") or any(os.environ.get(name) for name in names)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -2551,6 +2799,88 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         wrapped = [getattr(error, name, None) for name in ("cause", "reason")]
         wrapped += [*error.args, error.__cause__]
         error = next((e for e in wrapped if isinstance(e, BaseException)), None)
+
+
+def _at_work(chain: Sequence[BaseException], kind: Any) -> Any:
+    """Finds what was at work when an error was raised: an object of a public class.
+
+    Where a body breaks the client itself, nothing else leads to the answer.
+    """
+    for error in reversed(chain):
+        for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+            for value in frame.f_locals.values():
+                if isinstance(value, kind):
+                    return value
+    return None
+
+
+def _response(chain: Sequence[BaseException]) -> Any:
+    """Finds the answer that an error is about; None if there was none."""
+    import requests
+    from google.auth import transport
+
+    kinds = (requests.Response, transport.Response)
+    parts = [part for e in chain for part in (getattr(e, "response", None), *e.args)]
+    if told := [part for part in parts if isinstance(part, kinds)]:
+        return told[0]
+    # Of a broken connection, an answer at work is an earlier one.
+    is_broken = (requests.exceptions.ConnectionError, requests.exceptions.Timeout)
+    if any(isinstance(each, is_broken) for each in chain):
+        return None
+    return _at_work(chain, kinds)
+
+
+def _body(response: Any) -> str:
+    """Reads the text of an answer; empty if it cannot be decoded."""
+    with contextlib.suppress(Exception):  # of any kind: a wrong gzip, a charset
+        if hasattr(response, "status_code"):
+            return str(response.text)
+        if response is not None:
+            return bytes(response.data).decode(errors="replace")
+    return ""
+
+
+def _parsed(text: Any) -> Any:
+    """Parses a JSON object or list; None for anything else."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        value = text if isinstance(text, dict) else json.loads(text)
+        return value if isinstance(value, (dict, list)) else None
+    return None
+
+
+def _find(value: Any, key: str, depth: int = 8) -> Iterator[str]:
+    """Finds the texts that are under a key, wherever they are."""
+    if isinstance(value, dict) and isinstance(value.get(key), str):
+        yield value[key]
+    within = value.values() if isinstance(value, dict) else value
+    if depth and isinstance(value, (dict, list)):
+        for each in within:
+            yield from _find(each, key, depth - 1)
+
+
+def _words_of(chain: Sequence[BaseException]) -> str:
+    """What the innermost error with words for people says, and of which host."""
+    from google.auth import exceptions
+    from requests import RequestException
+
+    of_python = (AttributeError, LookupError, TypeError, ValueError)
+    of_library = (OSError, exceptions.GoogleAuthError, RequestException)
+    text = "what came back is not understood"
+    for error in reversed(chain):
+        is_odd = isinstance(error, of_python) and not isinstance(error, of_library)
+        if not (is_odd or isinstance(error, json.JSONDecodeError)):
+            text = getattr(error, "verify_message", "") or getattr(
+                error, "strerror", ""
+            )
+            text = text or str(next(iter(error.args), ""))
+            text = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", text)
+            text = text if text.strip() else "the answer is empty"
+            break
+    for error in chain:
+        if request := getattr(error, "request", None):
+            host = urllib.parse.urlsplit(request.url).hostname
+            return f"cannot reach {host} ({text})"
+    return text
 
 
 # ---------------------------------------------------------------------------------
@@ -2631,15 +2961,40 @@ def _bucket_problems(job: Job) -> Iterator[str]:
         yield f"--task_count needs the permission to list {job.destination.path}."
     if strangers := _strangers(job.destination.objects, job.shards):
         yield _stranger_problem(job.destination.path, strangers)
-    to_replace = job.work.left
-    if job.num_missing:
-        to_replace.append(MANIFEST_FILE)
-    held = sorted(job.destination.held.items())
-    found = [f"{name} ({why})" for name, why in held if name in to_replace]
-    if found and job.synsets:  # else the raw directory is wrong, and all shards empty
+
+
+def _finished_problems(job: Job) -> Iterator[str]:
+    """Says which finished data sets, of other raw data, this run would replace."""
+    if not (job.num_missing and job.synsets):
+        return
+    scratch_dir, destination = job.options.scratch_dir, job.destination
+    if any(pathlib.Path(scratch_dir).glob("*/*-of-*")):
+        remove = shlex.join(["rm", job.manifest_path])
+        yield from _other_set(job, read_text(job.manifest_path), scratch_dir, remove)
+    if destination:
+        path = f"{destination.path}/{MANIFEST_FILE}"
+        remove = shlex.join(["gcloud", "storage", "rm", path])
+        text = destination.read(MANIFEST_FILE)
+        yield from _other_set(job, text, destination.path, remove)
+
+
+def _other_set(job: Job, text: str, place: object, remove: str) -> Iterator[str]:
+    """Compares a manifest with the plan; one that cannot be read vouches for nothing."""
+    found = _parsed(text)
+    contents: Any = found if isinstance(found, dict) else {}
+    differences = []
+    for key, planned in _contents(job).items():
+        there = contents.get(key)
+        for name in sorted({**there, **planned}) if isinstance(there, dict) else ():
+            if there.get(name) != planned.get(name):
+                say = f"{key} {name}: {there.get(name)}, not {planned.get(name)}"
+                differences.append(say)
+                break
+    if differences:
         yield (
-            f"{job.destination.path} must not hold back what this run has to replace; "
-            f"found {_some(found)}. Release the holds, or choose another directory."
+            f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
+            f"says {'; '.join(differences)}). Choose another directory or, to replace "
+            f"it, run: {remove}"
         )
 
 
@@ -2714,6 +3069,7 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
     options, destination = job.options, job.destination
     objects = destination.objects if destination else None
     if destination and not destination.is_listed:
+        destination.check_none_passed_over()
         return {**job.work.done, **progress.uploaded}
     work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
     check_none_wrong(work.left, len(options.share(job.shards)), job.place)
@@ -2754,14 +3110,12 @@ def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     It lists the examples, bytes and crc32c of each shard, the totals of examples and
     bytes, and the synset of each label, which the records have only one by one.
     """
-    examples = collections.Counter[str]()
-    for shard in job.shards:
-        examples[shard.split] += len(shard.images)
+    contents = _contents(job)
     return json_text(
         {
-            "examples": examples,
+            "examples": contents["examples"],
             "bytes": sum(stamp.num_bytes for stamp in stamps.values()),
-            "labels": dict(enumerate(job.synsets, start=1)),
+            "labels": contents["labels"],
             "shards": [
                 {
                     "name": shard.name,
@@ -2775,6 +3129,15 @@ def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
     )
 
 
+def _contents(job: Job) -> dict[str, dict[str, Any]]:
+    """What tells a data set from one of other raw data, as its manifest has it."""
+    examples = collections.Counter[str]()
+    for shard in job.shards:
+        examples[shard.split] += len(shard.images)
+    labels = {str(label): synset for label, synset in enumerate(job.synsets, start=1)}
+    return {"examples": examples, "labels": labels}
+
+
 def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
     text, path = _manifest(job, stamps), job.manifest_path
@@ -2782,6 +3145,7 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
         write_text(path, text)
     if job.destination:
         _upload_missing(job.destination, {path: measure(path)})
+        job.destination.check_none_passed_over()
     num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
     advice = f": give the model --data_dir={job.place}" if job.destination else ""
     logging.info(
@@ -2960,9 +3324,11 @@ def upload_to_gcs(
     """
     with failures_in_words():
         destination = Destination(GcsPath.parse(gcs_output_path), gcs_project, client)
-        destination.check_access()
         destination.list_objects()
         paths = [*training_records, *validation_records]
+        names = map(os.path.basename, paths)
+        for name in [name for name in names if name not in destination.objects][:1]:
+            destination.check_access(name)
         stamps = {path: measure(path) for path in paths}
         _upload_missing(destination, stamps)
         destination.list_objects()

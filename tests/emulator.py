@@ -14,7 +14,7 @@ a session can be cancelled (499), a wrong crc32c is refused (400), a listing com
 pages of 1,000 objects, and errors carry the JSON that the client takes its message from. It also issues tokens, as Google's token endpoint,
 the metadata server of a VM and the impersonation of a service account do.
 
-NOTE: permissions and `if_generation_match` are not checked: inject a `Status`.
+NOTE: permissions are not checked: inject a `Status`.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ class _Answer:
 
     @property
     def body(self) -> bytes:
+        if isinstance(self.content, bytes):
+            return self.content
         return b"" if self.content is None else json.dumps(self.content).encode()
 
 
@@ -291,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
         _, is_object, quoted_name = url.path.partition("/o/")
         kind: Kind = "other"
         name = unquote(quoted_name)
-        if not url.path.startswith(("/storage/", "/upload/")):
+        if not url.path.startswith(("/storage/", "/upload/", "/download/")):
             kind, name = "token", url.path
         elif "upload_id" in query:
             kind = "chunk" if self.command == "PUT" else "other"
@@ -498,6 +500,9 @@ class Emulator:
             said = "Bucket is a requester pays bucket but no user project provided."
             return _refusal(Status(400, said, "required"))
         with self._lock:
+            is_new = request.query.get("ifGenerationMatch") == "0"
+            if is_new and request.name in self._resources:
+                return _refusal(Status(412, "", "conditionNotMet"))
             if request.kind == "session":
                 return self._answer_session(request, bytes(handler.body))
             if "upload_id" in request.query:
@@ -509,6 +514,8 @@ class Emulator:
                 return _Answer(200, _list_page(items, request.query))
             if request.name not in self._resources:
                 return _refusal(Status(404, f"No such object: {request.name}"))
+            if request.path.startswith("/download/"):
+                return _Answer(200, self._contents[request.name])
             if request.kind == "delete":
                 self.delete(request.name)
                 return _Answer(204)

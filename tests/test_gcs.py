@@ -1,22 +1,18 @@
 """Section 7: Cloud Storage, by the real client over HTTP."""
 
-import datetime
 import functools
 import json
 import re
 import shlex
-import ssl
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import contract
 import pytest
-from command import UPLOAD, Finished, run_code, run_command
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from command import Finished, run_code, run_command
 from emulator import Emulator, Status, crc32c_of
 
 import imagenet_to_gcs as script
@@ -83,6 +79,44 @@ def test_path_is_refused(text: str, found: str | None) -> None:
     with pytest.raises(ValueError) as caught:
         script.GcsPath.parse(text)
     assert str(caught.value) == f"--gcs_output_path={text} {problem}"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("gs://bucket/a\n", r"'\n'"),
+        ("gs://bucket\r", r"'\r'"),
+        ("gs://bucket/a\tb", r"'\t'"),
+        ("gs://bucket/a ", "' ' at its end"),
+        (" gs://bucket/a", None),
+        ("gs://bucket/a*", "'*'"),
+        ("gs://bucket/a?b#[1]", "'?', '#', '[', ']'"),
+        ("gs://bucket/../a", "'..'"),
+        ("gs://bucket/./a", "'.'"),
+        ("gs://bucket//a", "'//'"),
+        ("gs://bucket/a//", "'//'"),
+        ("gs://bucket/\udcff", r"'\udcff'"),
+    ],
+)
+def test_path_is_refused_when_it_holds_what_nobody_means(
+    text: str, found: str | None
+) -> None:
+    with pytest.raises(script.InvalidInputError) as caught:
+        script.GcsPath.parse(text)
+    shown = text.encode("unicode_escape").decode()
+    line = f"--gcs_output_path={shown} must not contain {found}. "
+    line += "Readers would not find the data set, or take it for a pattern."
+    if found is None:
+        line = f"--gcs_output_path={shown} must start with gs://, as in "
+        line += "gs://bucket/directory."
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    "name", ["$USER", "it's", 'a"b', "a b", "ü/日本", "a.b", "..a"]
+)
+def test_path_may_hold_what_is_merely_rare(name: str) -> None:
+    assert script.GcsPath.parse(f"gs://bucket/{name}").directory == name
 
 
 # ------------------------------------------------------------------ the guide's command
@@ -176,13 +210,16 @@ def test_guide_tries_the_access_first_and_needs_no_permission_on_buckets(
     """Roles for objects lack `storage.buckets.get`: a 403 after hours of encoding."""
     requests = guide.emulator.requests
     first, second = requests[:2]
-    assert (first.kind, first.name) == ("session", "data/imagenet/manifest.json")
-    assert (second.method, second.status) == ("DELETE", 499)
+    assert first.kind == "list"
+    assert (second.kind, second.name) == (
+        "session",
+        "data/imagenet/train-00000-of-01024",
+    )
     assert all("/b/bucket/o" in r.path.partition("?")[0] for r in requests)
     assert not any("userProject" in r.query for r in requests)
     kinds = [request.kind for request in requests]
     assert kinds.count("list") == 1 + 2  # the second one has two pages
-    assert set(kinds) <= {"session", "other", "list", "chunk"}
+    assert set(kinds) <= {"session", "list", "chunk"}
 
 
 def test_guide_ends_with_what_to_give_the_model(guide: Guide) -> None:
@@ -305,24 +342,6 @@ def assert_refused(finished: Finished, raw: Path, *errors: str) -> None:
     assert not (raw / "tf_records").exists()
 
 
-def test_upload_is_refused_when_it_must_replace_what_is_held(
-    raw: Path, emulator: Emulator
-) -> None:
-    emulator.put("imagenet/manifest.json", b"{}", temporaryHold=True)
-    until = "2100-01-01T00:00:00.000Z"
-    emulator.put(f"imagenet/{SMALL_NAMES[0]}", b"", retentionExpirationTime=until)
-    past = "2020-01-01T00:00:00.000Z"
-    emulator.put(f"imagenet/{SMALL_NAMES[1]}", b"", retentionExpirationTime=past)
-    emulator.put("imagenet/README", b"", eventBasedHold=True)
-    assert_refused(
-        upload(raw, emulator),
-        raw,
-        "gs://bucket/imagenet must not hold back what this run has to replace; found "
-        "manifest.json (temporary hold), train-00000-of-00002 (retained until "
-        "2100-01-01 00:00:00+00:00). Release the holds, or choose another directory.",
-    )
-
-
 @pytest.mark.parametrize(
     ("path", "names", "found", "globs"),
     [
@@ -414,327 +433,127 @@ def test_empty_objects_have_a_size_when_the_service_leaves_it_out(
     assert destination.list_objects() == {"train-0": stamp}
 
 
-# ----------------------------------------------------------- refusals, in their words
+# ----------------------------------------------------- no more permissions than needed
 
-PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "ALL_PROXY")
-Refuse = Callable[..., tuple[str, list[str]]]
-
-
-@pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Refuse:
-    """Reaches for a bucket in vain; gives the error, and what was logged before."""
-
-    def reach_for(env: Mapping[str, str], seconds: float = 20) -> tuple[str, list[str]]:
-        for name in ("STORAGE_EMULATOR_HOST", *PROXIES):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(script, "REQUEST_SECONDS", seconds)
-        monkeypatch.setattr(script, "WARNING_SECONDS", 0.001)
-        with pytest.raises(script.RunError) as caught:
-            script.Destination(script.GcsPath("bucket", "d"), "project").check_access()
-        assert {record.levelname for record in caplog.records} <= {"WARNING"}
-        return str(caught.value), caplog.messages
-
-    return reach_for
+NO_DELETE = Status(403, "a@b.c does not have storage.objects.delete access.")
+NO_CREATE = Status(403, "a@b.c does not have storage.objects.create access.")
+NO_LIST = Status(403, "a@b.c does not have storage.objects.list access.")
 
 
-ROLE = "Grant roles/storage.objectUser on gs://bucket to the account of this run."
-SCOPE = (
-    "Stop the VM and run: gcloud compute instances set-service-account NAME "
-    "--scopes=cloud-platform"
-)
-CREATE = "Create it: gcloud storage buckets create gs://bucket"
-CONSUMER = (
-    "Grant roles/serviceusage.serviceUsageConsumer on the project to the account of "
-    "this run."
-)
-
-
-@pytest.mark.parametrize(
-    ("status", "reason", "said", "remedy"),
-    [
-        (403, "forbidden", "a@b.c does not have storage.objects.create access.", ROLE),
-        (403, "insufficientPermissions", "Provided scope(s) are not authorized", SCOPE),
-        (403, "insufficientPermissions", "insufficient authentication scopes.", SCOPE),
-        (
-            403,
-            "userProjectAccessDenied",
-            "no serviceusage.services.use here.",
-            CONSUMER,
-        ),
-        (403, "accountDisabled", "The billing account is disabled in state absent", ""),
-        (403, "accessNotConfigured", "The API is off. Visit https://a.b/c then.", ""),
-        (403, "forbidden", "Permission denied on Cloud KMS key k. " + "Word " * 99, ""),
-        (403, "forbidden", "Prohibited: vpcServiceControlsUniqueIdentifier: a.", ""),
-        (403, "retentionPolicyNotMet", "Object is subject to retention policy.", ""),
-        (412, "conditionNotMet", "'us' violates constraint 'constraints/x'", ""),
-        (400, "required", "Bucket is a requester pays bucket but that is wrong.", ""),
-        (404, "notFound", "The specified bucket does not exist.", CREATE),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_access_is_refused_in_the_words_of_the_service(
-    emulator: Emulator,
-    refuse: Refuse,
-    status: int,
-    reason: str,
-    said: str,
-    remedy: str,
+def test_complete_set_needs_neither_probe_nor_write(
+    raw: Path, emulator: Emulator
 ) -> None:
-    fault = Status(status, said, reason)
-    emulator.inject(fault, kind="session", at=1, times=None)
-    what = {403: "Access to {} is denied", 404: "No bucket for {}"}.get(
-        status, "Cloud Storage failed at {}"
-    )
-    what = what.format("gs://bucket/d/manifest.json")
-    words = f"{status} {' '.join(said.split())}".rstrip(".")
-    assert refuse(emulator.environment) == (f"{what}: {words}. {remedy}".rstrip(), [])
-
-
-# ------------------------------------------------------------------------ logging in
-
-
-def new_certificate(directory: Path) -> Path:
-    """Writes a private key and a certificate that it has signed itself."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    pem = serialization.Encoding.PEM
-    kind = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1)
-        .not_valid_before(now)
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    path = directory / "certificate.pem"
-    path.write_bytes(key.private_bytes(pem, *kind) + certificate.public_bytes(pem))
-    return path
-
-
-def credentials(directory: Path, emulator: Emulator, kind: str) -> dict[str, str]:
-    """Writes a file of credentials; returns an environment that has them used."""
-    url = emulator.url
-    account = {
-        "type": "service_account",
-        "client_email": "me@example.com",
-        "private_key": new_certificate(directory)
-        .read_text()
-        .partition("-----BEGIN C")[0],
-        "token_uri": f"{url}/token",
-    }
-    workload = {
-        "type": "external_account",
-        "audience": "//iam.googleapis.com/projects/1/locations/global/x",
-        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
-        "token_url": f"{url}/token",
-        "credential_source": {"file": str(directory / "subject")},
-    }
-    (directory / "subject").write_text("token")
-    files: dict[str, object] = {
-        "key": account,
-        "workload": workload,
-        "impersonation": {
-            **workload,
-            "service_account_impersonation_url": (
-                f"{url}/serviceAccounts/me@example.com:generateAccessToken"
-            ),
-        },
-        "unknown": {"type": "unknown"},
-    }
-    path = directory / f"{kind}.json"
-    if kind in files:
-        path.write_text(json.dumps(files[kind]))
-    return {
-        "GOOGLE_APPLICATION_CREDENTIALS": str(path),
-        "GOOGLE_CLOUD_PROJECT": "project",
-        "API_ENDPOINT_OVERRIDE": url,
-        "NO_GCE_CHECK": "true",
-        "HTTPS_PROXY": "http://127.0.0.1:9",  # nothing leaves this machine
-        "NO_PROXY": "127.0.0.1",
-    }
-
-
-JWT = (
-    "Invalid JWT: Token must be a short-lived token (60 minutes) and in a reasonable "
-    "timeframe."
-)
-ACT_AS = "Permission 'iam.serviceAccounts.getAccessToken' denied on resource."
-CREATOR = (
-    "Grant roles/iam.serviceAccountTokenCreator on that service account to the account "
-    "that impersonates it."
-)
-
-
-@pytest.mark.parametrize(
-    ("kind", "fault", "said", "remedy"),
-    [
-        (
-            "key",
-            Status(400, JWT, "invalid_grant"),
-            f"invalid_grant: {JWT[:-1]}",
-            "Set the clock of this machine.",
-        ),
-        (
-            "key",
-            Status(400, "Token has been expired or revoked.", "invalid_grant"),
-            "invalid_grant: Token has been expired or revoked",
-            "Run `gcloud auth application-default login` again.",
-        ),
-        (
-            "key",
-            Status(400, "Account has been deleted", "invalid_grant"),
-            "invalid_grant: Account has been deleted",
-            "",
-        ),
-        (
-            "impersonation",
-            Status(403, ACT_AS),
-            f"403 {ACT_AS[:-1]}",
-            CREATOR,
-        ),
-        (
-            "workload",
-            Status(400, "The audience is wrong.", "invalid_target"),
-            "Error code invalid_target: The audience is wrong",
-            "",
-        ),
-    ],
-    ids=["clock", "revoked", "deleted", "impersonation", "workload"],
-)
-def test_login_is_refused_at_once_when_no_waiting_helps(
-    emulator: Emulator,
-    tmp_path: Path,
-    refuse: Refuse,
-    kind: str,
-    fault: Status,
-    said: str,
-    remedy: str,
-) -> None:
-    name = "generateAccessToken" if kind == "impersonation" else "token"
-    emulator.inject(fault, kind="token", at=1, times=None, name=name)
-    env = credentials(tmp_path, emulator, kind)
-    line = (
-        f"Cannot log in for gs://bucket/d: {said} "
-        f"(GOOGLE_APPLICATION_CREDENTIALS={tmp_path}/{kind}.json). {remedy}"
-    )
-    refused, warnings = refuse(env)
-    assert refused.replace("/manifest.json", "") == line.rstrip()
-    assert warnings == []
-
-
-@pytest.mark.parametrize("kind", ["key", "impersonation"])
-def test_login_is_tried_again_when_the_fault_passes(
-    emulator: Emulator, tmp_path: Path, refuse: Refuse, kind: str
-) -> None:
-    name = "generateAccessToken" if kind == "impersonation" else "token"
-    emulator.inject(Status(503), kind="token", at=1, times=4, name=name)
-    env = credentials(tmp_path, emulator, kind)
-    emulator.inject(Status(403, "So far."), kind="session", at=1)
-    line = "Access to gs://bucket/d/manifest.json is denied: 403 So far."
-    refused, warnings = refuse(env)
-    assert refused == line
-    assert warnings[0].startswith("Waiting up to 20 s for gs://bucket/d: ")
-
-
-def test_login_is_tried_again_when_the_metadata_server_is_busy(
-    emulator: Emulator, raw: Path
-) -> None:
-    """That of a VM; the client's own patience ends after 15 s."""
-    emulator.inject(Status(503, "Busy."), kind="token", at=1, times=7, name="default")
-    host = emulator.url.removeprefix("http://")
-    env = {
-        "GCE_METADATA_HOST": host,
-        "GCE_METADATA_IP": host,
-        "API_ENDPOINT_OVERRIDE": emulator.url,
-        "HOME": str(raw),
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "NO_PROXY": "127.0.0.1",
-    }
-    finished = run_command(*UPLOAD, f"--raw_data_dir={raw}", "--dry_run", env=env)
+    assert upload(raw, emulator).status == 0
+    num_before = len(emulator.requests)
+    emulator.inject(NO_CREATE, kind="session", at=1, times=None)
+    emulator.inject(NO_DELETE, kind="delete", at=1, times=None)
+    finished = upload(raw, emulator)
     assert finished.status == 0, finished.stderr
-    warnings = [line for line in finished.lines if "WARNING: Wait" in line]
-    assert re.fullmatch(
-        r"WARNING: Waiting up to 2 min for gs://bucket/imagenet: .*"
-        r"Compute Engine Metadata server unavailable.*",
-        warnings[0],
+    assert {request.kind for request in emulator.requests[num_before:]} == {"list"}
+
+
+def test_what_is_there_is_passed_over_when_it_may_be_neither_seen_nor_replaced(
+    raw: Path, emulator: Emulator
+) -> None:
+    """Then nobody knows whether the set is complete, and nothing says so."""
+    emulator.put(f"imagenet/{SMALL_NAMES[0]}", b"another")
+    emulator.inject(NO_LIST, kind="list", at=1, times=None)
+    emulator.inject(NO_DELETE, kind="session", at=1, times=None, name=SMALL_NAMES[0])
+    emulator.inject(NO_DELETE, kind="delete", at=1, times=None)
+    finished = upload(raw, emulator)
+    assert (finished.status, finished.errors) == (
+        1,
+        [
+            (
+                f"{SMALL_NAMES[0]} in gs://bucket/imagenet were there already, and cannot "
+                "be compared: the data set is not called complete. Grant "
+                "roles/storage.objectUser on gs://bucket and rerun."
+            )
+        ],
     )
-    assert not any("http" in line or "{" in line for line in warnings)
+    names = {name.rpartition("/")[2] for name in emulator.objects()}
+    assert names == set(SMALL_NAMES)
+    assert emulator.objects()[f"imagenet/{SMALL_NAMES[0]}"] == b"another"
+    warnings = [line for line in finished.lines if "WARNING: Leaving" in line]
+    assert warnings == [
+        (
+            "WARNING: Leaving what is already in gs://bucket/imagenet, unseen: neither "
+            "storage.objects.list nor storage.objects.delete is granted."
+        )
+    ]
+
+
+def test_first_run_is_complete_when_it_may_only_create(
+    raw: Path, emulator: Emulator
+) -> None:
+    emulator.inject(NO_LIST, kind="list", at=1, times=None)
+    emulator.inject(NO_DELETE, kind="delete", at=1, times=None)
+    finished = upload(raw, emulator)
+    assert finished.status == 0, finished.stderr
+    assert "imagenet/manifest.json" in emulator.objects()
+
+
+# ------------------------------------------------------------ other people's data sets
+
+
+@pytest.fixture(scope="module")
+def finished_set(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, dict[str, bytes]]]:
+    """A raw directory, with its finished set in tf_records, and its objects."""
+    raw = contract.make_raw(tmp_path_factory.mktemp("finished") / "raw")
+    with Emulator() as emulator:
+        assert upload(raw, emulator).status == 0
+        yield raw, emulator.objects()
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("classes", "images", "said"),
     [
-        ("missing", "File {} was not found"),
-        ("unknown", "The file {} does not have a valid type"),
+        (4, 2, "examples train: 12, not 8"),
+        (3, 4, "labels 4: n01440875, not None"),
+        (5, 3, "examples train: 12, not 15; labels 5: None, not n01440912"),
     ],
 )
-def test_file_of_credentials_is_named_when_it_does_not_work(
-    emulator: Emulator, tmp_path: Path, raw: Path, kind: str, said: str
+@pytest.mark.parametrize("place", ["gs://bucket/imagenet", "scratch"])
+def test_finished_set_of_other_raw_data_is_never_replaced(
+    finished_set: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    emulator: Emulator,
+    place: str,
+    classes: int,
+    images: int,
+    said: str,
 ) -> None:
-    env = credentials(tmp_path, emulator, kind)
-    path = env["GOOGLE_APPLICATION_CREDENTIALS"]
-    done = run_command(*UPLOAD, f"--raw_data_dir={raw}", env=env)
-    [line] = done.errors
-    assert done.status == 1
-    assert line.startswith(
-        f"No credentials for gs://bucket/imagenet: {said.format(path)}"
+    old, objects = finished_set
+    raw = contract.make_raw(tmp_path / "raw", classes, images, 4)
+    scratch = raw / "tf_records"
+    if place == "scratch":
+        shutil.copytree(old / "tf_records", scratch)
+        place, remove = str(scratch), f"rm {scratch}/manifest.json"
+    else:
+        remove = f"gcloud storage rm {place}/manifest.json"
+        for name, data in objects.items():
+            emulator.put(name, data)
+    before = emulator.objects()
+    finished = upload(raw, emulator)
+    assert (finished.status, finished.errors) == (
+        1,
+        [
+            (
+                f"{place} holds a finished data set of other raw data (manifest.json says "
+                f"{said}). Choose another directory or, to replace it, run: {remove}"
+            )
+        ],
     )
-    assert line.endswith(f" (GOOGLE_APPLICATION_CREDENTIALS={path}).")
-    assert not (raw / "tf_records").exists()
+    assert emulator.objects() == before
 
 
-# -------------------------------------------------------------------- on the way there
-
-
-def test_certificate_is_refused_at_once_when_it_is_not_trusted(
-    tmp_path: Path, refuse: Refuse
+@pytest.mark.parametrize("junk", [b"", b"junk", b"[1]", b'{"labels":5,"examples":[]}'])
+def test_manifest_that_cannot_be_read_vouches_for_nothing(
+    raw: Path, emulator: Emulator, junk: bytes
 ) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(new_certificate(tmp_path))
-    with Emulator(tls=context) as emulator:
-        line, warnings = refuse(emulator.environment)
-    assert re.fullmatch(
-        r"Cloud Storage failed at gs://bucket/d/manifest\.json: cannot reach 127\.0\.0\.1 "
-        r"\(self[- ]signed certificate\)\. If your network has its own certificate "
-        r"authority, set REQUESTS_CA_BUNDLE to the file of its certificate\.",
-        line,
-    )
-    assert warnings == []
-
-
-def test_proxy_is_said_at_once_when_it_wants_a_password(
-    emulator: Emulator, refuse: Refuse
-) -> None:
-    host = "storage.invalid"
-    env = {"STORAGE_EMULATOR_HOST": f"https://{host}", "HTTPS_PROXY": emulator.url}
-    line, warnings = refuse(env)
-    assert line == (
-        f"Cloud Storage failed at gs://bucket/d/manifest.json: cannot reach {host} "
-        "(Tunnel connection failed: 407 Proxy Authentication Required). Set "
-        "HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
-    )
-    assert warnings == []
-
-
-@pytest.mark.parametrize(
-    ("host", "said"),
-    [
-        ("http://127.0.0.1:9", r"127\.0\.0\.1 \(Connection refused\)"),
-        ("http://no.such.host.invalid", r"no\.such\.host\.invalid \(.*[Nn]ame.*\)"),
-    ],
-)
-def test_cause_is_said_when_nothing_is_reached(
-    refuse: Refuse, host: str, said: str
-) -> None:
-    line, warnings = refuse({"STORAGE_EMULATOR_HOST": host}, seconds=2)
-    assert re.fullmatch(
-        rf"Cloud Storage failed at gs://bucket/d/manifest\.json: cannot reach {said}\. "
-        r"Rerun the same command to resume\.",
-        line,
-    )
-    [warning] = warnings
-    assert re.fullmatch(
-        rf"Waiting up to 2 s for gs://bucket/d: cannot reach {said}\.", warning
-    )
+    emulator.put("imagenet/manifest.json", junk)
+    finished = upload(raw, emulator)
+    assert finished.status == 0, finished.stderr
+    assert json.loads(emulator.objects()["imagenet/manifest.json"])["examples"]
