@@ -49,16 +49,32 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
 The same raw directory gives the same bytes on every machine, with any number
 of workers, however often the run was interrupted. To resume, rerun the command.
 
-There are two kinds of errors. InvalidInputError lists what must be fixed before
-the run can start; nothing was done. (Bad images are found only while shards are
-written: then all other shards are done.) RunError says what stopped it;
-finished shards are kept.
+Errors are of four kinds, with a line per problem; finished shards are kept:
 
-Exit status: 0 if everything is done; 1 if anything is wrong, with a line per
-problem; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+    InvalidInputError   what must be fixed before the run can start
+    BadImagesError      images to be replaced; all shards without them are done
+    MachineError        what this machine lacks: a disk, memory, open files
+    ServiceError        what Cloud Storage, or the way to it, refused
+
+Exit status: 0 if everything is done; 1 if something must be fixed; 75 if the
+same command can succeed later: the network or the service did not answer for
+long enough, or another run is writing to the same place; 130 after Ctrl-C, 143
+after SIGTERM, 129 after SIGHUP.
 """
 
 from __future__ import annotations
+
+import signal
+import sys
+
+if sys.platform != "linux":
+    sys.exit("imagenet_to_gcs.py runs on Linux only, which includes WSL on Windows.")
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("imagenet_to_gcs.py needs Python 3.10 or newer.")
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the process without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import base64
 import collections
@@ -86,12 +102,10 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tarfile
 import tempfile
 import threading
@@ -103,10 +117,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
-INSTALL = "python3 -m pip install -r requirements.txt"
+INSTALL = (
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt (on Debian, "
+    "first: sudo apt-get install --yes python3-venv), and use .venv/bin/python"
+)
 
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("imagenet_to_gcs.py needs Python 3.10 or newer.")
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of libraries; not even PYTHONWARNINGS=error stops
 try:
     import google_crc32c
     from absl import app, flags, logging
@@ -117,6 +134,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from typing import TypeAlias
+
+    StrPath: TypeAlias = str | os.PathLike[str]
 
     from google.cloud import storage
 
@@ -174,23 +193,31 @@ TOO_MANY_THREADS = (
     "rerun the same command with fewer --num_workers."
 )
 owns_process = False  # True in the command, which nobody else's code shares
-FIX_AND_RERUN = "Finished shards are kept: fix this and rerun the same command."
+FIX_AND_RERUN = "Fix this and rerun the same command."
+FEWER_WORKERS = "Rerun the same command with fewer --num_workers"
+
+DISK_FAILS = "The disk fails or is gone"
+DISK_ERRORS = (
+    *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT),
+    *(errno.ENOTCONN, errno.EREMOTEIO, errno.EUCLEAN),
+)
+LIMITS = {  # which are never the fault of a file
+    errno.EMFILE: "Raise the limit (ulimit -n) and rerun the same command.",
+    errno.ENFILE: "Raise the limit (sysctl fs.file-max) and rerun the same command.",
+    errno.ENOMEM: f"{FEWER_WORKERS}, or allow it more memory.",
+}
+MACHINE_ERRORS = LIMITS | dict.fromkeys(DISK_ERRORS, f"{DISK_FAILS}. {FIX_AND_RERUN}")
 
 
 class InvalidInputError(ValueError):
-    """Something in the input that must be fixed; nothing was done.
-
-    Its arguments are one line each: what must hold, where, what was found, what to do.
-    """
+    """What must be fixed in the input, one line an argument; nothing was done."""
 
     def __str__(self) -> str:
         return "\n".join(self.args)
 
 
 class RunError(RuntimeError):
-    """Why a run had to stop: the cause and a remedy; finished shards are kept.
-
-    Its arguments are one line each.
+    """Why a run had to stop, one line an argument; finished shards are kept.
 
     Attributes:
       may_pass: Whether the same command can succeed later, without anyone's doing.
@@ -205,7 +232,15 @@ class RunError(RuntimeError):
 
 
 class BadImagesError(RunError):
-    """Images that cannot be used; every shard without one of them is done."""
+    """Images that cannot be used; every shard without one of them is done.
+
+    Attributes:
+      unreadable: "path: why" of those that the disk does not give.
+    """
+
+    def __init__(self, *problems: str, unreadable: Sequence[str] = ()):
+        super().__init__(*problems)
+        self.unreadable = unreadable
 
 
 class MachineError(RunError):
@@ -218,11 +253,42 @@ class ServiceError(RunError):
 
 @contextlib.contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
-    """Collects the problems of an error instead of raising it."""
+    """Collects what is wrong with the input instead of raising it."""
     try:
         yield
-    except (InvalidInputError, RunError) as error:
+    except InvalidInputError as error:
         problems.extend(error.args)
+
+
+def refusal(
+    verb: str, path: StrPath, error: OSError | MemoryError, is_input: bool = True
+) -> InvalidInputError | MachineError:
+    """Says what could not be done, and why: 'Cannot list /x: Permission denied.'"""
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if isinstance(error, PermissionError) and (closed := closed_directory(path)):
+        verb, path = "enter", closed
+    problem = f"Cannot {verb} {path}: {error.strerror or error}."
+    if is_input and error.errno not in MACHINE_ERRORS:
+        return InvalidInputError(problem)
+    remedy = MACHINE_ERRORS.get(error.errno or 0, FIX_AND_RERUN)
+    return MachineError(f"{problem} {remedy}")
+
+
+@contextlib.contextmanager
+def trying_to(verb: str, path: StrPath, is_input: bool = False) -> Iterator[None]:
+    """Puts the system's refusal in words."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise refusal(verb, path, error, is_input) from error
+
+
+def closed_directory(path: StrPath) -> str:
+    """The directory above a path that may not be entered; empty if there is none."""
+    place = str(nearest_directory(path))
+    is_open = place == os.fspath(path) or os.access(place, os.X_OK, effective_ids=True)
+    return "" if is_open else place
 
 
 def open_regular(path: str) -> int:
@@ -279,11 +345,11 @@ WAITING_SHARDS = 16  # that may wait for the network before a worker has to wait
 
 
 def run(
-    raw_data_dir: str | None,
+    raw_data_dir: StrPath | None,
     gcs_upload: bool = True,
     gcs_project: str | None = None,
     gcs_output_path: str | None = None,
-    local_scratch_dir: str | None = None,
+    local_scratch_dir: StrPath | None = None,
     client: storage.Client | None = None,
     **more: Any,
 ) -> None:
@@ -299,10 +365,12 @@ def run(
       InvalidInputError: A ValueError: what must be fixed; nothing was done.
       RunError: What stopped the run; finished shards are kept.
     """
-    with failures_in_words():
+    with as_a_guest():
         upload = gcs_upload, gcs_project, gcs_output_path
         options = Options(raw_data_dir, *upload, local_scratch_dir, client, **more)
         if options.dry_run:
+            if options.fake_imagenet:
+                make_fake_imagenet(options, None)
             log_intent(plan_job(options))
             return
         # The pool imports TensorFlow while images are listed.
@@ -318,32 +386,41 @@ def plan_job(options: Options) -> Job:
     """Reads, plans and checks all that can be checked before the first image."""
     problems: list[str] = []
     dataset = Dataset()  # stays empty if its listing fails; the rest is checked, too
-    destination = None
+    destination = failure = None
     background = concurrent.futures.ThreadPoolExecutor(1)
     with _closing(background):
         opened = background.submit(_open_destination, options)
         with _collecting(problems):
-            with reporting(lambda: f"Still listing {options.raw_dir}."):
-                dataset = read_dataset(options.raw_dir)
-            _log_dataset(dataset, options)
-        with _collecting(problems):
+            dataset = _find_dataset(options)
+        try:
             destination = opened.result()
+        except (InvalidInputError, RunError) as error:
+            failure = error
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     objects = destination.objects if destination else None
     work = find_work(shards, options.scratch_dir, objects, options.is_own)
     job = Job(options, dataset.synsets, shards, destination, work)
-    with _collecting(problems):
+    try:
         if destination and work.left:
             destination.check_access(work.left[0])
+    except (InvalidInputError, RunError) as error:
+        failure = error
     with _collecting(problems):
         problems += _finished_problems(job)
     problems += [*_scratch_problems(job), *_bucket_problems(job)]
     if problems:
-        raise InvalidInputError(*problems)
+        raise InvalidInputError(*problems, *(failure.args if failure else ()))
+    if failure:
+        raise failure
     return job
 
 
-def _log_dataset(dataset: Dataset, options: Options) -> None:
+def _find_dataset(options: Options) -> Dataset:
+    """Lists the raw directory and says what it holds."""
+    if options.dry_run and options.fake_imagenet and not has_fake(options):
+        return planned_fake(options)
+    with reporting(lambda: f"Still listing {options.raw_dir}."):
+        dataset = read_dataset(options.raw_dir)
     num_classes = len({image.synset for image in dataset.training})
     logging.info(
         f"Found {_count(len(dataset.training), 'training image')} in "
@@ -355,6 +432,7 @@ def _log_dataset(dataset: Dataset, options: Options) -> None:
         shards = options.training_shards, options.validation_shards
         for line in warnings_about(dataset, *shards):
             logging.warning(line)
+    return dataset
 
 
 def _open_destination(options: Options) -> Destination | None:
@@ -468,10 +546,10 @@ def carry_out(job: Job, pool: Pool) -> None:
         _remove_manifest(job)
     if not job.options.keep_local_shards:
         for path in _uploaded_before(job):
-            path.unlink(missing_ok=True)
+            remove(path)
     progress = Progress(job.work, is_uploading=bool(job.destination))
     if job.work.left:
-        with reporting(progress.line):
+        with reporting(progress.line), _naming_what_is_kept(job, progress):
             write_and_upload(job, progress, pool)
         _log_done(job, progress)
     if progress.bad_images:
@@ -479,7 +557,7 @@ def carry_out(job: Job, pool: Pool) -> None:
             f"{_count(len(progress.bad_images), 'image')} cannot be used, and their "
             "shards were not written. Replace them and rerun the same command."
         )
-        raise BadImagesError(*sorted(progress.bad_images))
+        raise BadImagesError(*_first(sorted(progress.bad_images)))
     if job.destination:
         job.destination.list_objects()
     try:
@@ -496,6 +574,23 @@ def carry_out(job: Job, pool: Pool) -> None:
         _complete(job, stamps)
 
 
+@contextlib.contextmanager
+def _naming_what_is_kept(job: Job, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except RunError as error:
+        if job.work.done or job.work.to_upload or progress.stamps:
+            *others, last = error.args
+            error.args = (*others, f"{last} Finished shards are kept.")
+        raise
+
+
+def _first(problems: list[str], most: int = 1000) -> list[str]:
+    """The first of many problems, and a line that counts the others."""
+    more = [f"{_count(len(problems) - most, 'more image')} cannot be used."]
+    return [*problems[:most], *more] if len(problems) > most else problems
+
+
 def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
     """Takes each shard all the way from its images to the bucket, in its own thread.
 
@@ -506,6 +601,7 @@ def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
     is_kept = options.keep_local_shards
     uploads = threading.Semaphore(PARALLEL_UPLOADS)
     stopping = threading.Event()
+    unreadable: list[str] = []
     write = functools.partial(pool.call, write_records)
 
     def take(shard: Shard, stamp: Stamp | None) -> None:
@@ -524,7 +620,7 @@ def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
                     return
             progress.uploaded[shard.name] = stamp
             if not is_kept:
-                os.unlink(path)
+                remove(path)
 
     tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
     for i, upload in enumerate(job.work.to_upload):
@@ -537,6 +633,8 @@ def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
                 future.result()
             except BadImagesError as error:
                 progress.bad_images.extend(error.args)
+                unreadable += error.unreadable
+                check_readable(unreadable, options.raw_dir)
 
 
 @contextlib.contextmanager
@@ -712,13 +810,15 @@ def _no_garbage_collection() -> Iterator[None]:
 
     Otherwise listing 1.3 million images takes 2.5 times as long.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if owns_process:
             gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def find_classes(raw_data_dir: str, skipped: list[str]) -> list[ImageSource]:
@@ -910,8 +1010,10 @@ class ImageSource:
                 size, fingerprint = status.st_size, file_fingerprint(status)
                 if size > MAX_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
                     raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
-            except OSError:  # a dangling link, most likely; `warnings_about` counts it
-                size = fingerprint = 0
+            except OSError as error:
+                if not entry.is_symlink():
+                    raise refusal("read", entry.path, error) from error
+                size = fingerprint = 0  # a dangling link; `warnings_about` counts it
             yield RawImage(source, name, synset, label, size, fingerprint)
 
     def list_members(
@@ -962,10 +1064,12 @@ class ImageSource:
 def _scan(directory: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(directory) as entries:
-            return list(entries)
+            found = list(entries)
+        if not os.access(directory, os.X_OK, effective_ids=True):
+            raise InvalidInputError(f"Cannot enter {directory}: Permission denied.")
+        return found
     except OSError as error:
-        problem = f"Cannot list {directory}: {error.strerror}."
-        raise InvalidInputError(problem) from error
+        raise refusal("list", directory, error) from error
 
 
 def _is_named(name: str, suffix: str | tuple[str, ...] = IMAGE_SUFFIX) -> bool:
@@ -1078,6 +1182,8 @@ def read_labels(labels_path: str) -> list[str]:
         with open_file(labels_path) as file:
             text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise refusal("read", labels_path, error) from error
         reason = getattr(error, "strerror", "it is not text in UTF-8")
         raise InvalidInputError(
             f"Cannot read {labels_path}: {reason}. It must hold the synset of each "
@@ -1247,6 +1353,14 @@ def images_per_shard(num_images: int, num_shards: int) -> int:
 READ_AHEAD = 32  # images that a worker opens ahead, so also its open files
 FIRST_IMAGES = 8  # of a shard, announced while it waits for a worker
 SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 ms
+UNREADABLE_IMAGES = 20  # in a run; fewer are named, as are bad images
+CHANGED = "has changed since the run began"
+GONE = "it no longer exists. It was moved or removed, or its disk is gone"
+OUT_OF_MEMORY = "ResourceExhaustedError"  # TensorFlow's, which only workers import
+
+
+class _ChangedError(OSError):
+    """A file is not the one that was listed."""
 
 
 class OpenImage(NamedTuple):
@@ -1296,7 +1410,7 @@ class OpenImage(NamedTuple):
         )
         has_grown = image.offset is None and status.st_size > image.num_bytes
         if left or has_grown or fingerprint != image.fingerprint:
-            raise OSError(errno.ESTALE, "it has changed since the run began")
+            raise _ChangedError(None, f"it {CHANGED}")
         return b"".join(parts)
 
 
@@ -1343,17 +1457,39 @@ class _ImageError(ValueError):
     """Why an image cannot be decoded, in words."""
 
 
-def problem_of(image: RawImage, error: Exception) -> str:
-    """Says in one line, with the file's name, why an image cannot be used."""
-    verb, reason = "decode", repr(error)
+def problem_of(image: RawImage, error: Exception) -> BadImagesError:
+    """Says in one line, with the file's name, why an image cannot be used.
+
+    Raises:
+      MachineError: What would befall any image: a limit, or a tar that has changed.
+    """
     if isinstance(error, _ImageError):
-        reason = str(error)
-    elif isinstance(error, OSError):
-        verb, reason = "read", str(error.strerror)
-    if isinstance(error, FileNotFoundError):
-        is_link = os.path.islink(image.path)
-        reason = "it is a dangling link" if is_link else "it no longer exists"
-    return f"Cannot {verb} {image.path}: {reason}."
+        return BadImagesError(f"Cannot decode {image.path}: {error}.")
+    if type(error).__name__ == OUT_OF_MEMORY:
+        error = MemoryError()
+    number = getattr(error, "errno", None)
+    if (
+        isinstance(error, MemoryError)
+        or isinstance(error, OSError)
+        and number in LIMITS
+    ):
+        raise refusal("read", image.path, error) from error
+    if isinstance(error, _ChangedError) and image.offset is not None:
+        raise MachineError(f"{image.source} {CHANGED}. {RERUN}") from error
+    was_sound = image.fingerprint and not isinstance(error, PermissionError)
+    what = f"{image.path}: {getattr(error, 'strerror', None) or repr(error)}"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        what = f"{image.path}: {GONE if was_sound else 'it is a dangling link'}"
+    elif number in DISK_ERRORS:
+        what += f". {DISK_FAILS}"
+    return BadImagesError(f"Cannot read {what}.", unreadable=[what] * bool(was_sound))
+
+
+def check_readable(unreadable: Sequence[str], directory: str) -> None:
+    """Stops the run when so many images are unreadable that it is none of their own."""
+    for last in unreadable[UNREADABLE_IMAGES - 1 :]:
+        what = f"{UNREADABLE_IMAGES} images below {directory}, the last {last}"
+        raise MachineError(f"Cannot read {what}. {FIX_AND_RERUN}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1612,6 +1748,7 @@ def _stamp_path(path: str) -> str:
 def write_records(shard: Shard, temporary_path: str) -> Stamp:
     """Writes the records of a shard to a file; runs in a worker process."""
     problems: list[str] = []
+    unreadable: list[str] = []
     num_repaired = 0
     with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
         records = RecordWriter(file)
@@ -1620,13 +1757,17 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
                 encoded = encode_image(opened.read())
                 example = make_example(opened.image, encoded)
             except Exception as error:  # noqa: BLE001  # it concerns one image
-                problems.append(problem_of(opened.image, error))
+                problem = problem_of(opened.image, error)
+                problems += problem.args
+                unreadable += problem.unreadable
+                if len(unreadable) == UNREADABLE_IMAGES:
+                    break
                 continue
             if not problems:
                 records.write(example)
                 num_repaired += encoded.repaired
     if problems:
-        raise BadImagesError(*problems)
+        raise BadImagesError(*problems, unreadable=unreadable)
     return Stamp(
         shard.digest(),
         len(shard.images),
@@ -1670,18 +1811,23 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
     temporary_path = os.path.join(directory, f".{name}.{unique}{TEMPORARY_SUFFIX}")
-    os.makedirs(directory, exist_ok=True)
-    try:
-        yield temporary_path
-        if durable:
-            _flush(temporary_path)
-        os.replace(temporary_path, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary_path)
-        if isinstance(error, OSError) and error.filename in (None, temporary_path):
-            error.filename = path  # a failed write does not name its file
-        raise
+    with trying_to("write", path):
+        os.makedirs(directory, exist_ok=True)
+        try:
+            yield temporary_path
+            if durable:
+                _flush(temporary_path)
+            os.replace(temporary_path, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary_path)
+            raise
+
+
+def remove(path: StrPath) -> None:
+    """Removes a file, if there is one."""
+    with trying_to("remove", path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _flush(path: str) -> None:
@@ -1739,19 +1885,16 @@ def is_as_stamped(path: str, stamp: Stamp) -> bool:
 def read_crc32c(path: str) -> str:
     """Reads a file for its crc32c, as in `Stamp`."""
     crc32c = 0
-    try:
-        with open_file(path) as file:
-            while block := file.read(READ_BLOCK_BYTES):
-                crc32c = google_crc32c.extend(crc32c, block)
-    except OSError as error:
-        problem = f"Cannot read {path}: {error.strerror}. {FIX_AND_RERUN}"
-        raise RunError(problem) from error
+    with trying_to("read", path), open_file(path) as file:
+        while block := file.read(READ_BLOCK_BYTES):
+            crc32c = google_crc32c.extend(crc32c, block)
     return _crc32c_text(crc32c)
 
 
 def measure(path: str) -> Stamp:
     """Reads a file to make its stamp; returns the one beside it if that matches."""
-    found = Stamp("", 0, os.path.getsize(path), read_crc32c(path))
+    crc32c = read_crc32c(path)
+    found = Stamp("", 0, os.path.getsize(path), crc32c)
     stamp = read_stamp(path)
     return stamp if stamp and stamp.same_bytes(found) else found
 
@@ -1759,8 +1902,9 @@ def measure(path: str) -> Stamp:
 def check_undamaged(path: str, stamp: Stamp) -> None:
     """Stops the run if a shard no longer has its bytes; the next run rewrites it."""
     if read_crc32c(path) != stamp.crc32c:
-        os.utime(path)  # now it is not as stamped, so the next run rewrites it
-        raise RunError(
+        with trying_to("write", path):
+            os.utime(path)  # now it is not as stamped, so the next run rewrites it
+        raise MachineError(
             f"{path} has changed since it was written. Rerun the same command to write "
             "it again."
         )
@@ -1813,7 +1957,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
             raise MachineError(TOO_MANY_THREADS) from error
         except (ImportError, NotImplementedError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
-            problem = f"Cannot make a semaphore in /dev/shm: {reason}. {FIX_AND_RERUN}"
+            remedy = MACHINE_ERRORS.get(getattr(error, "errno", 0), FIX_AND_RERUN)
+            problem = f"Cannot make a semaphore in /dev/shm: {reason}. {remedy}"
             raise MachineError(problem) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -1878,7 +2023,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
             return MachineError(TOO_MANY_THREADS)
         if isinstance(error, OSError) and not isinstance(error, ConnectionError):
             problem = f"Cannot start a process: {error.strerror or error}"
-            return MachineError(f"{problem}. {FIX_AND_RERUN}")
+            remedy = MACHINE_ERRORS.get(error.errno or 0, FIX_AND_RERUN)
+            return MachineError(f"{problem}. {remedy}")
         statuses = [process.exitcode for process in self._context.processes]
         # The pool itself sends SIGTERM to those that are left.
         statuses.sort(key=lambda status: status == -signal.SIGTERM)
@@ -2031,8 +2177,7 @@ def _cause_of_death(status: int, text: str) -> RunError:
     if status == -signal.SIGKILL or "failed to map segment" in text:
         return MachineError(
             "A worker process was killed, most likely because the machine ran out "
-            "of memory. Finished shards are kept: rerun the same command with "
-            "fewer --num_workers."
+            f"of memory. {FEWER_WORKERS}."
         )
     if "pthread_create() failed" in text:
         return MachineError(TOO_MANY_THREADS)
@@ -2044,7 +2189,7 @@ def _cause_of_death(status: int, text: str) -> RunError:
     if status == -signal.SIGILL:
         said += ", as if TensorFlow were built for another processor"
     if status == IMPORT_FAILED:
-        remedy = f"Run {INSTALL} in a new virtual environment."
+        remedy = f"Run: {INSTALL}."
         return MachineError(f"TensorFlow cannot be imported: {said}. {remedy}")
     return MachineError(f"A worker process died: {said}. {FIX_AND_RERUN}")
 
@@ -2167,6 +2312,7 @@ REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
 WARNING_SECONDS = 10
+QUIET_LOGGERS = ("google", "urllib3")
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 
 
@@ -2245,9 +2391,7 @@ class Destination:
         client: Any = None,
         stopping: threading.Event | None = None,
     ):
-        # Otherwise the client also asks for the bucket's metadata, in its own thread.
-        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "1")
-        for library in ("google", "urllib3"):  # they warn of each retry
+        for library in QUIET_LOGGERS:  # they warn of each retry
             python_logging.getLogger(library).setLevel(python_logging.ERROR)
 
         self.path = path
@@ -3021,7 +3165,7 @@ def _uploaded_before(job: Job) -> list[pathlib.Path]:
 
 def room_problems(
     flag: str,
-    directory: str | os.PathLike[str],
+    directory: StrPath,
     needed: int,
     what: str,
     remedy: str = "",
@@ -3035,10 +3179,10 @@ def room_problems(
     return [problem] if needed > free else []
 
 
-def nearest_directory(path: str | os.PathLike[str]) -> pathlib.Path:
+def nearest_directory(path: StrPath) -> pathlib.Path:
     """The path itself, or the nearest thing above it that exists."""
     place = pathlib.Path(path)
-    return next(p for p in (place, *place.parents) if p.exists())
+    return next(p for p in (place, *place.parents) if os.path.exists(p))
 
 
 def _remove_temporary_files(options: Options) -> None:
@@ -3046,16 +3190,16 @@ def _remove_temporary_files(options: Options) -> None:
     scratch_dir = pathlib.Path(options.scratch_dir)
     if options.task_count == 1:
         for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
-            path.unlink(missing_ok=True)
+            remove(path)
     for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
         index = re.match(r"\.+(?:train|validation)-(\d+)-of-\d", path.name)
         if index and int(index[1]) % options.task_count == options.task:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def _remove_manifest(job: Job) -> None:
     """Removes the mark of a complete data set, because it is not one."""
-    pathlib.Path(job.manifest_path).unlink(missing_ok=True)
+    remove(job.manifest_path)
     if job.destination:
         job.destination.delete(MANIFEST_FILE)
 
@@ -3163,16 +3307,24 @@ CONTROL_CHARACTERS = r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "StrPath | None": (str, os.PathLike, type(None)),
+    "str | None": (str, type(None)),
+    "int | None": (int, type(None)),
+    "int": (int,),
+    "bool": (bool,),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the user asks for: the flags, checked, and the client."""
 
-    raw_data_dir: str | None
+    raw_data_dir: StrPath | None
     gcs_upload: bool
     gcs_project: str | None
     gcs_output_path: str | None
-    local_scratch_dir: str | None
+    local_scratch_dir: StrPath | None
     client: storage.Client | None = None
     num_workers: int | None = None
     training_shards: int = TRAINING_SHARDS
@@ -3184,6 +3336,11 @@ class Options:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, FIELD_TYPES.get(str(field.type), object)):
+                problem = f"{field.name} must be of type {field.type}; found {value!r}."
+                raise InvalidInputError(problem)
         problems = [problem for holds, problem in self._checks() if not holds]
         if self.gcs_upload and self.gcs_output_path:
             with _collecting(problems):
@@ -3193,12 +3350,12 @@ class Options:
 
     @functools.cached_property  # not affected by a later change of directory
     def raw_dir(self) -> str:
-        return os.path.abspath(os.path.expanduser(self.raw_data_dir or ""))
+        return absolute(self.raw_data_dir or "")
 
     @functools.cached_property
     def scratch_dir(self) -> str:
-        scratch_dir = os.path.expanduser(self.local_scratch_dir or "")
-        return os.path.abspath(scratch_dir or os.path.join(self.raw_dir, "tf_records"))
+        default = os.path.join(self.raw_dir, "tf_records")
+        return absolute(self.local_scratch_dir or default)
 
     @property
     def workers(self) -> int:
@@ -3239,9 +3396,8 @@ class Options:
             yield is_there, f"The package {name} is missing: run {INSTALL}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
-        given, directory = self.raw_data_dir or "", self.raw_dir
-        is_new = self.fake_imagenet and not os.path.lexists(directory)
-        if is_new and not self.dry_run:  # it may be missing
+        given, directory = os.fspath(self.raw_data_dir or ""), self.raw_dir
+        if self.fake_imagenet and not os.path.lexists(directory):  # it may be missing
             directory = str(nearest_directory(directory))
         splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
         if fault := _directory_fault(given, directory):
@@ -3253,7 +3409,7 @@ class Options:
         yield given, "--raw_data_dir must name the directory of the raw ImageNet."
         flag = f"--local_scratch_dir={self.local_scratch_dir or self.scratch_dir}"
         place = nearest_directory(self.scratch_dir)
-        fault = _directory_fault(self.local_scratch_dir or "", str(place))
+        fault = _directory_fault(os.fspath(self.local_scratch_dir or ""), str(place))
         yield not fault, f"{flag} must be a local directory, but {fault}."
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
@@ -3270,9 +3426,23 @@ def _directory_fault(given: str, path: str) -> str:
     """Says why a flag's value is not a local directory; empty if it is one."""
     if given.startswith("gs://"):
         return "it is in Cloud Storage"
-    if os.path.isdir(path):
-        return ""
-    return f"{path} is a file" if os.path.exists(path) else f"{path} does not exist"
+    if closed := closed_directory(path):
+        return f"{closed} cannot be entered"
+    with (
+        trying_to("enter", path, is_input=True),
+        contextlib.suppress(FileNotFoundError),
+    ):
+        return "" if stat.S_ISDIR(os.stat(path).st_mode) else f"{path} is a file"
+    return f"{path} does not exist"
+
+
+def absolute(path: StrPath) -> str:
+    """Makes a path absolute; `~` is the home directory, as in a shell."""
+    try:
+        return os.path.abspath(os.path.expanduser(os.fspath(path)))
+    except FileNotFoundError as error:
+        problem = "The working directory no longer exists: change to another (cd)."
+        raise InvalidInputError(problem) from error
 
 
 def _is_installed(package: str) -> bool:
@@ -3293,7 +3463,7 @@ def _num_processors() -> int:
 
 
 def convert_to_tf_records(
-    raw_data_dir: str, local_scratch_dir: str
+    raw_data_dir: StrPath, local_scratch_dir: StrPath
 ) -> tuple[list[str], list[str]]:
     """Writes 1,024 training and 128 validation shards, as `run` without an upload.
 
@@ -3310,8 +3480,8 @@ def convert_to_tf_records(
 
 
 def upload_to_gcs(
-    training_records: Sequence[str],
-    validation_records: Sequence[str],
+    training_records: Sequence[StrPath],
+    validation_records: Sequence[StrPath],
     gcs_output_path: str,
     gcs_project: str | None,
     client: storage.Client | None = None,
@@ -3319,13 +3489,22 @@ def upload_to_gcs(
     """Uploads shards under their base names, except those that are already there.
 
     Raises:
-      InvalidInputError: The output path is not one of Cloud Storage.
+      InvalidInputError: No such files, or not a path of Cloud Storage.
       RunError: The upload failed; the next call skips what is already there.
+      TypeError: An argument is not what it should be.
     """
-    with failures_in_words():
-        destination = Destination(GcsPath.parse(gcs_output_path), gcs_project, client)
+    for records in training_records, validation_records:
+        if isinstance(records, (str, bytes, os.PathLike)):
+            raise TypeError(f"Records must be a list of paths; found {records!r}.")
+    paths = [os.fspath(path) for path in (*training_records, *validation_records)]
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        raise InvalidInputError(
+            f"Shards must be files; found none at {_some(missing)}."
+        )
+    with as_a_guest():
+        path = GcsPath.parse(os.fspath(gcs_output_path))
+        destination = Destination(path, gcs_project, client)
         destination.list_objects()
-        paths = [*training_records, *validation_records]
         names = map(os.path.basename, paths)
         for name in [name for name in names if name not in destination.objects][:1]:
             destination.check_access(name)
@@ -3338,19 +3517,27 @@ def upload_to_gcs(
 
 
 @contextlib.contextmanager
-def failures_in_words() -> Iterator[None]:
-    """Turns a failure of the machine into a RunError of one line."""
+def as_a_guest() -> Iterator[None]:
+    """Says what fails in one line, and leaves the caller's process as it was."""
+    loggers = [python_logging.getLogger(name) for name in QUIET_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    handlers = python_logging.root.handlers[:]  # absl adds one if there is none
     try:
-        yield
-    except OSError as error:
-        verb = "find" if isinstance(error, FileNotFoundError) else "write"
-        what = f"Cannot {verb} {error.filename}: " if error.filename else ""
-        problem = f"{what}{error.strerror or error}. {FIX_AND_RERUN}"
-        raise RunError(problem) from error
+        # Otherwise the client asks for the bucket's metadata, in a thread of its own.
+        with _environment({"DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA": "1"}):
+            yield
+    except (OSError, MemoryError) as error:
+        path = getattr(error, "filename", None) or "what is needed"
+        with trying_to("use", path):
+            raise
     except RuntimeError as error:
         if str(error) != "can't start new thread":
             raise
         raise MachineError(TOO_MANY_THREADS) from error
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        python_logging.root.handlers[:] = handlers
 
 
 @contextlib.contextmanager
@@ -3360,8 +3547,9 @@ def _locked(options: Options) -> Iterator[None]:
     Tasks of the same count may share the directory.
     """
     scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
-    is_new = not scratch_dir.exists()
-    scratch_dir.mkdir(parents=True, exist_ok=True)
+    is_new = not os.path.exists(scratch_dir)
+    with trying_to("write", scratch_dir, is_input=True):
+        scratch_dir.mkdir(parents=True, exist_ok=True)
     path = scratch_dir / f".lock-{options.task}-of-{count}"
     with _lock(path):
         for other in scratch_dir.glob(".lock-*-of-*"):
@@ -3381,13 +3569,16 @@ def _locked(options: Options) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(os.open(path, mode, 0o666), "rb+", buffering=0) as file:
+    with trying_to("write", path, is_input=True):
+        descriptor = os.open(path, mode, 0o666)
+    with open(descriptor, "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
                 f"Another run is writing to {path.parent}: wait until it ends, or "
-                "choose another --local_scratch_dir."
+                "choose another --local_scratch_dir.",
+                may_pass=True,
             ) from None
         except OSError as error:  # some network file systems cannot
             logging.warning(
@@ -3403,23 +3594,25 @@ def main(arguments: Sequence[str]) -> None:
     logging.get_absl_handler().setFormatter(_LogFormatter())
     if FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)
-    if len(arguments) > 1:
-        raise app.UsageError(f"All arguments must be flags; found {arguments[1]!r}.")
-    warnings.filterwarnings("ignore", module="google", category=FutureWarning)
     live_line.is_on = bool(sys.stderr and sys.stderr.isatty())
     if not IS_VERBOSE:  # the other stderr is for what dies
         sys.stderr = os.fdopen(os.dup(2), "w", 1, errors="backslashreplace")
         logging.get_absl_handler().python_handler.setStream(sys.stderr)
-    for signal_number in STOP_SIGNALS:
-        if signal.getsignal(signal_number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signal_number, _raise_stopped)
     try:
+        for signal_number in STOP_SIGNALS:
+            if signal.getsignal(signal_number) != signal.SIG_IGN:  # as nohup SIGHUP
+                signal.signal(signal_number, _raise_stopped)
+        if len(arguments) > 1:
+            found = f"found {arguments[1]!r}"
+            _exit(1, f"All arguments must be flags; {found}.", "See --help.")
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
         _ignore_signals()
-    except (InvalidInputError, RunError) as error:
+    except InvalidInputError as error:
         _exit(1, *error.args)
+    except RunError as error:
+        _exit(os.EX_TEMPFAIL if error.may_pass else 1, *error.args)
     except Stopped as stopped:
         number = stopped.args[0]
         _exit(128 + number, f"Stopped by {number.name}. {RERUN}")
@@ -3428,15 +3621,24 @@ def main(arguments: Sequence[str]) -> None:
 def parse_flags(arguments: list[str]) -> list[str]:
     """Answers --help and --version, or parses the flags."""
     if {"-h", "-help", "--help"} & set(arguments[1:]):
-        print("Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n")
+        usage = "Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n"
         own_flags = FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
-        print(f"{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}")
-        sys.exit(0)
+        _answer(f"{usage}\n{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}")
     rest = app.parse_flags_with_usage(arguments)
     if FLAGS.version:
-        print(f"imagenet_to_gcs.py {__version__}")
-        sys.exit(0)
+        _answer(f"imagenet_to_gcs.py {__version__}")
     return rest
+
+
+def _answer(text: str) -> NoReturn:
+    """Prints and exits; a reader who has read enough, such as `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"Cannot print: {error.strerror}.", file=sys.stderr, flush=True)
+            os._exit(1)
+    os._exit(0)
 
 
 class Stopped(BaseException):
@@ -3530,9 +3732,10 @@ def list_tar(source: ImageSource) -> tuple[Fingerprint, dict[str, Place]]:
             end = fingerprint[1] if source.end is None else source.end
             members = _read_headers(file.fileno(), source.start or 0, end)
             return fingerprint, _resolve_links(members)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        problem = f"Cannot list the tar {source.place}: {reason}."
+    except OSError as error:
+        raise refusal("list the tar", source.place, error) from error
+    except ValueError as error:
+        problem = f"Cannot list the tar {source.place}: {error}."
         raise InvalidInputError(problem) from error
 
 
@@ -3654,24 +3857,24 @@ def _check_end(descriptor: int, position: int, end: int) -> None:
 FAKE_TRAINING_IMAGES = 2048
 FAKE_VALIDATION_IMAGES = 256
 FAKE_IMAGE_BYTES = 100_000  # at most
+FAKE_SYNSETS = tuple(f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS))
 FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 
 
-def make_fake_imagenet(options: Options, pool: Pool) -> None:
+def make_fake_imagenet(options: Options, pool: Pool | None) -> None:
     """Generates 2,048 training and 256 validation images of 1,000 synsets.
 
     They leave none of the 1,024 and 128 shards empty. The synsets, from n90000000 on,
     are not in WordNet. A complete fake is left as it is; an interrupted one is
     generated again.
     """
-    root = pathlib.Path(options.raw_dir)
-    scratch_name = os.path.relpath(options.scratch_dir, root).split(os.sep)[0]
-    found = set(os.listdir(root)) - {scratch_name} if root.is_dir() else set()
-    if LABELS_FILE in found and FAKE_MARK in found:
+    if has_fake(options):
         return
+    root = pathlib.Path(options.raw_dir)
     num_images = FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES
     flag = f"--raw_data_dir={options.raw_data_dir}"
     problems = room_problems(flag, root, num_images * FAKE_IMAGE_BYTES, "fake images")
+    found = _found_in(options)
     if found and FAKE_MARK not in found:
         problems.append(
             f"{flag} must be empty or missing for --fake_imagenet; it contains "
@@ -3679,18 +3882,44 @@ def make_fake_imagenet(options: Options, pool: Pool) -> None:
         )
     if problems:
         raise InvalidInputError(*problems)
-    logging.info(f"Generating {_count(num_images, 'fake image')} in {root}.")
-    root.mkdir(parents=True, exist_ok=True)
-    (root / FAKE_MARK).touch()
-    synsets = [f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS)]
-    _draw_all([*_fake_paths(root, synsets)], options.workers, pool)
-    labels = "".join(f"{synset}\n" for synset in synsets[:FAKE_VALIDATION_IMAGES])
+    verb = "Generating" if pool else "Would generate"
+    logging.info(f"{verb} {_count(num_images, 'fake image')} in {root}.")
+    if not pool:
+        return
+    with trying_to("write", root, is_input=True):
+        root.mkdir(parents=True, exist_ok=True)
+        (root / FAKE_MARK).touch()
+    _draw_all([*_fake_paths(root)], options.workers, pool)
+    labels = "".join(f"{synset}\n" for synset in FAKE_SYNSETS[:FAKE_VALIDATION_IMAGES])
     write_text(str(root / LABELS_FILE), labels)  # last: all is there
 
 
-def _fake_paths(root: pathlib.Path, synsets: Sequence[str]) -> Iterator[pathlib.Path]:
+def has_fake(options: Options) -> bool:
+    """Whether the raw directory is a fake already, and a whole one."""
+    return {LABELS_FILE, FAKE_MARK} <= _found_in(options)
+
+
+def _found_in(options: Options) -> set[str]:
+    """Names in the raw directory, without the shards."""
+    root, scratch_dir = options.raw_dir, options.scratch_dir
+    scratch_name = os.path.relpath(scratch_dir, root).split(os.sep)[0]
+    found = {entry.name for entry in _scan(root)} if os.path.isdir(root) else set()
+    return found - {scratch_name}
+
+
+def planned_fake(options: Options) -> Dataset:
+    """The fake that a dry run does not generate; no image will be larger."""
+    images = [
+        RawImage(str(path.parent), path.name, "", 0, FAKE_IMAGE_BYTES, 0)
+        for path in _fake_paths(pathlib.Path(options.raw_dir))
+    ]
+    validation = images[FAKE_TRAINING_IMAGES:]
+    return Dataset(FAKE_SYNSETS, images[:FAKE_TRAINING_IMAGES], validation)
+
+
+def _fake_paths(root: pathlib.Path) -> Iterator[pathlib.Path]:
     for i in range(FAKE_TRAINING_IMAGES):
-        number, synset = i // len(synsets), synsets[i % len(synsets)]
+        number, synset = i // IMAGENET_SYNSETS, FAKE_SYNSETS[i % IMAGENET_SYNSETS]
         yield root / TRAINING_DIRECTORY / synset / f"{synset}_{number}.JPEG"
     for i in range(1, FAKE_VALIDATION_IMAGES + 1):
         yield root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i:08d}.JPEG"

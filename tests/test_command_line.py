@@ -100,7 +100,8 @@ def test_argument_is_refused_when_it_is_no_flag(tmp_path: Path) -> None:
     flags = ["--nogcs_upload", "--raw_data_dir=/my", "data"]
     finished = run_light(*flags, cwd=tmp_path)
     assert finished.status == 1
-    assert finished.lines[-1] == "All arguments must be flags; found 'data'."
+    said = ["All arguments must be flags; found 'data'.", "See --help."]
+    assert finished.lines == [f"ERROR: {line}" for line in said]
     assert files_in(tmp_path) == []
 
 

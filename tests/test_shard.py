@@ -157,9 +157,12 @@ def test_shard_is_as_before_when_images_turn_bad(
 
 def test_failed_write_names_its_file(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "train").touch()
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(script.MachineError) as caught:
         script.write_shard(plan(raw)[0], str(tmp_path))
-    assert str(caught.value.filename).startswith(f"{tmp_path}/train")
+    path = f"{tmp_path}/train/{plan(raw)[0].name}"
+    assert str(caught.value) == (
+        f"Cannot write {path}: File exists. Fix this and rerun the same command."
+    )
 
 
 # ------------------------------------------------------------------------ the stamp

@@ -1,0 +1,422 @@
+"""Sections 5, 7 and 11: disk, machine and caller fail, and each is called by its name.
+
+Each test ends in the exact words, and in no traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import contract
+import pytest
+import tars
+from command import SCRIPT, UPLOAD, Finished, environment, run_code, run_command
+from emulator import Emulator, Status
+from processes import Run, started, unprivileged, wait_for
+
+import imagenet_to_gcs as script
+
+SHARDS = ("--training_shards=8", "--validation_shards=3", "--num_workers=2")
+FIX = "Fix this and rerun the same command."
+KEPT = " Finished shards are kept."  # said where there are any
+FAILS = "The disk fails or is gone"
+
+FAILING = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+/* From the fifth image of a process on, $FAILING (open or read) fails with $ERROR. */
+static int failing(const char *call, const char *path) {
+  static int calls;
+  const char *end = strrchr(path, '.');
+  if (strcmp(getenv("FAILING"), call) || !end || strcmp(end, ".JPEG")) return 0;
+  if (++calls <= 5) return 0;
+  errno = atoi(getenv("ERROR"));
+  return 1;
+}
+static int (*next_open)(const char *, int, ...);
+int open64(const char *path, int flags, ...) {
+  va_list rest;
+  va_start(rest, flags);
+  mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;
+  va_end(rest);
+  if (!next_open) next_open = dlsym(RTLD_NEXT, "open64");
+  return failing("open", path) ? -1 : next_open(path, flags, mode);
+}
+ssize_t read(int fd, void *data, size_t size) {
+  static ssize_t (*next)(int, void *, size_t);
+  char link[64], path[4096];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  ssize_t length = readlink(link, path, sizeof path - 1);
+  path[length < 0 ? 0 : length] = 0;
+  if (!next) next = dlsym(RTLD_NEXT, "read");
+  return failing("read", path) ? -1 : next(fd, data, size);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library to preload, which has images fail to be opened or read."""
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    library = tmp_path_factory.mktemp("failing") / "failing.so"
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-o", str(library), "-", "-ldl"]
+    subprocess.run(command, input=FAILING, text=True, check=True)
+    return library
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A raw ImageNet of 150 + 33 images."""
+    return contract.make_raw(tmp_path / "raw", 10, 15, 33)
+
+
+def flags(raw: Path, *more: str) -> list[str]:
+    scratch = f"--local_scratch_dir={raw.parent}/scratch"
+    return [f"--raw_data_dir={raw}", scratch, "--nogcs_upload", *SHARDS, *more]
+
+
+def command(*given: str) -> str:
+    return shlex.join([sys.executable, str(SCRIPT), *given])
+
+
+def in_shell(shell: str) -> Finished:
+    run = subprocess.run(
+        ["bash", "-c", shell],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Finished.of(run.returncode, run.stdout, run.stderr)
+
+
+def only_error(done: Finished, status: int = 1) -> str:
+    """What the one line says that ends the run, without what all may end with."""
+    assert "Traceback" not in done.stderr
+    assert done.status == status
+    [error] = done.errors
+    assert done.lines[-1] == f"ERROR: {error}"
+    return error.removesuffix(KEPT)
+
+
+# ------------------------------------------------------------------ a disk that fails
+
+
+@pytest.mark.parametrize("call", ["read", "open"])
+@pytest.mark.parametrize("number", [5, 116], ids=["EIO", "ESTALE"])
+def test_failing_disk_stops_the_run_in_one_line(
+    many: Path, failing_disk: Path, call: str, number: int
+) -> None:
+    env = {"LD_PRELOAD": str(failing_disk), "FAILING": call, "ERROR": str(number)}
+    error = only_error(run_command(*flags(many), env=env))
+    assert error.startswith(f"Cannot read 20 images below {many}, the last {many}/")
+    assert error.endswith(f".JPEG: {os.strerror(number)}. {FAILS}. {FIX}")
+
+
+def test_raw_directory_that_moves_stops_the_run_in_one_line(many: Path) -> None:
+    with started(*flags(many)) as run:
+        wait_for(lambda: "Writing " in run.output(), run)
+        many.rename(many.with_name("moved"))
+        error = only_error(run.finish())
+    assert error.startswith(f"Cannot read 20 images below {many}, the last {many}/")
+    assert error.endswith(f".JPEG: {script.GONE}. {FIX}")
+
+
+def test_few_unreadable_images_are_named_as_bad_images_are(many: Path) -> None:
+    """As many as stop no run: 19 that are gone, over all shards."""
+    gone = sorted(many.glob("train/*/*_1.JPEG")) + sorted(many.glob("train/*/*_2.JPEG"))
+    with started(*flags(many)) as run:
+        wait_for(lambda: "Writing " in run.output(), run)
+        for path in gone[:19]:
+            path.unlink()
+        done = run.finish()
+    assert done.status == 1
+    said = sorted(f"Cannot read {path}: {script.GONE}." for path in gone[:19])
+    assert done.errors == said
+
+
+def test_tar_that_changes_is_named_once(raw: Path, tmp_path: Path) -> None:
+    raw = tars.lay_out(raw, tmp_path / "other", "whole_tar", "flat")
+    tar = raw / "ILSVRC2012_img_train.tar"
+    with started(*flags(raw)) as run:
+        wait_for(lambda: "Writing " in run.output(), run)
+        tar.touch()
+        error = only_error(run.finish())
+    changed = "has changed since the run began. Rerun the same command to resume."
+    assert error == f"{tar} {changed}"
+
+
+def test_many_bad_images_are_counted() -> None:
+    problems = [f"Cannot decode {i:04d}: the file is empty." for i in range(1003)]
+    said = script._first(problems)
+    assert said == [*problems[:1000], "3 more images cannot be used."]
+
+
+# ------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("limit", [16, 24])
+def test_limit_of_open_files_is_named(many: Path, limit: int) -> None:
+    error = only_error(in_shell(f"ulimit -n {limit}; exec {command(*flags(many))}"))
+    assert "Too many open files" in error
+    assert error.endswith("Raise the limit (ulimit -n) and rerun the same command.")
+
+
+def test_lack_of_memory_is_named(raw: Path) -> None:
+    """Most of the image of 700 MB is a hole."""
+    path = min(raw.glob("train/*/*.JPEG"))
+    os.truncate(path, 700_000_000)
+    done = in_shell(f"ulimit -v 2000000; exec {command(*flags(raw))}")
+    assert only_error(done) == (
+        f"Cannot read {path}: Cannot allocate memory. Rerun the same command with "
+        "fewer --num_workers, or allow it more memory."
+    )
+
+
+# -------------------------------------------------------------------- before a run
+
+CLOSED = {
+    "mkdir closed; mv raw closed; chmod 666 closed": (
+        "closed/raw",
+        (
+            "--raw_data_dir=TMP/closed/raw must be a directory with train/, validation/ "
+            "and synset_labels.txt, but TMP/closed cannot be entered."
+        ),
+    ),
+    "chmod 666 raw/train": ("raw", "Cannot enter TMP/raw/train: Permission denied."),
+    "chmod 666 raw/train/n01440764": (
+        "raw",
+        "Cannot enter TMP/raw/train/n01440764: Permission denied.",
+    ),
+    "chmod 333 raw/train": ("raw", "Cannot list TMP/raw/train: Permission denied."),
+    "mkdir -m 333 new": ("new", "Cannot list TMP/new: Permission denied."),
+    "touch scratch": (
+        "raw",
+        (
+            "--local_scratch_dir=TMP/scratch must be a local directory, but TMP/scratch is "
+            "a file."
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("commands", "where"), CLOSED.items())
+def test_verb_is_that_of_what_failed(
+    raw: Path, commands: str, where: tuple[str, str]
+) -> None:
+    place, error = where
+    contract.change(raw.parent, commands)
+    more = ["--fake_imagenet"] if place == "new" else []
+    scratch = f"--local_scratch_dir={raw.parent}/scratch"
+    given = [f"--raw_data_dir={raw.parent / place}", scratch, "--nogcs_upload", *more]
+    done = in_shell(f"exec {shlex.join(unprivileged())} {command(*given)}")
+    contract.change(raw.parent, "chmod -R u+rwX .")
+    assert only_error(done) == error.replace("TMP", str(raw.parent))
+
+
+def test_lost_working_directory_is_named(tmp_path: Path) -> None:
+    relative = command("--raw_data_dir=raw", "--nogcs_upload")
+    done = in_shell(f"cd {tmp_path}; mkdir x; cd x; rmdir ../x; exec {relative}")
+    said = "The working directory no longer exists: change to another (cd)."
+    assert only_error(done) == said
+
+
+def test_another_run_is_waited_for(raw: Path) -> None:
+    """75 is the system's "try again later"."""
+    scratch = raw.parent / "scratch"
+    with started(*flags(raw)) as run:
+        wait_for(lambda: (scratch / ".lock-0-of-1").exists(), run)
+        os.kill(run.pid, signal.SIGSTOP)
+        done = run_command(*flags(raw))
+        os.kill(run.pid, signal.SIGCONT)
+        assert run.finish().status == 0
+    assert only_error(done, 75) == (
+        f"Another run is writing to {scratch}: wait until it ends, or choose another "
+        "--local_scratch_dir."
+    )
+
+
+@pytest.mark.parametrize("make", ["true", "mkdir fake"], ids=["new", "empty"])
+def test_dry_run_of_a_fake_says_what_it_would_do(tmp_path: Path, make: str) -> None:
+    contract.change(tmp_path, make)
+    before = list(tmp_path.rglob("*"))
+    fake = tmp_path / "fake"
+    given = [f"--raw_data_dir={fake}", "--nogcs_upload", "--fake_imagenet"]
+    done = run_command(*given, "--dry_run")
+    assert (done.status, done.lines) == (
+        0,
+        [
+            f"Would generate 2,304 fake images in {fake}.",
+            (
+                "Would write 1,152 shards of 2,304 images (231.2 MB) to "
+                f"{fake}/tf_records."
+            ),
+        ],
+    )
+    assert list(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------ the command itself
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])
+def test_only_linux_is_worked_on(platform: str) -> None:
+    code = f"import runpy, sys; sys.platform = {platform!r}; "
+    code += "sys.modules['fcntl'] = sys.modules['absl'] = None; "
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = run_code(code)
+    said = "imagenet_to_gcs.py runs on Linux only, which includes WSL on Windows."
+    assert (done.status, done.lines) == (1, [said])
+
+
+def test_missing_packages_are_answered_with_readme_s_environment() -> None:
+    code = "import runpy, sys; sys.modules['absl'] = None; "
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = run_code(code)
+    [line] = done.lines
+    assert line == (
+        "import of absl halted; None in sys.modules. Run: python3 -m venv .venv && "
+        ".venv/bin/pip install -r requirements.txt (on Debian, first: sudo apt-get "
+        "install --yes python3-venv), and use .venv/bin/python"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "end", "status", "stderr"),
+    [
+        ("--help", "| head -1", 0, ""),
+        ("--help", "| true", 0, ""),
+        ("--help", "> /dev/full", 1, "Cannot print: No space left on device.\n"),
+        ("--version", "> /dev/full", 1, "Cannot print: No space left on device.\n"),
+    ],
+)
+def test_answer_that_nobody_reads_is_no_traceback(
+    flag: str, end: str, status: int, stderr: str
+) -> None:
+    done = in_shell(f"set -o pipefail; {command(flag)} {end}")
+    assert (done.status, done.stderr) == (status, stderr)
+
+
+def test_interrupt_during_the_imports_is_no_traceback(
+    raw: Path, tmp_path: Path
+) -> None:
+    """From the first line of the script on; Python itself answers earlier ones."""
+    (tmp_path / "absl").mkdir()
+    (tmp_path / "absl" / "__init__.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    )
+    arguments = [sys.executable, str(SCRIPT), *flags(raw)]
+    run = Run(arguments, {"PYTHONPATH": str(tmp_path)}, tmp_path / "log")
+    wait_for(lambda: "importing" in run.output(), run)
+    os.kill(run.pid, signal.SIGINT)
+    done = run.finish()
+    assert (done.status, done.lines) == (-signal.SIGINT, ["importing"])
+
+
+@pytest.mark.parametrize("env", [{"PYTHONWARNINGS": "error"}, {"PYTHONDEVMODE": "1"}])
+def test_warnings_neither_stop_an_upload_nor_show(
+    raw: Path, emulator: Emulator, env: dict[str, str]
+) -> None:
+    given = [f"--raw_data_dir={raw}", *UPLOAD, *SHARDS]
+    done = run_command(*given, env={**env, **emulator.environment})
+    assert (done.status, done.errors) == (0, [])
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------- as a library
+
+
+def test_outage_while_planning_is_the_service_s(raw: Path, emulator: Emulator) -> None:
+    emulator.inject(Status(403, "No access."), kind="session", at=1, times=None)
+    code = """if True:
+        import sys
+        import imagenet_to_gcs as script
+        try:
+            script.run(sys.argv[1], True, "project", "gs://bucket/x", sys.argv[2])
+        except script.ServiceError as error:
+            print(error)
+    """
+    scratch = str(raw.parent / "scratch")
+    done = run_code(code, str(raw), scratch, env=emulator.environment)
+    assert done.stdout.startswith("Access to gs://bucket/x"), done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("training_shards", "8", "int"),
+        ("num_workers", 2.0, "int | None"),
+        ("gcs_project", 7, "str | None"),
+        ("local_scratch_dir", 7, "StrPath | None"),
+        ("dry_run", "no", "bool"),
+    ],
+)
+def test_argument_of_another_type_is_named(
+    raw: Path, field: str, value: object, wanted: str
+) -> None:
+    with pytest.raises(script.InvalidInputError) as caught:
+        script.run(raw, gcs_upload=False, **{field: value})  # type: ignore[arg-type]
+    assert str(caught.value) == f"{field} must be of type {wanted}; found {value!r}."
+
+
+def test_records_must_be_a_list(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Records must be a list of paths; found 'x'"):
+        script.upload_to_gcs("x", [], "gs://bucket/x", "project")
+    missing = tmp_path / "x"
+    with pytest.raises(script.InvalidInputError) as caught:
+        script.upload_to_gcs([missing], [], "gs://bucket/x", "project")
+    assert str(caught.value) == f"Shards must be files; found none at {missing}."
+
+
+def test_caller_s_process_is_as_before(raw: Path, emulator: Emulator) -> None:
+    """Paths may be `pathlib`'s, and warnings may be errors."""
+    code = """if __name__ == "__main__":
+        import gc, logging, os, pathlib, signal, sys, threading, warnings
+        import imagenet_to_gcs as script
+
+        def state():
+            loggers = [logging.getLogger(name) for name in ("", "google", "urllib3")]
+            yield from ((logger.level, logger.handlers[:]) for logger in loggers)
+            yield dict(os.environ), threading.active_count(), warnings.filters[:]
+            yield gc.isenabled(), gc.get_freeze_count()
+            yield [signal.getsignal(number) for number in script.STOP_SIGNALS]
+
+        raw, scratch = map(pathlib.Path, sys.argv[1:])
+        from google.cloud import storage
+
+        before = list(state())
+        path = "gs://bucket/x"
+        few = {"training_shards": 3, "validation_shards": 2, "num_workers": 1}
+        script.run(raw, True, "project", path, scratch, **few)
+        records = sorted((scratch / "train").glob("train-*"))
+        script.upload_to_gcs(records, [], path, "project")
+        after = list(state())
+        print(before == after or [b for b in zip(before, after) if b[0] != b[1]])
+    """
+    program = raw.parent / "program.py"
+    program.write_text(code)
+    env = {"PYTHONPATH": str(SCRIPT.parent), **emulator.environment}
+    done = subprocess.run(
+        [sys.executable, str(program), str(raw), str(raw.parent / "scratch")],
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "True\n", done.stderr
