@@ -1978,7 +1978,9 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         with self._ending:
             self._executor.shutdown(cancel_futures=True)
         self._stderr.close()
-        if not owns_process:
+        if owns_process:
+            _end_children()  # an end by itself would take half a second of its time
+        else:
             self._listener.join()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
