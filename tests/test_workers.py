@@ -139,7 +139,10 @@ def test_tensorflow_is_quiet_unless_asked(raw: Path, level: str) -> None:
     done = run_command(*flags(raw), env={"TF_CPP_MIN_LOG_LEVEL": level})
     assert_complete(done, raw)
     assert any("oneDNN" in line for line in done.lines) == (level == "0")
-    assert len(done.lines) == 4 or level == "0"
+    of_tensorflow = re.compile(
+        r"[IWEF]\d{4} |.*tensorflow/|WARNING: All log |To enable "
+    )
+    assert any(map(of_tensorflow.match, done.lines)) == (level == "0")
 
 
 # ----------------------------------------------------------------- from a program
@@ -425,9 +428,10 @@ def test_nothing_is_left_after_a_signal(
 def test_nothing_is_left_after_a_normal_end(raw: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    for _ in range(2):  # the second has nothing to do
+    for is_first in (True, False):
         with started(*flags(raw), env={"TMPDIR": str(temporary)}) as run:
-            wait_for(lambda: semaphores(run), run)
+            if is_first:  # the second has nothing to do, and may be over by now
+                wait_for(lambda: semaphores(run), run)
             shared = semaphores(run)
             assert_complete(run.finish(), raw)
         assert not any(path.exists() for path in shared)
