@@ -2474,8 +2474,9 @@ class Destination:
                     raise
                 if self.is_listed:
                     logging.warning(
-                        f"Cannot list {self.path} ({said.words}): all shards will be "
-                        "uploaded, and the result cannot be checked."
+                        f"Cannot list {self.path} (storage.objects.list: "
+                        f"{said.words}): all shards will be uploaded, and the result "
+                        "cannot be checked."
                     )
                 self.is_listed, self.objects = False, {}
         return self.objects

@@ -383,7 +383,7 @@ def test_nothing_is_encoded_nor_uploaded_when_scratch_is_gone(
     done = run_command(*small.flags(scratch, *UPLOAD), env=emulator.environment)
     assert done.status == 0, done.stderr
     assert shard_paths(scratch) == {}
-    assert kinds(emulator) == ["session", "other", "list", "list"]
+    assert kinds(emulator) == ["list", "list"]
     manifest = (small.scratch / "manifest.json").read_bytes()
     assert (scratch / "manifest.json").read_bytes() == manifest
 
@@ -433,7 +433,7 @@ def test_manifest_is_absent_when_run_is_killed_in_the_middle(
         wait_for(lambda: "chunk" in kinds(emulator), run)
         kill_parent(run)
         run.wait_until_gone()
-    access, changes = ["session", "other", "list"], ["delete", "session", "chunk"]
+    access, changes = ["list", "session", "other"], ["delete", "session", "chunk"]
     assert kinds(emulator) == [*access, *changes]
     assert "manifest.json" not in stored(emulator)
     assert not (scratch / "manifest.json").exists()
