@@ -2507,17 +2507,24 @@ class Destination:
         an answer that does not match.
 
         Args:
-          sent: Told how many bytes of the file have left so far, at each piece; a fault
-            takes some back.
+          sent: Told how many more bytes have left, at each piece; after a fault, less
+            than none.
 
         Returns:
           False if the file was passed over: see `passed_over`.
         """
-        name = os.path.basename(path)
+        name, sent_so_far = os.path.basename(path), 0
+
+        def before_piece(position: int) -> None:
+            nonlocal sent_so_far
+            self._pause(0)
+            sent(position - sent_so_far)
+            sent_so_far = position
+
         with self._explained(name):
             for seconds in (*RETRY_SECONDS, 0):
                 try:
-                    self._upload_once(path, stamp, sent)
+                    self._upload_once(path, stamp, before_piece)
                     return True
                 except Exception as error:
                     said = read_answer(error)
@@ -2550,15 +2557,11 @@ class Destination:
             )
 
     def _upload_once(
-        self, path: str, stamp: Stamp, sent: Callable[[int], None]
+        self, path: str, stamp: Stamp, before_piece: Callable[[int], None]
     ) -> None:
         name = self.path.name_of(os.path.basename(path))
         blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
-
-        def before_piece(position: int) -> None:
-            self._pause(0)
-            sent(position)
 
         with open_file(path) as file:
             # If told the size, the client sends a small file in one request, without

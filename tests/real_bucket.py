@@ -69,8 +69,8 @@ class Play:
         return self.listing()
 
     def upload(self, path: str, bytes_per_second: float = 1e12) -> str:
-        def slowly(_: int) -> None:
-            time.sleep(script.PIECE_BYTES / bytes_per_second)
+        def slowly(num_bytes: int) -> None:
+            time.sleep(max(num_bytes, 0) / bytes_per_second)
 
         stamp = script.measure(path)
         self.destination.upload(path, stamp, slowly)
