@@ -161,13 +161,3 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert sorted(raw.parent.rglob("*")) == before
     assert kinds(emulator) == ["list", "session"]
     assert emulator.objects() == {}
-
-
-def test_dry_run_draws_nothing_when_asked_for_a_fake_imagenet(tmp_path: Path) -> None:
-    """So there is nothing to plan, unless it was drawn before."""
-    flags = [f"--raw_data_dir={tmp_path}/raw", "--nogcs_upload", "--fake_imagenet"]
-    done = run_command(*flags, "--dry_run")
-    [error] = done.errors
-    assert error.endswith(f", but {tmp_path}/raw does not exist.")
-    assert (done.status, done.lines) == (1, [f"ERROR: {error}"])
-    assert list(tmp_path.iterdir()) == []

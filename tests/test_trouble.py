@@ -239,7 +239,7 @@ def test_another_run_is_waited_for(raw: Path) -> None:
     """75 is the system's "try again later"."""
     scratch = raw.parent / "scratch"
     with started(*flags(raw)) as run:
-        wait_for(lambda: (scratch / ".lock-0-of-1").exists(), run)
+        wait_for(run.output, run)  # it has its lock before it says what it found
         os.kill(run.pid, signal.SIGSTOP)
         done = run_command(*flags(raw))
         os.kill(run.pid, signal.SIGCONT)
