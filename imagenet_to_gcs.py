@@ -60,6 +60,19 @@ Exit status: 0 if everything is done; 1 if something must be fixed; 75 if the
 same command can succeed later: the network or the service did not answer for
 long enough, or another run is writing to the same place; 130 after Ctrl-C, 143
 after SIGTERM, 129 after SIGHUP.
+
+Who calls whom, in the order of this file:
+
+    run                      the whole way
+      plan_job               lists, plans and checks; writes nothing
+        read_dataset         lists and labels the images
+        plan_shards          says which image goes where
+        find_work            compares this with the disk and the bucket
+      carry_out
+        write_and_upload     one shard in each thread: `take`
+          write_shard        write_records fills it, in a worker process
+          Destination.upload
+        _finish              looks again at all, then writes the manifest
 """
 
 from __future__ import annotations
@@ -81,11 +94,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import enum
 import errno
 import fcntl
 import functools
 import gc
 import hashlib
+import heapq
 import http.client
 import importlib.util
 import io
@@ -108,6 +123,7 @@ import struct
 import subprocess
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -387,9 +403,10 @@ def plan_job(options: Options) -> Job:
     problems: list[str] = []
     dataset = Dataset()  # stays empty if its listing fails; the rest is checked, too
     destination = failure = None
+    stopping = threading.Event()
     background = concurrent.futures.ThreadPoolExecutor(1)
-    with _closing(background):
-        opened = background.submit(_open_destination, options)
+    with _closing(background, stopping):
+        opened = background.submit(_open_destination, options, stopping)
         with _collecting(problems):
             dataset = _find_dataset(options)
         try:
@@ -399,7 +416,7 @@ def plan_job(options: Options) -> Job:
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     objects = destination.objects if destination else None
     work = find_work(shards, options.scratch_dir, objects, options.is_own)
-    job = Job(options, dataset.synsets, shards, destination, work)
+    job = Job(options, dataset.synsets, shards, destination, work, stopping)
     try:
         if destination and work.left:
             destination.check_access(work.left[0])
@@ -426,8 +443,9 @@ def _find_dataset(options: Options) -> Dataset:
         f"Found {_count(len(dataset.training), 'training image')} in "
         f"{_count(num_classes, 'synset')} and "
         f"{_count(len(dataset.validation), 'validation image')} "
-        f"({_size(dataset.num_bytes)}) in {options.raw_dir}: {dataset.layout}."
+        f"({_size(dataset.num_bytes)}) in {options.raw_dir}."
     )
+    logging.info(f"Layout: {dataset.layout}.")
     if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
         shards = options.training_shards, options.validation_shards
         for line in warnings_about(dataset, *shards):
@@ -435,12 +453,14 @@ def _find_dataset(options: Options) -> Dataset:
     return dataset
 
 
-def _open_destination(options: Options) -> Destination | None:
+def _open_destination(
+    options: Options, stopping: threading.Event
+) -> Destination | None:
     """Lists what the bucket holds; None without an upload."""
     if not options.gcs_upload:
         return None
     path = GcsPath.parse(options.gcs_output_path or "")
-    destination = Destination(path, options.gcs_project, options.client)
+    destination = Destination(path, options.gcs_project, options.client, stopping)
     destination.list_objects()
     return destination
 
@@ -452,6 +472,7 @@ class Job:
     Attributes:
       shards: The whole plan, including the shards of other tasks.
       destination: None to write the shards only.
+      stopping: Set when the run fails, for its threads to end.
     """
 
     options: Options
@@ -459,6 +480,7 @@ class Job:
     shards: list[Shard]
     destination: Destination | None
     work: Work
+    stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
     def num_missing(self) -> int:
@@ -484,12 +506,15 @@ class Work:
       to_write: This task's shards that are finished neither here nor in the bucket, or
         whose images have been touched.
       to_upload: This task's shards that are finished here but not in the bucket.
-      done: Stamps of the finished shards of all tasks, by name.
+      done: Stamps of the finished shards of all tasks, by name: of those that were
+        found, then also of those that this run finishes.
+      differing: Names of other tasks' shards that are there, but of other images.
     """
 
     to_write: list[Shard] = dataclasses.field(default_factory=list)
     to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
     done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
+    differing: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def left(self) -> list[str]:
@@ -515,6 +540,8 @@ def log_intent(job: Job) -> None:
             f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still "
             "missing."
         )
+    if work.differing:
+        logging.warning(f"{_difference(job, work)}.")
     if not work.left:
         logging.info(
             f"Nothing to do: {_count(len(own), 'shard')} are up to date in {job.place}."
@@ -525,7 +552,7 @@ def log_intent(job: Job) -> None:
             line += f"; {len(work.to_upload):,} need only be uploaded"
         logging.info(f"{line}.")
     if work.to_write:
-        num_bytes = sum(shard.num_bytes for shard in work.to_write)
+        num_bytes = sum(shard.estimated_bytes for shard in work.to_write)
         then = f", and from there to {job.place}" if job.destination else ""
         logging.info(
             f"{'Would write' if options.dry_run else 'Writing'} "
@@ -547,31 +574,51 @@ def carry_out(job: Job, pool: Pool) -> None:
     if not job.options.keep_local_shards:
         for path in _uploaded_before(job):
             remove(path)
-    progress = Progress(job.work, is_uploading=bool(job.destination))
+    progress = Progress(job)
     if job.work.left:
         with reporting(progress.line), _naming_what_is_kept(job, progress):
             write_and_upload(job, progress, pool)
         _log_done(job, progress)
     if progress.bad_images:
-        logging.info(
-            f"{_count(len(progress.bad_images), 'image')} cannot be used, and their "
-            "shards were not written. Replace them and rerun the same command."
-        )
+        bad = _count(len(progress.bad_images), "image")
+        words = "are unusable; their shards were not written. Replace them"
+        if len(progress.bad_images) == 1:
+            words = "is unusable; its shard was not written. Replace it"
+        logging.info(f"{bad} {words} and rerun the same command.")
         raise BadImagesError(*_first(sorted(progress.bad_images)))
+    _finish(job)
+
+
+def _finish(job: Job) -> None:
+    """Looks again at what is there, and completes the data set if all of it is."""
     if job.destination:
         job.destination.list_objects()
     try:
-        stamps = _check_finished(job, progress)
+        work = _check_finished(job)
     except RunError:
         _remove_manifest(job)
         raise
-    if missing := len(job.shards) - len(stamps):
-        logging.info(
-            f"This task is done; {_count(missing, 'shard')} of other tasks are still "
-            "missing."
-        )
-    else:
-        _complete(job, stamps)
+    missing = len(job.shards) - len(work.done)
+    if not missing:
+        _complete(job, work.done)
+        return
+    if missing == len(work.differing):
+        raise RunError(f"{_difference(job, work)}. Rerun all tasks on equal ones.")
+    if work.differing != job.work.differing:
+        logging.warning(f"{_difference(job, work)}.")
+    logging.info(
+        f"This task is done; {_count(missing, 'shard')} of other tasks are still "
+        "missing."
+    )
+
+
+def _difference(job: Job, work: Work) -> str:
+    """Says that tasks disagree on the images, and none can complete the data set."""
+    return (
+        f"{job.place} has {_count(len(work.differing), 'shard')} of other tasks "
+        f"({_some(work.differing)}) of other images than here: the machines' raw "
+        "directories differ, unless a task is still replacing them"
+    )
 
 
 @contextlib.contextmanager
@@ -579,7 +626,7 @@ def _naming_what_is_kept(job: Job, progress: Progress) -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        if job.work.done or job.work.to_upload or progress.stamps:
+        if job.work.done or job.work.to_upload or progress.written.shards:
             *others, last = error.args
             error.args = (*others, f"{last} Finished shards are kept.")
         raise
@@ -600,33 +647,36 @@ def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
     options, destination = job.options, job.destination
     is_kept = options.keep_local_shards
     uploads = threading.Semaphore(PARALLEL_UPLOADS)
-    stopping = threading.Event()
     unreadable: list[str] = []
-    write = functools.partial(pool.call, write_records)
+    begun = threading.Semaphore(2 * options.workers)  # a call, and the next
+
+    def write(shard: Shard, temporary_path: str) -> Stamp:
+        with begun:
+            if job.stopping.is_set():
+                raise concurrent.futures.CancelledError
+            written: Stamp = pool.call(write_records, shard, temporary_path)
+            return written
 
     def take(shard: Shard, stamp: Stamp | None) -> None:
         path = shard_path(shard, options.scratch_dir)
-        if stamp:
-            check_undamaged(path, stamp)
-        else:
+        if not stamp:
             announce(shard.images[:FIRST_IMAGES])
             stamp = write_shard(shard, options.scratch_dir, write, durable=is_kept)
-            progress.wrote(shard.name, stamp)
+            progress.wrote(shard, stamp)
         if destination:
             with uploads:
-                if stopping.is_set():
+                if not destination.upload(path, stamp, progress.sent):
                     return
-                if not destination.upload(path, stamp):
-                    return
-            progress.uploaded[shard.name] = stamp
+            progress.sent(0, num_shards=1)
             if not is_kept:
                 remove(path)
+        job.work.done[shard.name] = stamp
 
     tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
     for i, upload in enumerate(job.work.to_upload):
         tasks.insert(2 * i, upload)  # alternately, so that neither kind waits
     threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
-    with _closing(threads, stopping):
+    with _closing(threads, job.stopping):
         futures = [threads.submit(take, *task) for task in tasks]
         for future in concurrent.futures.as_completed(futures):
             try:
@@ -641,35 +691,40 @@ def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
 def _closing(
     pool: concurrent.futures.Executor, stopping: threading.Event | None = None
 ) -> Iterator[None]:
-    """Waits for a pool to finish; on an error, cancels what has not begun instead."""
+    """Waits for a pool to finish; on an error, cancels what has not begun.
+
+    After a signal, the command does not wait: its end ends the threads as well.
+    """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if stopping:
             stopping.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        is_ending = isinstance(error, Stopped)
+        pool.shutdown(wait=not is_ending, cancel_futures=True)
         raise
     pool.shutdown()
 
 
 def _log_done(job: Job, progress: Progress) -> None:
-    seconds = progress.seconds()
-    if progress.shards_to_write:
+    seconds, written, uploaded = progress.seconds(), progress.written, progress.uploaded
+    if progress.to_write.shards:
         logging.info(
-            f"Wrote {len(progress.stamps):,} of "
-            f"{_count(progress.shards_to_write, 'shard')} "
-            f"({_count(progress.images, 'image')}, {_size(progress.num_bytes)}) to "
-            f"{job.options.scratch_dir} in "
-            f"{_duration(seconds)}, {progress.images / seconds:,.0f} images/s, "
-            f"{_size(progress.num_bytes / seconds)}/s; encoded "
-            f"{_count(progress.repaired, 'PNG or CMYK image')} again as RGB JPEG."
+            f"Wrote {written.shards:,} of {_count(progress.to_write.shards, 'shard')} "
+            f"({_count(written.images, 'image')}, {_size(written.num_bytes)}) to "
+            f"{job.options.scratch_dir} in {_duration(seconds)}, "
+            f"{written.images / seconds:,.0f} images/s, "
+            f"{_size(written.num_bytes / seconds)}/s."
         )
-    if job.destination and progress.shards_to_upload:
-        num_bytes = sum(stamp.num_bytes for stamp in progress.uploaded.values())
+    if progress.repaired:
+        images = _count(progress.repaired, "PNG or CMYK image")
+        logging.info(f"Encoded {images} again as RGB JPEG.")
+    if job.destination and progress.to_upload.shards:
         logging.info(
-            f"Uploaded {len(progress.uploaded):,} of "
-            f"{_count(progress.shards_to_upload, 'shard')} ({_size(num_bytes)}) to "
-            f"{job.destination.path} in {_duration(seconds)}."
+            f"Uploaded {uploaded.shards:,} of "
+            f"{_count(progress.to_upload.shards, 'shard')} "
+            f"({_size(uploaded.num_bytes)}) to {job.destination.path} in "
+            f"{_duration(seconds)}."
         )
 
 
@@ -1292,7 +1347,7 @@ class Shard:
         return f"{self.split}-{self.index:05d}-of-{self.num_shards:05d}"
 
     @property
-    def num_bytes(self) -> int:
+    def estimated_bytes(self) -> int:
         """Bytes of the images and, approximately, of the records around them."""
         return sum(image.num_bytes + RECORD_OVERHEAD for image in self.images)
 
@@ -2201,58 +2256,104 @@ REDRAW_SECONDS = 0.5
 SPEED_SECONDS = 30.0
 
 
-class Progress:
-    """Counts what the threads have done, and says how fast they are."""
+@dataclasses.dataclass
+class Tally:
+    """How many shards, images in them and bytes."""
 
-    def __init__(self, work: Work, is_uploading: bool):
-        self.shards_to_write = len(work.to_write)
-        self.images_to_write = sum(len(shard.images) for shard in work.to_write)
-        num_uploads = len(work.to_write) + len(work.to_upload)
-        self.shards_to_upload = num_uploads if is_uploading else 0
-        self.stamps: dict[str, Stamp] = {}  # of the shards written in this run, by name
-        self.uploaded: dict[str, Stamp] = {}  # of the shards uploaded in this run
-        self.images = self.num_bytes = self.repaired = 0  # in the shards written
+    shards: int = 0
+    images: int = 0
+    num_bytes: int = 0
+
+
+class Progress:
+    """Counts what the threads have done, and says how fast they are.
+
+    Attributes:
+      to_write, to_upload: In all; bytes of a shard are estimated until it is written.
+      written, uploaded: So far; the bytes of `uploaded` are of begun shards, too.
+    """
+
+    def __init__(self, job: Job):
+        to_write, to_upload = job.work.to_write, job.work.to_upload
+        num_bytes = sum(shard.estimated_bytes for shard in to_write)
+        num_images = sum(len(shard.images) for shard in to_write)
+        self.to_write = Tally(len(to_write), num_images, num_bytes)
+        self.to_upload, self.written, self.uploaded = Tally(), Tally(), Tally()
+        if job.destination:
+            self.to_upload.shards = len(to_write) + len(to_upload)
+            num_bytes += sum(stamp.num_bytes for _, stamp in to_upload)
+            self.to_upload.num_bytes = num_bytes
+        self.repaired = 0  # images that were encoded again
         self.bad_images: list[str] = []  # a line for each; their shards are not written
+        self._options = job.options
+        self._has_begun = not to_write
         self._start = time.monotonic()
         self._history = collections.deque([(0.0, 0, 0, 0)])
         self._lock = threading.Lock()
 
-    def wrote(self, name: str, stamp: Stamp) -> None:
+    def wrote(self, shard: Shard, stamp: Stamp) -> None:
         with self._lock:
-            self.stamps[name] = stamp
-            self.images += stamp.num_examples
-            self.num_bytes += stamp.num_bytes
+            self.written.shards += 1
+            self.written.images += stamp.num_examples
+            self.written.num_bytes += stamp.num_bytes
             self.repaired += stamp.num_repaired
+            if self.to_upload.shards:
+                self.to_upload.num_bytes += stamp.num_bytes - shard.estimated_bytes
+
+    def sent(self, num_bytes: int, num_shards: int = 0) -> None:
+        """Counts what has left; less than none if it has to be sent again."""
+        with self._lock:
+            self.uploaded.num_bytes += num_bytes
+            self.uploaded.shards += num_shards
 
     def seconds(self) -> float:
         return max(time.monotonic() - self._start, 1e-3)
 
     def line(self) -> str:
-        """Says how far the run is, how fast of late, and how much time is left."""
-        seconds, images, num_bytes, uploads = self._lately()
-        parts = []
-        if self.shards_to_write:
-            percent = math.floor(100 * self.images / max(self.images_to_write, 1))
-            num_images = _count(self.images_to_write, "image")
-            parts += [
-                f"{len(self.stamps):,} of {_count(self.shards_to_write, 'shard')}",
-                f"{self.images:,} of {num_images} ({percent}%)",
-                f"{images / seconds:,.0f} images/s, {_size(num_bytes / seconds)}/s",
-            ]
-        if self.shards_to_upload:
-            done = len(self.uploaded)
-            parts.append(f"uploaded {done:,} of {self.shards_to_upload:,}")
-        images_left = self.images_to_write - self.images
-        uploads_left = self.shards_to_upload - len(self.uploaded)
-        if (images or not images_left) and (uploads or not uploads_left):
-            images_time = images_left * seconds / max(images, 1)
-            uploads_time = uploads_left * seconds / max(uploads, 1)
-            parts.append(f"{_duration(max(images_time, uploads_time))} left")
+        """Says how far the run is, in the order of interest: terminals are narrow."""
+        if not self._has_begun:
+            scratch_dir = pathlib.Path(self._options.scratch_dir)
+            begun = scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
+            self._has_begun = self.written.shards > 0 or any(begun)
+        if not self._has_begun and not self.uploaded.num_bytes:
+            return f"Starting {_count(self._options.workers, 'worker')}."
+        seconds, images, written, sent = self._lately()
+        stages = (
+            (self.written.images, self.to_write.images, images / seconds),
+            (self.uploaded.num_bytes, self.to_upload.num_bytes, sent / seconds),
+        )
+        shares = [done / total for done, total, _ in stages if total]
+        parts = [f"{math.floor(100 * min(shares, default=1))}%"]
+        with contextlib.suppress(ZeroDivisionError):  # nothing is known of one of them
+            slower = max(self._time_left(*stage) for stage in stages)
+            parts.append(f"{_duration(slower)} left")
+        parts += self._shards_done()
+        if self.to_write.shards:
+            parts.append(f"{images / seconds:,.0f} images/s")
+        num_bytes = sent if self.to_upload.shards else written
+        parts.append(f"{_size(num_bytes / seconds)}/s")
         return ", ".join(parts) + "."
 
+    def _time_left(self, done: int, total: int, speed: float) -> float:
+        """Seconds, at the speed of late, or that of the whole run if it has stalled."""
+        return (total - done) / (speed or done / self.seconds()) if total > done else 0
+
+    def _shards_done(self) -> Iterator[str]:
+        """Says '5 of 9 shards written', '2 uploaded'."""
+        to_write, to_upload = self.to_write.shards, self.to_upload.shards
+        written, uploaded = f"{self.written.shards:,}", f"{self.uploaded.shards:,}"
+        if to_write:
+            yield f"{written} of {_count(to_write, 'shard')} written"
+        if to_upload and not to_write:
+            yield f"{uploaded} of {_count(to_upload, 'shard')} uploaded"
+        elif to_upload:
+            of_all = f" of {to_upload:,}" * (to_upload != to_write)
+            yield f"{uploaded}{of_all} uploaded"
+
     def _lately(self) -> list[float]:
-        """Seconds, images, bytes and uploads since about half a minute ago."""
-        now = (self.seconds(), self.images, self.num_bytes, len(self.uploaded))
+        """Seconds, images and bytes written, and bytes sent since half a minute ago."""
+        done = self.written.images, self.written.num_bytes, self.uploaded.num_bytes
+        now = (self.seconds(), *done)
         while len(self._history) > 1 and now[0] - self._history[1][0] >= SPEED_SECONDS:
             self._history.popleft()
         self._history.append(now)
@@ -2287,14 +2388,16 @@ class LiveLine:
     is_on = False  # True only for the command, on a terminal
 
     def draw(self, text: str) -> None:
-        """Draws the line, cut to the width of the terminal; clears it if empty."""
+        """Draws the words that fit into the terminal; clears the line if empty."""
         if not self.is_on:
             return
         handler = logging.get_absl_handler().python_handler
         # Not while another thread writes a log line, nor if the terminal is gone.
         with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
             width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-            print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+            line = textwrap.shorten(text, max(width, 1), placeholder="")
+            line = re.sub(r",( [\d.]+)?$", "", line)  # no number without its unit
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 live_line = LiveLine()
@@ -2502,6 +2605,8 @@ class Destination:
         self, path: str, stamp: Stamp, sent: Callable[[int], None] = lambda _: None
     ) -> bool:
         """Uploads a file, and starts over when the client gives up.
+
+        `sent` hears of the bytes of each piece, and less if pieces are sent again.
 
         The client retries single requests, but neither a lost upload (404 or 410) nor
         an answer that does not match.
@@ -3047,34 +3152,57 @@ def find_work(
 
     Args:
       objects: Of the bucket, by base name; None if nothing is to be uploaded.
-      is_own: Whether a shard is of this task. For other tasks' shards, the bucket alone
-        decides, if there is one; times never do, because other machines may have other
-        copies of the images.
+      is_own: Whether a shard is of this task.
     """
     work = Work()
     for shard in shards:
-        path = shard_path(shard, scratch_dir)
-        # What was last written here, even if the file is gone (--nokeep_local_shards).
-        here = read_stamp(path) if is_own(shard) or objects is None else None
-        there = (objects or {}).get(shard.name)
-        digest = shard.digest() if here or there else ""
-        if here and here.digest and here.digest != digest:
-            here = None  # it is of another plan
-        is_here = here and is_as_stamped(path, here)
-        is_there = there and (
-            there.same_bytes(here) if here else there.digest == digest
-        )
-        if here and is_own(shard) and here.fingerprint != shard.fingerprint():
-            work.to_write.append(shard)  # an image was touched, or the stamp unreadable
-        elif here and is_here and objects is None:
-            work.done[shard.name] = here
-        elif there and is_there:
-            work.done[shard.name] = there
-        elif here and is_here:
-            work.to_upload.append((shard, here))
+        case, stamp = _case_of(shard, scratch_dir, objects, is_own(shard))
+        if stamp and case is Case.DONE:
+            work.done[shard.name] = stamp
+        elif stamp and case is Case.TO_UPLOAD:
+            work.to_upload.append((shard, stamp))
         elif is_own(shard):
             work.to_write.append(shard)
+        elif case is Case.DIFFERENT:
+            work.differing.append(shard.name)
     return work
+
+
+class Case(enum.Enum):
+    """What is known of a shard before anything is done about it."""
+
+    ABSENT = "neither here nor in the bucket, or not as it was written"
+    DIFFERENT = "made of other images"
+    TOUCHED = "made of these images, but one was modified since"
+    TO_UPLOAD = "finished here, but not in the bucket"
+    DONE = "finished where it is wanted"
+
+
+def _case_of(
+    shard: Shard, scratch_dir: str, objects: Mapping[str, Stamp] | None, is_own: bool
+) -> tuple[Case, Stamp | None]:
+    """Finds the case of a shard and, if it is finished, its stamp."""
+    path = shard_path(shard, scratch_dir)
+    # What was last written here, even if the file is gone (--nokeep_local_shards). Of
+    # others' shards, the bucket alone decides, if there is one.
+    here = read_stamp(path) if is_own or objects is None else None
+    there = (objects or {}).get(shard.name)
+    digest = shard.digest() if here or there else ""
+    if here and here.digest in (digest, ""):  # none: the stamp is unreadable
+        # Before all else, for the bucket's copy is no newer. Of others' shards, times
+        # say nothing, because other machines may have other copies of the images.
+        if is_own and here.fingerprint != shard.fingerprint():
+            return Case.TOUCHED, None
+        # Its bytes, not its images: another TensorFlow encodes some in another way.
+        if there and there.same_bytes(here):
+            return Case.DONE, there
+        if is_as_stamped(path, here):  # its bytes are not read again
+            return (Case.DONE if objects is None else Case.TO_UPLOAD), here
+    elif there and there.digest == digest:  # another machine, or directory, wrote it
+        return Case.DONE, there
+    found = there or (here if os.path.exists(path) else None)
+    is_different = found and found.digest not in (digest, "")
+    return (Case.DIFFERENT if is_different else Case.ABSENT), None
 
 
 def _strangers(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
@@ -3150,16 +3278,34 @@ def _other_set(job: Job, text: str, place: object, remove: str) -> Iterator[str]
 
 def _scratch_problems(job: Job) -> list[str]:
     """Says why the disk cannot hold the shards that are still to be written."""
-    options, work = job.options, job.work
-    sizes = sorted((shard.num_bytes for shard in work.to_write), reverse=True)
-    needed = sum(sizes)
-    remedy = ", or pass --nokeep_local_shards" if options.gcs_upload else ""
-    if not options.keep_local_shards:  # those that the bucket has are removed first
-        needed = sum(sizes[: options.workers + WAITING_SHARDS])
-        needed -= sum(path.stat().st_size for path in _uploaded_before(job))
-        remedy = ""
-    flag = f"--local_scratch_dir={options.scratch_dir}"
-    return room_problems(flag, options.scratch_dir, needed, "shards", remedy)
+    options = job.options
+    can_go = options.gcs_upload and options.keep_local_shards
+    remedy = ", or pass --nokeep_local_shards" if can_go else ""
+    where = "--local_scratch_dir", options.scratch_dir
+    return room_problems(*where, _needed_room(job), "shards", remedy)
+
+
+def _needed_room(job: Job) -> int:
+    """Bytes that the new shards need, less what they replace.
+
+    An old shard goes only when the new one is whole; `workers` are written at a time.
+    """
+    options, removed = job.options, 0
+    sizes = [
+        (shard.estimated_bytes, _size_of(shard_path(shard, options.scratch_dir)))
+        for shard in job.work.to_write
+    ]
+    if not options.keep_local_shards:  # so many are here at a time
+        sizes.sort(key=lambda new_old: new_old[0] - new_old[1], reverse=True)
+        sizes = sizes[: options.workers + WAITING_SHARDS]
+        removed = sum(path.stat().st_size for path in _uploaded_before(job))
+    new, old = ([size[i] for size in sizes] for i in (0, 1))
+    in_hand = [sum(heapq.nlargest(options.workers, each)) for each in (new, old)]
+    return max(sum(new) - sum(old) + in_hand[1], in_hand[0]) - removed
+
+
+def _size_of(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _uploaded_before(job: Job) -> list[pathlib.Path]:
@@ -3179,8 +3325,8 @@ def room_problems(
     """Says, if so, that a directory's disk has fewer than the needed bytes free."""
     free = shutil.disk_usage(nearest_directory(directory)).free
     problem = (
-        f"{flag} must have room for {_size(needed)} of {what}; its disk has "
-        f"{_size(free)} free. Make room or choose another disk{remedy}."
+        f"{_size(needed)} are needed in {directory}; {_size(free)} are free. Make room "
+        f"for the {what}, or choose another {flag}{remedy}."
     )
     return [problem] if needed > free else []
 
@@ -3210,17 +3356,13 @@ def _remove_manifest(job: Job) -> None:
         job.destination.delete(MANIFEST_FILE)
 
 
-def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
-    """Looks again at what is there: nothing of this task may be left to do.
-
-    Returns:
-      Stamps of the finished shards of all tasks, by name.
-    """
+def _check_finished(job: Job) -> Work:
+    """Looks again at what is there: nothing of this task may be left to do."""
     options, destination = job.options, job.destination
-    objects = destination.objects if destination else None
     if destination and not destination.is_listed:
         destination.check_none_passed_over()
-        return {**job.work.done, **progress.uploaded}
+        return job.work
+    objects = destination.objects if destination else None
     work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
     check_none_wrong(work.left, len(options.share(job.shards)), job.place)
     if destination and (strangers := _strangers(destination.objects, job.shards)):
@@ -3228,9 +3370,10 @@ def _check_finished(job: Job, progress: Progress) -> Mapping[str, Stamp]:
     # A manifest with this text is of a run that read these bytes, or had uploaded them.
     is_complete_here = len(work.done) == len(job.shards) and not destination
     if is_complete_here and read_text(job.manifest_path) != _manifest(job, work.done):
-        others = [s for s in job.shards if s.name not in progress.stamps]
-        _check_earlier(others, work.done, options.scratch_dir)
-    return work.done
+        written = {shard.name for shard in job.work.to_write}
+        earlier = [shard for shard in job.shards if shard.name not in written]
+        _check_earlier(earlier, work.done, options.scratch_dir)
+    return work
 
 
 def _check_earlier(
@@ -3248,9 +3391,8 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
     """Stops the run if some shards are not, or no longer, where they should be."""
     if wrong:
         raise RunError(
-            f"All {_count(num_shards, 'shard')} in {place} must be as written; found "
-            f"{len(wrong):,} missing or different: {_some(wrong)}. Rerun the same "
-            "command to replace them."
+            f"{len(wrong):,} of {_count(num_shards, 'shard')} in {place} "
+            f"{'is' if len(wrong) == 1 else 'are'} missing or changed: {_some(wrong)}. Rerun the same command to replace them."
         )
 
 
@@ -3296,11 +3438,13 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     if job.destination:
         _upload_missing(job.destination, {path: measure(path)})
         job.destination.check_none_passed_over()
+    num_images = sum(len(shard.images) for shard in job.shards)
     num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
     advice = f": give the model --data_dir={job.place}" if job.destination else ""
     logging.info(
-        f"The data set is complete: {_shards_of_images(job.shards)} "
-        f"({_size(num_bytes)}) in {job.place}{advice}."
+        f"The data set is complete: {_count(num_images, 'image')} in "
+        f"{_count(len(job.shards), 'shard')} ({_size(num_bytes)}) in {job.place}"
+        f"{advice}."
     )
 
 
@@ -3600,7 +3744,8 @@ def main(arguments: Sequence[str]) -> None:
     logging.get_absl_handler().setFormatter(_LogFormatter())
     if FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)
-    live_line.is_on = bool(sys.stderr and sys.stderr.isatty())
+    is_terminal = sys.stderr and sys.stderr.isatty()
+    live_line.is_on = bool(is_terminal and os.environ.get("TERM") != "dumb")
     if not IS_VERBOSE:  # the other stderr is for what dies
         sys.stderr = os.fdopen(os.dup(2), "w", 1, errors="backslashreplace")
         logging.get_absl_handler().python_handler.setStream(sys.stderr)
@@ -3621,7 +3766,8 @@ def main(arguments: Sequence[str]) -> None:
         _exit(os.EX_TEMPFAIL if error.may_pass else 1, *error.args)
     except Stopped as stopped:
         number = stopped.args[0]
-        _exit(128 + number, f"Stopped by {number.name}. {RERUN}")
+        name = "Ctrl-C" if number == signal.SIGINT else number.name
+        _exit(128 + number, f"Stopped by {name}. {RERUN}")
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -3878,12 +4024,13 @@ def make_fake_imagenet(options: Options, pool: Pool | None) -> None:
         return
     root = pathlib.Path(options.raw_dir)
     num_images = FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES
-    flag = f"--raw_data_dir={options.raw_data_dir}"
-    problems = room_problems(flag, root, num_images * FAKE_IMAGE_BYTES, "fake images")
+    where, needed = ("--raw_data_dir", root), num_images * FAKE_IMAGE_BYTES
+    problems = room_problems(*where, needed, "fake images")
     found = _found_in(options)
     if found and FAKE_MARK not in found:
         problems.append(
-            f"{flag} must be empty or missing for --fake_imagenet; it contains "
+            f"--raw_data_dir={options.raw_data_dir} must be empty or missing for "
+            "--fake_imagenet; it contains "
             f"{_some(sorted(found))}. Choose another directory."
         )
     if problems:

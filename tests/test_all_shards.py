@@ -81,8 +81,11 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
     expected = [
         (
             rf"Found 21 training images in 7 synsets and 8 validation images "
-            rf"\({size(mixed_raw, '**/*.JPEG')}\) in {mixed_raw}: training images in 7 "
-            r"directories, validation images in a directory\."
+            rf"\({size(mixed_raw, '**/*.JPEG')}\) in {mixed_raw}\."
+        ),
+        (
+            r"Layout: training images in 7 directories, validation images "
+            r"in a directory\."
         ),
         (
             r"WARNING: 2 of 9 training shards will be empty, given 21 training images; "
@@ -91,13 +94,13 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
         rf"Writing 12 shards of 29 images \([\d.]+ KB\) to {scratch}\.",
         (
             rf"Wrote 12 of 12 shards \(29 images, {written}\) to {scratch} in \d+ s, "
-            r"\d+ images/s, [\d.]+ ([KM]B|bytes)/s; encoded 8 PNG or CMYK images again "
-            r"as RGB JPEG\."
+            r"\d+ images/s, [\d.]+ ([KM]B|bytes)/s\."
         ),
-        rf"The data set is complete: 12 shards of 29 images \({written}\) in {scratch}\.",
+        r"Encoded 8 PNG or CMYK images again as RGB JPEG\.",
+        rf"The data set is complete: 29 images in 12 shards \({written}\) in {scratch}\.",
     ]
     # On a slow machine also a line of progress, every 10 seconds.
-    lines = [line for line in finished.lines if not re.match(r"\d+ of 12", line)]
+    lines = [line for line in finished.lines if not re.match(r"Starting|\d+%", line)]
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
     assert finished.stdout == ""
@@ -161,20 +164,27 @@ def test_progress_is_logged_while_it_runs(
     arguments = [UPLOADING, str(raw), str(tmp_path / "scratch")]
     finished = run_code(*arguments, env=emulator.environment)
     assert finished.status == 0, finished.stderr
-    done = r"\d+ of {} shards, \d+ of \d+ images? \(\d+%\), \d+ images/s, "
-    speed = r"[\d.]+ (bytes|KB|MB)/s"
-    left = r"(, \d+ (s|min) left)?\."
-    written, uploaded = done.format(24) + speed, done.format(40) + speed
-    assert re.search(written + left, finished.stderr)
-    assert re.search(rf"{uploaded}, uploaded \d+ of 44{left}", finished.stderr)
+    done = r" \d+%(, \d+ (s|min) left)?, \d+ of {} shards written"
+    speed = r"\d+ images/s, [\d.]+ (bytes|KB|MB)/s\.\n"
+    assert re.search(r" Starting \d+ workers?\.\n", finished.stderr)
+    assert re.search(f"{done.format(24)}, {speed}", finished.stderr)
+    uploaded = r"\d+ of 44 uploaded"
+    assert re.search(f"{done.format(40)}, {uploaded}, {speed}", finished.stderr)
 
 
-def test_speed_is_that_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def progress_of(raw: Path, scratch: Path) -> script.Progress:
+    options = script.Options(str(raw), False, None, None, str(scratch))
+    return script.Progress(script.plan_job(options))
+
+
+def test_speed_is_that_of_late(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the last half minute, so that a link that stalls is seen."""
+    progress = progress_of(raw, tmp_path)
     shard = script.Shard("train", 0, 1, ())
-    progress = script.Progress(script.Work(to_write=[shard]), is_uploading=False)
-    progress.wrote(shard.name, script.Stamp("", 10**9, 10**15, ""))
-    assert ", 0 images/s" not in progress.line()
+    progress.wrote(shard, script.Stamp("", 1, 10**15, ""))
+    assert ", 0 bytes/s" not in progress.line()
     monkeypatch.setattr(script, "SPEED_SECONDS", 0.1)
     for _ in range(3):
         time.sleep(0.15)
@@ -182,17 +192,112 @@ def test_speed_is_that_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ", 0 images/s, 0 bytes/s" in line
 
 
+ALL = script.Tally(1152, 1_331_167, 147 * 10**9)
+SHARDS_DONE = "423 of 1,152 shards written, 400 uploaded"
+
+
+@pytest.mark.parametrize(
+    ("to_write", "to_upload", "written", "uploaded", "expected"),
+    [
+        pytest.param(
+            *(ALL, ALL, script.Tally(423, 500_000, 55 * 10**9)),
+            script.Tally(400, 0, 53 * 10**9),
+            f"36%, 30 min left, {SHARDS_DONE}, 500 images/s, 53.0 MB/s.",
+            id="the network is slower",
+        ),
+        pytest.param(
+            *(ALL, ALL, script.Tally(423, 400_000, 55 * 10**9)),
+            script.Tally(400, 0, 53 * 10**9),
+            f"30%, 39 min left, {SHARDS_DONE}, 400 images/s, 53.0 MB/s.",
+            id="the workers are slower",
+        ),
+        pytest.param(
+            *(script.Tally(10, 1000, 10**6), script.Tally(30, 0, 3 * 10**6)),
+            *(script.Tally(5, 600, 10**6), script.Tally(12, 0, 15 * 10**5)),
+            "50%, 17 min left, 5 of 10 shards written, 12 of 30 uploaded, 1 images/s, "
+            "1.5 KB/s.",
+            id="some need only be uploaded",
+        ),
+        pytest.param(
+            *(script.Tally(), script.Tally(3, 0, 3000)),
+            *(script.Tally(), script.Tally(2, 0, 2000)),
+            "66%, 8 min left, 2 of 3 shards uploaded, 2 bytes/s.",
+            id="all need only be uploaded",
+        ),
+        pytest.param(
+            *(script.Tally(2, 10, 1000), script.Tally()),
+            *(script.Tally(1, 5, 500), script.Tally()),
+            "50%, 17 min left, 1 of 2 shards written, 0 images/s, 0 bytes/s.",
+            id="without an upload",
+        ),
+        pytest.param(
+            *(script.Tally(2, 10, 1000), script.Tally(2, 0, 1000)),
+            *(script.Tally(1, 5, 500), script.Tally()),
+            "0%, 1 of 2 shards written, 0 uploaded, 0 images/s, 0 bytes/s.",
+            id="nothing is uploaded yet",
+        ),
+    ],
+)
+def test_line_says_what_is_left_before_how_fast_it_is(
+    raw: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to_write: script.Tally,
+    to_upload: script.Tally,
+    written: script.Tally,
+    uploaded: script.Tally,
+    expected: str,
+) -> None:
+    """After 1,000 s: the time left, and the percent, are of what is slower."""
+    progress = progress_of(raw, tmp_path)
+    progress.to_write, progress.to_upload = to_write, to_upload
+    progress.written, progress.uploaded = written, uploaded
+    monkeypatch.setattr(progress, "seconds", lambda: 1000.0)
+    assert progress.line() == expected
+
+
+@pytest.mark.parametrize("columns", [80, 40])
 def test_line_is_redrawn_in_place_on_a_terminal(
+    raw: Path, tmp_path: Path, emulator: Emulator, columns: int
+) -> None:
+    """Whole words that fit into its width; gone before the next line of the log."""
+    emulator.latency = 0.3
+    printed = on_terminal(raw, tmp_path, emulator, columns)
+    drawn = re.findall(r"\r([^\r\n]+)\x1b\[K", printed)
+    done = r"\d+%(, \d+ (s|min) left)?, \d+ of 12 shards"
+    more = r" written, \d+ uploaded, [\d.,]+ images/s(, [\d.]+ (bytes|KB|MB)/s\.)?"
+    lines = [line for line in drawn if "%" in line]
+    pattern = done + (more if columns == 80 else r"( written(, \d+ uploaded)?)?")
+    assert [line for line in lines if not re.fullmatch(pattern, line)] == []
+    assert lines
+    assert any(re.fullmatch(r"Starting \d workers?\.", line) for line in drawn)
+    assert [line for line in drawn if len(line) >= columns] == []
+    rest = re.sub(r"\r[^\r\n]*\x1b\[K", "", printed)
+    assert "images/s, " in rest  # of all, at the end
+    for line in rest.splitlines():
+        assert re.match(r"20\d\d-\d\d-\d\d ", line), line
+
+
+def test_lines_are_plain_on_a_terminal_that_is_dumb(
     raw: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
-    """Cut to its width, and gone before the next line of the log."""
-    emulator.latency = 0.3
+    printed = on_terminal(raw, tmp_path, emulator, 80, TERM="dumb")
+    for line in printed.splitlines():
+        assert re.match(r"20\d\d-\d\d-\d\d ", line), line
+        assert line.isprintable()
+
+
+def on_terminal(
+    raw: Path, tmp_path: Path, emulator: Emulator, columns: int, **variables: str
+) -> str:
+    """Runs the command on a terminal of so many columns; returns what it printed."""
     terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/scratch"]
     command = [sys.executable, str(SCRIPT), *flags, *UPLOAD, *SHARDS]
+    variables = {"TERM": "xterm", **emulator.environment, **variables}
     process = subprocess.Popen(
-        command, env=environment(emulator.environment), stdout=end, stderr=end
+        command, env=environment(variables), stdout=end, stderr=end
     )
     os.close(end)
     printed = b""
@@ -201,33 +306,4 @@ def test_line_is_redrawn_in_place_on_a_terminal(
             printed += data
     os.close(terminal)
     assert process.wait() == 0, printed
-    drawn = re.findall(r"\r([^\r\n]+)\x1b\[K", printed.decode())
-    assert [line for line in drawn if re.search(r"\d+ of 12 shards, ", line)]
-    assert [line for line in drawn if len(line) >= 60] == []
-    rest = re.sub(r"\r[^\r\n]*\x1b\[K", "", printed.decode())
-    assert "images/s, uploaded" not in rest
-    for line in rest.splitlines():
-        assert re.match(r"20\d\d-\d\d-\d\d ", line), line
-
-
-@pytest.mark.parametrize(
-    ("said", "text"),
-    [
-        (script._size(0), "0 bytes"),
-        (script._size(999), "999 bytes"),
-        (script._size(1_000), "1.0 KB"),
-        (script._size(146_900_000_000), "146.9 GB"),
-        (script._size(2_500_000_000_000_000), "2,500.0 TB"),
-        (script._duration(0.2), "0 s"),
-        (script._duration(99), "99 s"),
-        (script._duration(100), "2 min"),
-        (script._duration(3_600), "60 min"),
-        (script._duration(11_100), "3 h 5 min"),
-        (script._count(1, "image"), "1 image"),
-        (script._count(0, "image"), "0 images"),
-        (script._count(1_024, "shard"), "1,024 shards"),
-        (script._count(2, "class"), "2 classes"),
-    ],
-)
-def test_numbers_in_words(said: str, text: str) -> None:
-    assert said == text
+    return printed.decode()

@@ -64,8 +64,8 @@ def test_scratch_is_refused_when_it_has_no_room(raw: Path) -> None:
     assert done.status == 1
     assert done.errors == [
         (
-            f"--local_scratch_dir={raw}/tf_records must have room for 2.0 GB of "
-            "shards; its disk has 4.1 MB free. Make room or choose another disk."
+            f"2.0 GB are needed in {raw}/tf_records; 4.1 MB are free. Make room for "
+            "the shards, or choose another --local_scratch_dir."
         )
     ]
 
@@ -147,12 +147,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     )
     assert done.status == 0
     num_bytes = sum(path.stat().st_size for path in raw.rglob("*.JPEG"))
-    found, *warnings, would_write = done.lines
+    found, layout, *warnings, would_write = done.lines
     assert all(line.startswith("WARNING: ") for line in warnings)
     assert found == (
         "Found 12 training images in 4 synsets and 4 validation images "
-        f"({num_bytes / 1000:.1f} KB) in {raw}: training images in 4 directories, "
-        "validation images in a directory."
+        f"({num_bytes / 1000:.1f} KB) in {raw}."
+    )
+    assert layout == (
+        "Layout: training images in 4 directories, validation images in a directory."
     )
     assert would_write == (
         f"Would write 1,152 shards of 16 images ({(num_bytes + 5600) / 1000:.1f} "

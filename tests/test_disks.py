@@ -26,6 +26,8 @@ from processes import (
     wait_for,
 )
 
+import imagenet_to_gcs as script
+
 FEW = ("--training_shards=4", "--validation_shards=2", "--num_workers=1")
 
 
@@ -127,6 +129,61 @@ def test_room_is_needed_only_for_what_is_left(raw: Path, tmp_path: Path) -> None
         for _ in range(2):
             done = run_command(*local(raw, disk))
             assert done.status == 0, done.stderr
+
+
+def test_old_shards_make_room_for_the_new_ones(raw: Path, tmp_path: Path) -> None:
+    """But for one: it goes only when the new one is whole."""
+    pad(raw, 250_000, "train/*/*.JPEG")
+    with small_disk(tmp_path / "disk", 8_192_000) as disk:
+        assert run_command(*local(raw, disk)).status == 0
+        before = identities(disk)
+        for status, free in ((0, 1_000_000), (1, 500_000)):
+            with (disk / "other").open("ab") as file:
+                file.write(bytes(shutil.disk_usage(disk).free - free))
+            for path in raw.glob("train/*/*.JPEG"):
+                os.utime(path)
+            done = run_command(*local(raw, disk))
+            assert done.status == status, done.stderr
+        changed = [n for n, file in identities(disk).items() if file != before[n]]
+        assert len([name for name in changed if "train-0" in name]) == 4
+    [error] = done.errors
+    assert re.fullmatch(
+        rf"[\d.]+ KB are needed in {disk}; [\d.]+ KB are free\. Make room for the "
+        r"shards, or choose another --local_scratch_dir\.",
+        error,
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "is_kept", "needed"),
+    [
+        pytest.param(0, True, 40, id="all new"),
+        pytest.param(1, True, 2, id="all replaced"),
+        pytest.param(5, True, 2, id="all replaced, which were larger"),
+        pytest.param(1, False, 2, id="replaced, not kept"),
+        pytest.param(0, False, 18, id="not kept"),
+    ],
+)
+def test_room_is_that_of_new_shards_less_the_old(
+    tmp_path: Path, old: int, is_kept: bool, needed: int
+) -> None:
+    """Of 40 shards of 10,000 bytes, in multiples of one; two workers."""
+    num_bytes = 10_000 - script.RECORD_OVERHEAD
+    image = script.RawImage("/raw", "a.JPEG", "n1", 1, num_bytes, 1)
+    shards = [script.Shard("train", i, 40, (image,)) for i in range(40)]
+    (tmp_path / "train").mkdir()
+    for shard in shards if old else []:
+        path = Path(script.shard_path(shard, str(tmp_path)))
+        path.write_bytes(bytes(10_000 * old))
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    options = script.Options(
+        *(str(raw), True, "project", "gs://bucket", str(tmp_path)),
+        num_workers=2,
+        keep_local_shards=is_kept,
+    )
+    job = script.Job(options, ("n1",), shards, None, script.Work(shards))
+    assert script._needed_room(job) == needed * 10_000
 
 
 # --------------------------------------------------------------- waiting for a disk
@@ -239,7 +296,7 @@ def test_disk_holds_few_shards_when_the_upload_is_slow(
         done = run_command(*command, env=emulator.environment)
         assert done.status == 0, done.stderr
         assert done.says(
-            f"The data set is complete: {SHARDS} shards of {SHARDS} images"
+            f"The data set is complete: {SHARDS} images in {SHARDS} shards"
         )
         assert on_disk(tmp_path) == []
         assert len(finished_shards(tmp_path)) == SHARDS

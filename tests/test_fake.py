@@ -153,8 +153,8 @@ def test_fake_is_refused_when_the_disk_is_too_small(tmp_path: Path) -> None:
         done = run_command(*flags)
         assert list(disk.iterdir()) == [disk / "new"]
     error = (
-        f"--raw_data_dir={raw} must have room for 230.4 MB of fake images; its disk "
-        "has 1.0 MB free. Make room or choose another disk."
+        f"230.4 MB are needed in {raw}; 1.0 MB are free. Make room for the fake "
+        "images, or choose another --raw_data_dir."
     )
     assert (done.status, done.errors) == (1, [error])
 

@@ -230,7 +230,7 @@ def test_guide_ends_with_what_to_give_the_model(guide: Guide) -> None:
         last[0],
     )
     assert re.fullmatch(
-        r"The data set is complete: 1,152 shards of 16 images \([\d.]+ KB\) in "
+        r"The data set is complete: 16 images in 1,152 shards \([\d.]+ KB\) in "
         r"gs://bucket/data/imagenet: give the model "
         r"--data_dir=gs://bucket/data/imagenet\.",
         last[1],

@@ -109,9 +109,10 @@ def test_shards_are_those_of_directories_in_another_layout(
     assert finished.status == 0
     assert re.fullmatch(
         r"Found 21 training images in 7 synsets and 8 validation images "
-        rf"\([\d.]+ KB\) in {re.escape(str(raw))}: {layout}\.",
+        rf"\([\d.]+ KB\) in {re.escape(str(raw))}\.",
         finished.lines[0],
     )
+    assert re.fullmatch(rf"Layout: {layout}\.", finished.lines[1])
     assert contract.local_shards(tmp_path / "scratch") == base_shards
     assert sorted(raw.rglob("*")) == before, "something was extracted"
 

@@ -166,6 +166,7 @@ STATUS = {
     signal.SIGHUP: 129,
     signal.SIGKILL: -signal.SIGKILL,
 }
+NAMES = {signal.SIGINT: "Ctrl-C"}
 
 
 def signal_parent(run: Run, number: signal.Signals) -> None:
@@ -229,7 +230,7 @@ def test_run_leaves_nothing_behind_when_it_is_stopped(
     assert done.status == STATUS[number]
     if number != signal.SIGKILL:
         [error] = done.errors
-        assert re.match(rf"Stopped by {number.name}\b", error)
+        assert re.match(rf"Stopped by {NAMES.get(number, number.name)}\b", error)
         assert done.lines[-1] == f"ERROR: {error}"
     assert_nothing_partial(scratch, contents(large.scratch))
     assert list(temporary.iterdir()) == []

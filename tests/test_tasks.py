@@ -19,7 +19,7 @@ import imagenet_to_gcs
 
 TASKS = 3
 SHARDS = 13  # 8 training and 5 validation shards
-COMPLETE = f"The data set is complete: {SHARDS} shards of 29 images "
+COMPLETE = f"The data set is complete: 29 images in {SHARDS} shards "
 
 
 def flags(raw: Path, scratch: Path, *more: str) -> list[str]:
@@ -156,6 +156,46 @@ def test_work_is_the_rest_when_other_tasks_of_another_count_ran(
     assert finished.status == 0
     assert finished.says(f"7 of {SHARDS} shards are up to date")
     assert emulator.objects() == whole
+
+
+@pytest.mark.parametrize("is_local", [False, True], ids=["bucket", "scratch"])
+def test_tasks_are_told_when_their_images_differ(
+    mixed_raw: Path, emulator: Emulator, tmp_path: Path, is_local: bool
+) -> None:
+    """A warning while a task has not come so far, an error once all have."""
+    copy = shutil.copytree(mixed_raw, tmp_path / "raw")
+    next(copy.glob("train/*/*.JPEG")).unlink()
+    place = tmp_path / "shared" if is_local else "gs://bucket/imagenet"
+
+    def run_task(raw: Path, index: int, *more: str) -> Finished:
+        scratch = tmp_path / ("shared" if is_local else str(index))
+        no_upload = ["--nogcs_upload"] if is_local else []
+        return run(raw, scratch, emulator, *task(index), *no_upload, *more)
+
+    def differ(number: int, first: str) -> str:
+        return (
+            rf"{place} has {number} shards of other tasks \({first}.*\) of other images "
+            "than here: the machines' raw directories differ, unless a task is still "
+            "replacing them"
+        )
+
+    assert run_task(mixed_raw, 0).status == 0
+    for more in (["--dry_run"], []):
+        done = run_task(copy, 1, *more)
+        assert done.status == 0, done.stderr
+        assert done.says(f"^WARNING: {differ(3, 'train-00000-of')}")
+    done = run_task(mixed_raw, 2)
+    assert done.status == 1
+    assert done.says(f"^WARNING: {differ(2, 'train-00001-of')}")
+    for raw, index, first in [(mixed_raw, 2, 1), (mixed_raw, 0, 1)]:
+        done = run_task(raw, index)
+        [error] = done.errors
+        assert re.match(differ(2, f"train-0000{first}-of"), error), error
+    assert not (tmp_path / "shared" / "manifest.json").exists()
+    assert "imagenet/manifest.json" not in emulator.objects()
+
+    assert run_task(mixed_raw, 1).status == 0
+    assert run_task(mixed_raw, 0).says(COMPLETE)
 
 
 def test_task_ends_well_when_it_has_no_shards(

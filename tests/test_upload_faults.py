@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,32 @@ from emulator import (
     Status,
     WrongContent,
 )
-from processes import contents, identities, pad, uploads
+from processes import contents, identities, kinds, pad, uploads
+
+STOPPING = """
+import fcntl
+import pathlib
+import sys
+import threading
+import time
+import imagenet_to_gcs
+scratch = pathlib.Path(sys.argv[2])
+shards = {"training_shards": 20, "validation_shards": 2}
+try:
+    imagenet_to_gcs.run(
+        *(sys.argv[1], True, "project", "gs://bucket/imagenet", sys.argv[2]), **shards
+    )
+except imagenet_to_gcs.RunError as error:
+    print(error)
+print([thread.name for thread in threading.enumerate()])
+def stamps():
+    return sorted(scratch.glob("*/.*.json")), sorted(scratch.glob("*/*-of-*"))
+with (scratch / ".lock-0-of-1").open() as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+before = stamps()
+time.sleep(2)
+print(stamps() == before, not list(scratch.rglob("*.tmp")))
+"""
 
 SHARDS = ("--training_shards=3", "--validation_shards=2")
 SMALL = "train-00001-of-00003"
@@ -186,8 +212,8 @@ def test_closing_check_finds_what_the_answer_hid(
     done = run_command(*data.flags(), env=emulator.environment)
     assert_fails(
         done,
-        "All 5 shards in gs://bucket/imagenet must be as written; found 1 missing or "
-        f"different: {name}. Rerun the same command to replace them.",
+        "1 of 5 shards in gs://bucket/imagenet is missing or changed: "
+        f"{name}. Rerun the same command to replace them.",
     )
     assert "imagenet/manifest.json" not in emulator.objects()
     num_before = len(uploads(emulator))
@@ -308,3 +334,21 @@ try:
 except BaseException as error:
     print(type(error).__name__, last)
 """
+
+
+def test_nothing_goes_on_when_run_has_raised(
+    raw: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    """One upload is refused; others are under way, repeated, or wait for a repeat."""
+    emulator.latency = 0.1
+    emulator.inject(Status(503), kind="chunk", at=1, name="train-00001-of-", times=None)
+    wrong = WrongContent()
+    emulator.inject(wrong, kind="chunk", at=1, name="train-00002-of-", times=None)
+    emulator.inject(Status(403), kind="session", at=1, name="train-00003-of-")
+    code = run_code(STOPPING, str(raw), str(tmp_path), env=emulator.environment)
+    error, threads, *after = code.stdout.splitlines()
+    assert "403" in error
+    assert (threads, after) == ("['MainThread']", ["True True"])
+    requests = len(kinds(emulator))
+    time.sleep(1)
+    assert len(kinds(emulator)) == requests
