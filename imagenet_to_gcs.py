@@ -3708,7 +3708,7 @@ def _locked(options: Options) -> Iterator[None]:
                     pass
         try:
             yield
-        except InvalidInputError:
+        except (InvalidInputError, ServiceError):
             if is_new:  # leave nothing where nothing was done
                 path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # there are shards

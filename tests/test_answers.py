@@ -584,7 +584,7 @@ def test_person_is_told_to_log_in_again(emulator: Emulator) -> None:
     from google.cloud import storage
     from google.oauth2.credentials import Credentials
 
-    emulator.inject(Status(400, "Bad Request", "invalid_grant"), kind="token", at=1)
+    emulator.inject(Status(400, "Bad Request", "invalid_grant"), "token", 1, None)
     person = Credentials(  # type: ignore[no-untyped-call]
         None,
         "refresh",
