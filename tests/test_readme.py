@@ -518,6 +518,14 @@ def while_another_runs(raw: Path) -> Finished:
             return run_command(*flags, env=emulator.environment)
 
 
+def over_another_data_set(raw: Path) -> Finished:
+    with Emulator() as emulator:
+        flags = (f"--raw_data_dir={raw}", *UPLOAD)
+        assert run_command(*flags, env=emulator.environment).status == 0
+        (raw / "train/n01440764/n01440764_1.JPEG").unlink()
+        return run_command(*flags, env=emulator.environment)
+
+
 WEB_PAGE = "<!DOCTYPE html>"
 MAKE_TROUBLE: list[Callable[[Path], Finished]] = [
     lambda raw: spoil("rm -r *", raw, f"--raw_data_dir={raw}/away"),
@@ -531,6 +539,7 @@ MAKE_TROUBLE: list[Callable[[Path], Finished]] = [
     without_credentials,
     lambda raw: refused(Status(403, "Denied: storage.objects.create"), raw),
     lambda raw: refused(Status(404, "The specified bucket does not exist."), raw),
+    over_another_data_set,
     while_another_runs,
 ]
 
