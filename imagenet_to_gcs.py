@@ -3857,11 +3857,14 @@ NOT_TARS = {
     b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
     b"<": "it is not a tar but a web page; log in, and download it again",
 }
-# What follows mode and owner in the header of a plain file: size, time, checksum,
-# type, and no prefix of its name; the name comes first, in 100 bytes.
+# What follows the name, of 100 bytes, in the header of a plain file: all of its numbers,
+# for tarfile ends at one that is none, and no prefix of the name.
 # https://www.gnu.org/software/tar/manual/html_node/Standard.html
 PLAIN_HEADER = re.compile(
-    rb"([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})\0 [0\0].{188}\0.{166}", re.DOTALL
+    rb"(?:[0-7]{6}[0-7 ][ \0]){3}"  # mode and owner
+    rb"([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})\0 "  # size, time, checksum
+    rb"[0\0].{172}(?:[0-7]{7}[ \0]|\0{8}){2}\0.{166}",  # type, device
+    re.DOTALL,
 )
 Place: TypeAlias = tuple[int, int]  # a file's offset and size
 Members: TypeAlias = dict[str, Place | tarfile.TarInfo]
@@ -3915,7 +3918,7 @@ def _read_headers(descriptor: int, position: int, end: int) -> Members:
 
 def _plain_file(header: bytes) -> tuple[str, int] | None:
     """Reads name and size of a plain file, as nearly all are; faster than tarfile."""
-    plain = PLAIN_HEADER.fullmatch(header, 124)
+    plain = PLAIN_HEADER.fullmatch(header, 100)
     name = header[:100].partition(b"\0")[0]
     if not plain or name.endswith(b"/"):  # a directory, in old tars
         return None

@@ -6,6 +6,7 @@
     python3 tests/benchmark.py --late_disk=LIBRARY   # a network disk, simulated
     python3 tests/benchmark.py --before=SCRIPT       # against another version, warm
     python3 tests/benchmark.py --plan --grow         # also with 1,331,167 files
+    python3 tests/benchmark.py --listing             # only the listing of as many
     python3 tests/benchmark.py --raw_data_dir=DIR    # real images instead of drawn ones
 
 It needs Linux, and room for the images in the temporary directory, on a disk, and once
@@ -135,11 +136,16 @@ def make_photographs(raw_dir: Path, num_images: int) -> Path:
 
 
 def make_small(raw_dir: Path, num_images: int) -> Path:
-    """Makes a raw directory of images of 2 KB: links to a few hundred originals."""
+    """Makes a raw directory of images of 2 KB."""
+    return make_links(raw_dir, num_images, draw_images(width=64, height=48))
+
+
+def make_links(raw_dir: Path, num_images: int, files: Sequence[bytes]) -> Path:
+    """Makes a raw directory of links to a few hundred originals."""
     originals = raw_dir.with_name("originals")
     if not originals.exists():
         originals.mkdir()
-        for i, data in enumerate(draw_images(width=64, height=48)):
+        for i, data in enumerate(files):
             (originals / str(i)).write_bytes(data)
 
     def link(i: int, path: str) -> None:
@@ -151,15 +157,16 @@ def make_small(raw_dir: Path, num_images: int) -> Path:
 def pack(data: Data, raw_dir: Path) -> Path:
     """Packs the images of a raw directory as ImageNet comes: a tar of tars, and a tar."""
     raw_dir.mkdir()
+    create = functools.partial(tarfile.open, mode="w", format=tarfile.GNU_FORMAT)
     shutil.copy(data.raw_dir / "synset_labels.txt", raw_dir)
-    with tarfile.open(raw_dir / "ILSVRC2012_img_train.tar", "w") as whole:
+    with create(raw_dir / "ILSVRC2012_img_train.tar") as whole:
         for directory in sorted((data.raw_dir / "train").iterdir()):
             class_tar = raw_dir / f"{directory.name}.tar"
-            with tarfile.open(class_tar, "w") as tar:
+            with create(class_tar) as tar:
                 tar.add(directory, "")
             whole.add(class_tar, class_tar.name)
             class_tar.unlink()
-    with tarfile.open(raw_dir / "ILSVRC2012_img_val.tar", "w") as tar:
+    with create(raw_dir / "ILSVRC2012_img_val.tar") as tar:
         tar.add(data.raw_dir / "validation", "")
     return raw_dir
 
@@ -180,12 +187,14 @@ class Run:
       start_up: Seconds to the first finished shard.
       peak: Largest resident memory, bytes; of the process itself, not its workers.
       worker_peak: Largest memory of a worker that it shares with no other, bytes.
+      processor: Seconds that it was computing, with its children.
     """
 
     seconds: float
     start_up: float = 0.0
     peak: int = 0
     worker_peak: int = 0
+    processor: float = 0.0
 
     @property
     def steady(self) -> float:
@@ -238,7 +247,8 @@ def measure(
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{command} failed:\n{log.read().decode()[-2000:]}")
-    return Run(now - start, start_up, usage.ru_maxrss * 1024, worker_peak)
+    processor = usage.ru_utime + usage.ru_stime
+    return Run(now - start, start_up, usage.ru_maxrss * 1024, worker_peak, processor)
 
 
 def run_script(
@@ -273,6 +283,13 @@ def run_script(
         if link is not None:
             env |= stack.enter_context(cloud_storage(link))
         return measure(command, scratch_dir, env, sample_memory)
+
+
+def run_listing(raw_dir: Path, script: Path = SCRIPT) -> Run:
+    """Lists and labels the images of a raw directory, and does no more."""
+    code = f"import sys, {script.stem}; {script.stem}.read_dataset(sys.argv[1])"
+    environment = {"PYTHONPATH": str(script.resolve().parent)}
+    return measure([sys.executable, "-c", code, str(raw_dir)], environment=environment)
 
 
 def remove(directory: Path) -> None:
@@ -310,6 +327,7 @@ def median(runs: Sequence[Run]) -> Run:
         statistics.median(run.seconds for run in runs),
         statistics.median(run.start_up for run in runs),
         max(run.peak for run in runs),
+        processor=statistics.median(run.processor for run in runs),
     )
 
 
@@ -624,6 +642,31 @@ class Benchmark:
             f"{run.seconds:.1f} s, {run.peak / 1e6:,.0f} MB",
         )
 
+    def listing(self) -> Iterator[Target]:
+        """Lists ImageNet's number of tiny files, in directories and in tars."""
+        say(f"Making {IMAGENET_IMAGES:,} links, and tars of them.")
+        files = make_links(self.directory / "files", IMAGENET_IMAGES, [b"x"] * 300)
+        tars = pack(Data(files, (), 0), self.directory / "tars")
+        other = Path(self.arguments.before or SCRIPT)
+        for what, raw_dir in (("directories", files), ("tars", tars)):
+            run_listing(raw_dir)  # warms the page cache
+            runs = self.alternate(
+                {
+                    f"{what}, this": functools.partial(run_listing, raw_dir),
+                    f"{what}, other": functools.partial(run_listing, raw_dir, other),
+                }
+            )
+            this, before = runs.values()
+            yield Target(
+                f"listing {IMAGENET_IMAGES:,} images in {what}, against {other}",
+                "at most 1.05 x the processor time, and no more memory",
+                f"{this.seconds:.1f} s, processor {this.processor:.1f} s where that "
+                f"takes {before.processor:.1f} s: "
+                f"{this.processor / before.processor:.2f} x; {this.peak / 1e6:,.0f} MB "
+                f"where that takes {before.peak / 1e6:,.0f} MB",
+            )
+            remove(raw_dir)
+
     def grow(self) -> Target:
         """Compares many small images with few, start-up left out."""
         say(f"Making {IMAGENET_IMAGES:,} small images.")
@@ -702,6 +745,9 @@ def print_speeds(runs: dict[str, Run], data: Data) -> None:
 def run_benchmark(benchmark: Benchmark) -> None:
     """Measures everything asked for and prints the tables, cold figures first."""
     arguments = benchmark.arguments
+    if arguments.listing:
+        print(table(["what", "wanted", "measured"], benchmark.listing()))
+        return
     data = benchmark.raw_data()
     size = data.num_bytes / max(data.num_images, 1) / 1e3
     print(
@@ -740,6 +786,7 @@ def main() -> None:
     parser.add_argument("--only_disk", action="store_true", help="no other rows")
     parser.add_argument("--plan", action="store_true", help="plan 1,331,167 files")
     parser.add_argument("--grow", action="store_true", help="encode 1,331,167 images")
+    parser.add_argument("--listing", action="store_true", help="no other rows")
     parser.add_argument("--temp_dir", help="on a disk, for the images")
     parser.add_argument("--scratch_dir", default="/dev/shm", help="for the shards")
     parser.add_argument("--sequential", nargs=2, help=argparse.SUPPRESS)

@@ -80,7 +80,8 @@ NOT_TEXT = os.fsdecode(b"caf\xe9 \xff.JPEG")
 NOT_FILES = [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE]
 NOT_FILES += [tarfile.DIRTYPE, tarfile.FIFOTYPE]
 B = member("b.JPEG", b"b")
-SIZE, TIME = 124, 136  # where these fields of a header begin
+SIZE = 124  # where this field of a header begins
+NUMBERS = {"mode": 100, "owner": 108, "group": 116, "time": 136, "device": 337}
 
 LISTED: dict[str, tuple[bytes, dict[str, bytes]]] = {
     **{kind: (tar_bytes(FILES, kind), FILES) for kind in FORMATS},
@@ -298,7 +299,7 @@ REFUSED = {
     "circle": (link("a.JPEG", "b.JPEG") + link("b.JPEG", "a.JPEG") + END, NO_FILE),
     "name that leads out": (member("../a.JPEG", b"out") + END, f"../{NO_FILE}"),
     **{
-        f"size {value!r}": (with_field(member("a"), SIZE, value), DAMAGED)
+        f"size {value!r}": (with_field(member("a"), SIZE, value) + B + END, DAMAGED)
         for value in (
             b"-0000001000\0",
             b"abc\0\0\0\0\0\0\0\0\0",
@@ -306,9 +307,17 @@ REFUSED = {
             b"\xff" * 10 + b"\xfe\0",  # negative, in base 256
         )
     },
-    "time that is none": (with_field(member("a"), TIME, b"zzz" + bytes(9)), DAMAGED),
-    "pax size of -1024": (pax_member(size="-1024"), DAMAGED),
-    "pax size of -1": (pax_member(size="-1"), DAMAGED),
+    **{
+        f"{what} that is none": (
+            with_field(member("a"), start, b"zz" + bytes(6)) + B + END,
+            DAMAGED,
+        )
+        for what, start in NUMBERS.items()
+    },
+    **{
+        f"pax size of {size}": (pax_member(size=size) + B + END, DAMAGED)
+        for size in ("-1024", "-1")
+    },
     "endless pax size": (pax_member(size=f"{10**30}"), CUT_SHORT),
     "sparse in name only": (pax_member(**{"GNU.sparse.realsize": "512"}), UNUSUAL_A),
     **{
