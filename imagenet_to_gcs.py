@@ -938,20 +938,30 @@ def _classes_among(
 
 def _classes_in_tar(tar: ImageSource, skipped: list[str]) -> list[ImageSource]:
     """Finds the class tars or class folders in a tar; their images have a class."""
-    found = []
+    found = {}
     folders = collections.defaultdict(list)
-    for file in tar.list_members(skipped, 0, ".tar", IMAGE_SUFFIX):
-        synset, start = file.synset, file.offset or 0
-        if file.name.endswith(IMAGE_SUFFIX):
-            folders[synset].append(file)
+    beside: list[str] = []
+    for file in tar.list_members(beside, 0, ".tar", IMAGE_SUFFIX):
+        path, start = file.name, file.offset or 0
+        if path.endswith(".tar"):
+            where = start, start + file.num_bytes, file.fingerprint
+            found[path] = ImageSource(tar.path, file.synset, *where, path)
         else:
-            end = start + file.num_bytes
-            found.append(ImageSource(tar.path, synset, start, end, file.fingerprint))
-    if "" in folders:
-        raise InvalidInputError(_no_images(tar, "*/*"))
-    for synset, images in folders.items():
-        found.append(ImageSource(tar.path, synset, start=0, images=images))
-    return found
+            folders[os.path.dirname(path)].append(file)
+    parents = {os.path.dirname(path) for path in (*found, *folders)}
+    for path in beside:  # as on disk, a folder without images is of a class, too
+        folder = os.path.dirname(path.removeprefix(f"{tar.path}/"))
+        if folder and os.path.dirname(folder) in parents:
+            folders.setdefault(folder, [])
+    for folder, images in folders.items():
+        synset = images[0].synset if images else os.path.basename(folder)
+        if not synset:
+            raise InvalidInputError(_no_images(tar, "*/*"))
+        found[folder] = ImageSource(
+            tar.path, synset, start=0, inside=folder, images=images
+        )
+    skipped += beside
+    return [*found.values()]
 
 
 def _is_covered(source: ImageSource, chosen: ImageSource | None) -> bool:
@@ -1018,6 +1028,7 @@ class ImageSource:
       start, end: Of the tar in the file, in bytes. A directory has neither, a tar has
         a start, a tar inside a tar has both.
       fingerprint: Of the tar that holds it, when it was found there.
+      inside: Path of a class tar or class folder in the tar.
       images: Those of a class folder in a tar, which were listed with the others.
     """
 
@@ -1026,18 +1037,17 @@ class ImageSource:
     start: int | None = None
     end: int | None = None
     fingerprint: Fingerprint | None = None
+    inside: str = ""
     images: Sequence[RawImage] = ()
 
     @property
     def place(self) -> str:
-        if self.images:
-            return os.path.dirname(self.images[0].path)
-        return f"{self.path}/{self.synset}.tar" if self.end else self.path
+        return f"{self.path}/{self.inside}" if self.inside else self.path
 
     @property
     def depth(self) -> int:
         """How packed it is: 0 for a directory, 1 for a tar, 2 for a class in a tar."""
-        return (self.start is not None) + bool(self.end or self.images)
+        return (self.start is not None) + bool(self.inside)
 
     def list_images(self, skipped: list[str], label: int = 0) -> list[RawImage]:
         """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
@@ -1045,7 +1055,7 @@ class ImageSource:
         Paths of other images are added to `skipped`.
         """
         images: Iterable[RawImage]
-        if self.images:
+        if self.inside and not self.end:
             images = (image._replace(label=label) for image in self.images)
         elif self.depth:
             images = self.list_members(skipped, label)
@@ -1080,7 +1090,8 @@ class ImageSource:
         for path, (offset, size) in members.items():
             folder, _, name = path.rpartition("/")
             if not _is_named(name, suffixes or IMAGE_SUFFIX):
-                skipped += [f"{self.path}/{path}"] * _looks_like_image(name)
+                if _looks_like_image(name) and self._class_at(folder):
+                    skipped.append(f"{self.path}/{path}")
                 continue
             key = path if name.endswith(".tar") else folder
             if key not in classes:
@@ -1095,7 +1106,8 @@ class ImageSource:
             raise InvalidInputError(
                 "A tar must hold images in one folder, in one folder for each class, "
                 f"side by side, or as class tars; {self.place} holds "
-                f"{_some(patterns)}. Extract it, and move them."
+                f"{_some(patterns)}. Extract it, and move the images of each class to "
+                f"{TRAINING_DIRECTORY}/<class>/, or {VALIDATION_DIRECTORY}/<class>/."
             )
 
     def _class_at(self, path: str) -> tuple[str, str] | None:
@@ -1172,6 +1184,8 @@ def _no_split(raw_data_dir: str, split: str) -> str:
 def _no_images(source: ImageSource, below: str = "*") -> str:
     """Describes a directory or tar without images with what is in it instead."""
     files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
+    if source.inside and not source.end:
+        files = [path for path in files if os.path.dirname(path) == source.inside]
     images = [path for path in files if _looks_like_image(path)]
     names = sorted(map(os.path.basename, files))
     found = (
@@ -3906,9 +3920,10 @@ def _read_headers(descriptor: int, position: int, end: int) -> Members:
             name = _normalized(member.name)
             offset = position + member.offset_data
             size = 0 if member.type in b"123456" else member.size  # links and so on
-            found[name] = (offset, size) if member.isreg() else member
             if member.islnk():
                 found[name] = found.get(_normalized(member.linkname), member)
+            else:
+                found[name] = (offset, size) if member.isreg() else member
         else:
             break
         position = offset + size + -size % tarfile.BLOCKSIZE

@@ -287,6 +287,12 @@ REFUSALS = {
         f"*.JPEG), such as n01440764_1.JPEG: {READ} Extract the tar, "
         "as README says in step 2."
     ),
+    "cd train; for i in n01440801/*; do mv $i ${i%JPEG}jpg; done; "
+    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
+        "No images match RAW/ILSVRC2012_img_train.tar/n01440801/*.JPEG. 3 images "
+        f"skipped (3 *.jpg), such as n01440801/n01440801_1.jpg: {READ} Extract the "
+        "tar, as README says in step 2."
+    ),
 }
 
 

@@ -148,6 +148,10 @@ LISTED: dict[str, tuple[bytes, dict[str, bytes]]] = {
         )
         for kind in NOT_FILES
     },
+    "hard link to itself, as to a file that was packed twice": (
+        B + member("./b.JPEG", kind=tarfile.LNKTYPE, target="b.JPEG") + END,
+        {"b.JPEG": b"b"},
+    ),
     "infinite time": (pax_member(mtime="inf") + END, {"a.JPEG": b""}),
     **{
         f"{number} empty blocks": (B + bytes(number * BLOCK), {"b.JPEG": b"b"})
@@ -506,7 +510,8 @@ def test_images_are_refused_when_they_do_not_lie_side_by_side(
         ImageSource(str(path), synset, start=0).list_images([])
     assert str(caught.value) == (
         "A tar must hold images in one folder, in one folder for each class, side by "
-        f"side, or as class tars; {path} holds {found}. Extract it, and move them."
+        f"side, or as class tars; {path} holds {found}. Extract it, and move the "
+        "images of each class to train/<class>/, or validation/<class>/."
     )
 
 
