@@ -108,21 +108,20 @@ import itertools
 import json
 import logging as python_logging
 import math
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.context
 import os
 import pathlib
+import pickle
+import queue
 import random
 import re
 import shlex
 import shutil
+import socket
 import ssl
 import stat
 import struct
 import subprocess
 import tarfile
-import tempfile
 import textwrap
 import threading
 import time
@@ -390,7 +389,7 @@ def run(
             log_intent(plan_job(options))
             return
         # The pool imports TensorFlow while images are listed.
-        with Pool(options.workers, options.scratch_dir) as pool, _locked(options):
+        with contextlib.closing(Pool(options.workers)) as pool, _locked(options):
             if options.fake_imagenet:
                 make_fake_imagenet(options, pool)
             job = plan_job(options)
@@ -1985,272 +1984,188 @@ def check_undamaged(path: str, stamp: Stamp) -> None:
 
 IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"  # shows TensorFlow's log
 LAST_WORDS_BYTES = 4096
-JPEG_WARNINGS = re.compile(rb"^Corrupt JPEG.*\n", re.MULTILINE)  # on all skeletons
-# Lines that do not tell a cause: the log, stack traces, a traceback's source lines.
-NOISE = re.compile(r"\s|\*\*\* |WARNING: |[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] ")
-SOCKET_DIRECTORY_BYTES = 107 - len("/pymp-12345678/listener-12345678")
-CALLER_HAS_NO_GUARD = 87  # exit status of a worker that was to start workers itself
-IMPORT_FAILED = 88  # exit status of a worker that cannot import TensorFlow
-FORKSERVER_DIED = 255  # the standard library's word for a worker's unknown end
+# Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
+# and what libjpeg says of each skeleton.
+NOISE = re.compile(
+    r"\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
+)
+TOO_MANY = re.compile(r"pthread_create\(\) failed|start new thread|BlockingIOError: ")
+IMPORT_FAILED = 88  # exit status of the helper if it cannot import TensorFlow
 
 
-class Pool(contextlib.AbstractContextManager["Pool"]):
-    """Processes that make calls for the threads of the run.
+class Pool:
+    """Processes that make calls for the threads of the run, one at a time each.
 
-    The standard library's forkserver imports TensorFlow, once, and forks them. That
-    takes seconds, during which the raw directory is listed.
+    A helper process imports TensorFlow, once, while the raw directory is listed; then
+    it forks the workers, and dies like the first of them that dies. All of them end
+    when their stdin is closed, as it is when the run ends, however it ends.
     """
 
-    def __init__(self, num_workers: int, spare_directory: str):
-        _check_can_have_workers()
-        _leave_lost_directory()
-        self._spare_directory = spare_directory
-        self._context = _Context()
-        self._words = b""  # the last of what workers wrote to stderr
-        self._cause: RunError | None = None  # why a worker died
+    def __init__(self, num_workers: int):
+        if not os.path.exists(__file__):
+            problem = "The script must be a file, for its worker processes read it, too"
+            raise InvalidInputError(f"{problem}; it comes from {__file__}.")
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._words = b""  # the last that the helper and the workers wrote to stderr
+        self._cause: RunError | None = None  # why they died
         self._ending = threading.Lock()
-        reader, self._stderr = multiprocessing.Pipe(duplex=False)
-        self._listener = threading.Thread(
-            target=self._listen, args=[reader], daemon=True
-        )
+        with contextlib.ExitStack() as stack:
+            try:
+                pairs = [socket.socketpair() for _ in range(num_workers)]
+                for end in itertools.chain(*pairs):
+                    stack.enter_context(end)
+                self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
+            except OSError as error:
+                what = f"Cannot start a process: {error.strerror}"
+                remedy = MACHINE_ERRORS.get(error.errno or 0, FIX_AND_RERUN)
+                raise MachineError(f"{what}. {remedy}") from error
+            for ours, _ in pairs:
+                self._idle.put(ours.makefile("rwb"))
+        self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        if owns_process and not IS_VERBOSE:
-            os.dup2(self._stderr.fileno(), 2)
-        # The tracker of semaphores, which this starts, is to outlive a closed terminal.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-        try:
-            self._executor = concurrent.futures.ProcessPoolExecutor(
-                num_workers, self._context, _begin_worker, (self._stderr,)
-            )
-        except BlockingIOError as error:
-            raise MachineError(TOO_MANY_THREADS) from error
-        except (ImportError, NotImplementedError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            remedy = MACHINE_ERRORS.get(getattr(error, "errno", 0), FIX_AND_RERUN)
-            problem = f"Cannot make a semaphore in /dev/shm: {reason}. {remedy}"
-            raise MachineError(problem) from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._background = concurrent.futures.ThreadPoolExecutor(1)
-        self._start = self._background.submit(self._import_tensorflow)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind and owns_process:
-            return  # the process ends at once, and the workers with it
-        if owns_process and not self._start.done():  # there was nothing to do
-            _end_children()
-        self._background.shutdown()
-        if kind:
-            for process in self._context.processes:
-                if process.pid:
-                    process.terminate()
-        with self._ending:
-            self._executor.shutdown(cancel_futures=True)
-        self._stderr.close()
-        if owns_process:
-            _end_children()  # an end by itself would take half a second of its time
-        else:
-            self._listener.join()
+    def close(self) -> None:
+        """Ends all processes; calls that are under way raise an error."""
+        if self._helper.stdin:
+            self._helper.stdin.close()
+        self._helper.kill()
+        self._helper.wait()
+        self._listener.join(timeout=1)  # longer only if a disk holds a worker
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function in the next process that has room for a call."""
+        """Calls a function in the next worker that is idle."""
+        request = pickle.dumps(functools.partial(function, *arguments))
+        pipe = self._idle.get()
         try:
-            self._start.result()
-            future = self._executor.submit(_make_call, function, *arguments)
-        except (concurrent.futures.BrokenExecutor, EOFError, OSError) as error:
-            raise self._death(error) from None
-        try:
-            return future.result()
-        except concurrent.futures.BrokenExecutor as error:
-            raise self._death(error) from None
+            pipe.write(request)
+            pipe.flush()
+            result, error = pickle.load(pipe)
+        except (EOFError, ConnectionError, pickle.UnpicklingError):
+            raise self._death() from None
+        finally:
+            self._idle.put(pipe)
+        if error:
+            raise error
+        return result
 
-    def _listen(self, reader: multiprocessing.connection.Connection) -> None:
-        with reader:
-            while piece := os.read(reader.fileno(), 2**16):
-                words = JPEG_WARNINGS.sub(b"", self._words + piece)
-                self._words = words[-LAST_WORDS_BYTES:]
+    def _listen(self) -> None:
+        """Keeps the last of what the helper and the workers write to stderr."""
+        if not self._helper.stderr:
+            return
+        with self._helper.stderr as stderr:
+            while piece := os.read(stderr.fileno(), 2**16):
+                self._words = (self._words + piece)[-LAST_WORDS_BYTES:]
                 time.sleep(0.05)  # else each image would wake this thread
 
-    def _import_tensorflow(self) -> None:
-        """Starts the forkserver, which imports TensorFlow, and the first worker."""
-        more = {"TF_CPP_MIN_LOG_LEVEL": "0" if IS_VERBOSE else "3"}
-        if owns_process:
-            more["PYTHONSAFEPATH"] = "1"  # modules in the current directory are no help
-        with _environment(more), _room_for_socket(self._spare_directory):
-            self._context.set_forkserver_preload(["tensorflow"])
-            self._executor.submit(os.getpid)
-
-    def _death(self, error: BaseException) -> RunError:
-        """Says what a worker or the forkserver died of: all threads the same."""
+    def _death(self) -> RunError:
+        """Says what a worker or the helper died of: the same to all threads."""
         with self._ending:
             if not self._cause:
-                self._executor.shutdown(cancel_futures=True)
                 time.sleep(0.2)  # a signal to the whole run may still be on its way
-                self._cause = self._find_cause(error)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._helper.wait(timeout=5)
+                self.close()
+                words = self._words.decode(errors="replace")
+                self._cause = _cause_of_death(self._helper.returncode, words)
         return self._cause
 
-    def _find_cause(self, error: BaseException) -> RunError:
-        if isinstance(error, BlockingIOError):  # the limit of processes
-            return MachineError(TOO_MANY_THREADS)
-        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-            problem = f"Cannot start a process: {error.strerror or error}"
-            remedy = MACHINE_ERRORS.get(error.errno or 0, FIX_AND_RERUN)
-            return MachineError(f"{problem}. {remedy}")
-        statuses = [process.exitcode for process in self._context.processes]
-        # The pool itself sends SIGTERM to those that are left.
-        statuses.sort(key=lambda status: status == -signal.SIGTERM)
-        status = next(filter(None, statuses), 0)
-        text = self._words.decode(errors="replace")
-        if status not in (0, FORKSERVER_DIED):
-            return _cause_of_death(status, text)
-        done = _plain_import()  # does what the forkserver did, and can be asked
-        if done.returncode:
-            status = IMPORT_FAILED if done.returncode > 0 else done.returncode
-            return _cause_of_death(status, done.stderr)
-        problem = "The process that starts the workers died"
-        return MachineError(f"{problem}. {FIX_AND_RERUN}")
+
+def _start_helper(sockets: list[int]) -> subprocess.Popen[bytes]:
+    """Runs this file, whatever its name, as the same module; see its last lines.
+
+    Its session is its own, so that Ctrl-C and hangups do not reach it. With runpy,
+    importing TensorFlow takes 0.4 s longer.
+    """
+    paths = [path for path in sys.path if os.path.isabs(path)]
+    code = (
+        f"import sys; sys.path[:] = {paths!r}; WORKER_SOCKETS = {sockets!r}; "
+        f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
+        "sys.modules[__name__] = sys.modules['__main__']; "
+        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
+    )
+    level = "0" if IS_VERBOSE else "3"
+    more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=None if IS_VERBOSE else subprocess.PIPE,
+        pass_fds=sockets,
+        env={**os.environ, **more},
+        cwd="/",  # the current directory may be gone, which TensorFlow minds
+        start_new_session=True,
+    )
 
 
-class _Context(multiprocessing.context.ForkServerContext):
-    """The standard library's forkserver; its processes are kept: how did they end?"""
+def _fork_workers(sockets: Sequence[int]) -> NoReturn:
+    """Imports TensorFlow and forks a worker for each socket; runs in the helper.
 
-    def __init__(self) -> None:
-        self.processes: list[multiprocessing.context.ForkServerProcess] = []
-
-    def Process(self, **settings: Any) -> Any:  # type: ignore[override]
-        self.processes.append(multiprocessing.context.ForkServerProcess(**settings))
-        return self.processes[-1]
-
-
-def _check_can_have_workers() -> None:
-    main = sys.modules["__main__"]
-    if sys.modules.get("__mp_main__", main) is not main:
-        # A worker is importing the program that called `run`, and calls it again.
-        os._exit(CALLER_HAS_NO_GUARD)
-    if multiprocessing.current_process().daemon:
-        raise InvalidInputError(
-            "Worker processes cannot be started from a daemonic process."
-        )
-    path = getattr(main, "__file__", "" if __name__ == "__main__" else None)
-    if not main.__spec__ and path is not None and not os.path.exists(path):
-        raise InvalidInputError(
-            "The program must be a file, for its worker processes read it, too; it "
-            f"comes from {path or 'the command line'}."
-        )
-
-
-def _leave_lost_directory() -> None:
-    """Moves to / if the current directory, in which workers start, is none for them."""
-    try:
-        os.chdir(os.getcwd())
-    except OSError:  # it is gone, or cannot be entered
-        os.chdir("/")
-
-
-@contextlib.contextmanager
-def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """Adds variables to the environment, for a process that is started meanwhile."""
-    before = {name: os.environ.get(name) for name in more}
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _room_for_socket(spare_directory: str) -> Iterator[None]:
-    """Has temporary files made where a socket's path fits into its 107 bytes."""
-    before = tempfile.tempdir
-    places = ["/tmp", "/var/tmp", "/dev/shm", spare_directory]
-    with contextlib.suppress(FileNotFoundError):  # none can be written to
-        places.insert(0, tempfile.gettempdir())
-    for place in places:
-        is_short = len(os.fsencode(place)) <= SOCKET_DIRECTORY_BYTES
-        if is_short and os.access(place, os.W_OK | os.X_OK):
-            tempfile.tempdir = place
-            break
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
-def _begin_worker(stderr: multiprocessing.connection.Connection) -> None:
-    """Prepares a worker: its stderr is the run's pipe, and it ends with the run."""
-    for signal_number in (signal.SIGINT, signal.SIGHUP):  # these are the run's
-        signal.signal(signal_number, signal.SIG_IGN)
+    A fork after TensorFlow has run anything would hang.
+    """
     threading.Thread(target=_end_with_run, daemon=True).start()
-    if not IS_VERBOSE:
-        os.dup2(stderr.fileno(), 2)
     warnings.simplefilter("ignore")  # a warning is never the cause of death
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # unless preloaded
+    gc.disable()  # or the import would take 1.2 times as long
     try:
-        import tensorflow as tf
+        import tensorflow  # noqa: F401
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
         os._exit(IMPORT_FAILED)
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     gc.freeze()
+    gc.enable()
+    workers = set()
+    for own in sockets:
+        worker = os.fork()
+        if not worker:
+            _make_calls(own, [other for other in sockets if other != own])
+        workers.add(worker)
+    for each in sockets:
+        os.close(each)
+    with contextlib.suppress(ChildProcessError):  # all have ended
+        while child := os.wait():
+            status = os.waitstatus_to_exitcode(child[1])
+            if child[0] in workers and status:  # not a child of TensorFlow's
+                os.kill(os.getpid(), max(0, -status))
+                os._exit(status)
+    os._exit(0)
 
 
 def _end_with_run() -> None:
-    if run := multiprocessing.parent_process():
-        run.join()
-    os._exit(1)
+    os.read(0, 1)  # until the run closes it
+    os._exit(0)
 
 
-def _end_children() -> None:
-    """Ends the forkserver, which does not see the run's end before its import's."""
-    for path in pathlib.Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # not everywhere there
-            for child in path.read_text().split():
-                os.kill(int(child), signal.SIGTERM)  # the tracker ignores it
+def _make_calls(own: int, others: Sequence[int]) -> NoReturn:
+    """Makes the calls that the run sends to this worker, on one processor."""
+    for other in others:
+        os.close(other)
+    threading.Thread(target=_end_with_run, daemon=True).start()
+    import tensorflow as tf
 
-
-def _make_call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Makes a call in a worker; an unforeseen error is sent in words.
-
-    Not all errors, such as TensorFlow's, can be sent.
-    """
-    try:
-        return function(*arguments)
-    except (RunError, OSError, MemoryError):
-        raise
-    except Exception:  # noqa: BLE001
-        raise RuntimeError(f"in a worker process:\n{traceback.format_exc()}") from None
-
-
-def _plain_import() -> subprocess.CompletedProcess[str]:
-    """Imports TensorFlow in a process of its own, to see how that fails."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; import tensorflow"
-    level = {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", code]
-    env = {**os.environ, **level}
-    return subprocess.run(
-        command, env=env, stderr=subprocess.PIPE, check=False, cwd="/", text=True
-    )
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    pipe = socket.socket(fileno=own).makefile("rwb")
+    while pipe.peek(1):  # until the run closes it
+        call = pickle.load(pipe)
+        try:
+            answer: Any = call(), None
+        except (RunError, OSError, MemoryError) as error:
+            answer = None, error
+        except BaseException:  # noqa: BLE001  # not all can be sent, so in words
+            words = f"in a worker process:\n{traceback.format_exc()}"
+            answer = None, RuntimeError(words)
+        pipe.write(pickle.dumps(answer))
+        pipe.flush()
+    os._exit(0)
 
 
 def _cause_of_death(status: int, text: str) -> RunError:
     """Puts an exit status and last words into a line."""
-    if status == CALLER_HAS_NO_GUARD:
-        return RunError(
-            "Worker processes import the program that calls run(): it must do so "
-            "under if __name__ == '__main__'."
-        )
     if status == -signal.SIGKILL or "failed to map segment" in text:
         return MachineError(
             "A worker process was killed, most likely because the machine ran out "
             f"of memory. {FEWER_WORKERS}."
         )
-    if "pthread_create() failed" in text:
+    if TOO_MANY.search(text):
         return MachineError(TOO_MANY_THREADS)
     lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
     errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
@@ -2431,6 +2346,8 @@ REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
 WARNING_SECONDS = 10
+# Otherwise the client asks for the bucket's metadata, in a thread of its own.
+NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
 QUIET_LOGGERS = ("google", "urllib3")
 RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 
@@ -3686,10 +3603,10 @@ def as_a_guest() -> Iterator[None]:
     loggers = [python_logging.getLogger(name) for name in QUIET_LOGGERS]
     levels = [logger.level for logger in loggers]
     handlers = python_logging.root.handlers[:]  # absl adds one if there is none
+    is_new = NO_BUCKET_METADATA not in os.environ
+    os.environ.setdefault(NO_BUCKET_METADATA, "1")
     try:
-        # Otherwise the client asks for the bucket's metadata, in a thread of its own.
-        with _environment({"DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA": "1"}):
-            yield
+        yield
     except (OSError, MemoryError) as error:
         path = getattr(error, "filename", None) or "what is needed"
         with trying_to("use", path):
@@ -3702,6 +3619,8 @@ def as_a_guest() -> Iterator[None]:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
         python_logging.root.handlers[:] = handlers
+        if is_new:
+            del os.environ[NO_BUCKET_METADATA]
 
 
 @contextlib.contextmanager
@@ -3760,9 +3679,6 @@ def main(arguments: Sequence[str]) -> None:
         logging.set_verbosity(logging.INFO)
     is_terminal = sys.stderr and sys.stderr.isatty()
     live_line.is_on = bool(is_terminal and os.environ.get("TERM") != "dumb")
-    if not IS_VERBOSE:  # the other stderr is for what dies
-        sys.stderr = os.fdopen(os.dup(2), "w", 1, errors="backslashreplace")
-        logging.get_absl_handler().python_handler.setStream(sys.stderr)
     try:
         for signal_number in STOP_SIGNALS:
             if signal.getsignal(signal_number) != signal.SIG_IGN:  # as nohup SIGHUP
@@ -3824,13 +3740,12 @@ def _raise_stopped(signal_number: int, _: object) -> NoReturn:
 def _exit(status: int, *errors: str) -> NoReturn:
     """Ends the process at once, without waiting for uploads that hang.
 
-    The forkserver and the workers see it, and end, too.
+    The worker processes see it, and end, too.
     """
     _ignore_signals()
     for line in errors:
         logging.error(line)
     logging.flush()
-    _end_children()
     os._exit(status)
 
 
@@ -4119,6 +4034,8 @@ def draw_fake_image(path: pathlib.Path, seed: int) -> None:
         pathlib.Path(temporary_path).write_bytes(jpeg.numpy())
 
 
-if __name__ == "__main__":
+if "WORKER_SOCKETS" in globals():
+    _fork_workers(globals()["WORKER_SOCKETS"])
+elif __name__ == "__main__":
     _open_closed_streams()
     app.run(main, flags_parser=parse_flags)
