@@ -2015,6 +2015,8 @@ class Pool:
                 for end in itertools.chain(*pairs):
                     stack.enter_context(end)
                 self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
+            except BlockingIOError as error:
+                raise MachineError(TOO_MANY_THREADS) from error
             except OSError as error:
                 what = f"Cannot start a process: {error.strerror}"
                 remedy = MACHINE_ERRORS.get(error.errno or 0, FIX_AND_RERUN)
@@ -2065,8 +2067,11 @@ class Pool:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._helper.wait(timeout=5)
                 self.close()
-                words = self._words.decode(errors="replace")
-                self._cause = _cause_of_death(self._helper.returncode, words)
+                words = self._words
+                if len(words) == LAST_WORDS_BYTES:  # the first line may be a part
+                    words = words.partition(b"\n")[2]
+                text = words.decode(errors="replace")
+                self._cause = _cause_of_death(self._helper.returncode, text)
         return self._cause
 
 

@@ -66,16 +66,16 @@ class Run:
         return found
 
     def forkserver(self) -> int | None:
-        """The standard library's process that forks the workers, once it is there."""
-        name = "multiprocessing.forkserver"
-        children = [pid for pid in self.pids() if _parent_of(pid) == self.pid]
-        return next((pid for pid in children if name in _command_line(pid)), None)
+        """The helper process that imports TensorFlow and forks the workers."""
+        return next(iter(self._children(self.pid)), None)
 
     def workers(self) -> list[int]:
-        """The children of the forkserver, oldest first."""
-        forkserver = self.forkserver()
-        pids = sorted(self.pids())
-        return [p for p in pids if forkserver and _parent_of(p) == forkserver]
+        """The workers, oldest first; not what TensorFlow starts while imported."""
+        return self._children(self.forkserver() or 0)
+
+    def _children(self, parent: int) -> list[int]:
+        pids = [pid for pid in sorted(self.pids()) if _parent_of(pid) == parent]
+        return [pid for pid in pids if "WORKER_SOCKETS" in _command_line(pid)]
 
     def finish(self, timeout: float = 120) -> Finished:
         """Waits for its end, and for that of all its processes."""

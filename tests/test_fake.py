@@ -88,7 +88,7 @@ GENERATE = """if True:
     def make_fake(num_workers):
         local = str(raw), False, None, None, f"{raw}/shards"
         options = imagenet_to_gcs.Options(*local, num_workers=num_workers)
-        with imagenet_to_gcs.Pool(num_workers, str(raw)) as pool:
+        with contextlib.closing(imagenet_to_gcs.Pool(num_workers)) as pool:
             imagenet_to_gcs.make_fake_imagenet(options, pool)
 
     make_fake(2)
