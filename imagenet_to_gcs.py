@@ -130,6 +130,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 INSTALL = (
@@ -797,12 +798,14 @@ class Dataset:
       synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
         read the shards keep 0 for "background".
       skipped: Paths of images that are not read; see `warnings_about`.
+      warnings: What contradicts the labels of validation images, but is meant.
     """
 
     synsets: tuple[str, ...] = ()
     training: Sequence[RawImage] = ()
     validation: Sequence[RawImage] = ()
     skipped: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     @property
     def images(self) -> Iterable[RawImage]:
@@ -835,6 +838,8 @@ def read_dataset(raw_data_dir: str) -> Dataset:
     """
     problems: list[str] = []
     skipped: list[str] = []
+    beside: list[str] = []  # what is skipped beside the validation images
+    warnings: list[str] = []
     classes: list[ImageSource] = []
     training: list[RawImage] = []
     validation: list[RawImage] = []
@@ -842,12 +847,13 @@ def read_dataset(raw_data_dir: str) -> Dataset:
         with _collecting(problems):
             classes = find_classes(raw_data_dir, skipped)
         with _collecting(problems):
-            validation = list_validation(raw_data_dir, skipped)
+            validation = list_validation(raw_data_dir, beside)
         with _collecting(problems):
-            validation = _with_synsets(validation, raw_data_dir)
+            validation, warnings = _with_synsets(validation, raw_data_dir, beside)
         trained = {class_.synset for class_ in classes}
         validated = {image.synset for image in validation} - {""}
-        problems += _unknown_classes(trained, validated)
+        directory = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
+        problems += class_problems(trained, validated, directory)
         synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
         with _collecting(problems):
@@ -855,7 +861,23 @@ def read_dataset(raw_data_dir: str) -> Dataset:
     if problems:
         raise InvalidInputError(*problems)
     validation = [i._replace(label=label_of[i.synset]) for i in validation]
-    return Dataset(synsets, training, validation, sorted(skipped))
+    skipped = sorted([*skipped, *beside])
+    return Dataset(synsets, training, validation, skipped, warnings)
+
+
+def _with_synsets(
+    images: list[RawImage], raw_data_dir: str, skipped: Sequence[str]
+) -> tuple[list[RawImage], list[str]]:
+    """Reads the label file, unless it can be done without; see `label_validation`."""
+    path = os.path.join(raw_data_dir, LABELS_FILE)
+    labels: Labels = []
+    if not (images and _say_all(images)) or os.path.lexists(path):
+        try:
+            labels = read_labels(path)
+        except InvalidInputError as error:
+            beside = [_describe_skipped(skipped)] if images and skipped else []
+            raise InvalidInputError(*error.args, *beside) from error
+    return label_validation(images, labels, path, skipped) if images else ([], [])
 
 
 @contextlib.contextmanager
@@ -1209,82 +1231,312 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------
-# 3. Labels: which class an image is of
+# 3. Labels: which class an image is of, and what contradicts it
+#
+# A training image is of the class of its folder or class tar. Of what says the class
+# of a validation image, the first in this table decides:
+#
+#   line    of a label file of two columns: the file's name, its synset
+#   folder  validation/n01440764/, on disk or in a tar
+#   name    ILSVRC2012_val_00000293_n01440764.JPEG, n01440764_18.JPEG
+#   line    i of a label file of one column, for the i-th name
+#
+# What comes later must agree. If it does not for fewer than half of the images, that
+# is a slip, and refused. If it does not for most, or if a label file of two columns
+# decides, that is meant, and warned of. ImageNet's own list, known by two digests,
+# decides nothing, but all 50,000 lines of a label file of one column must equal it.
 
 
 IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
 # Images of ImageNet-1k, and of the smallest of its classes
 IMAGENET_SPLITS = {"training": (1_281_167, 732), "validation": (50_000, 50)}
+# SHA-256 of its sorted synsets and of its validation labels, joined by newlines
+IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+IMAGENET_LABELS = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
+MANY_CLASSES = 900  # so many synsets are meant to be ImageNet-1k's
+
+NUMBER = re.compile("[0-9]+")
+SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
+NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?\.JPEG", re.DOTALL)
+VALIDATION_NAME, TEST_NAME = "ILSVRC2012_val_", "ILSVRC2012_test_"
+TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
+NOT_NEEDED = "If folders and names are right, remove the label file; it is not needed."
+
+# By line, or, of two columns, by file name without its suffix
+Labels: TypeAlias = list[str] | dict[str, str]
 
 
-def _with_synsets(images: list[RawImage], raw_data_dir: str) -> list[RawImage]:
-    """Gives image i the synset in line i of the label file.
+def label_validation(
+    images: Sequence[RawImage], labels: Labels, path: str, skipped: Sequence[str]
+) -> tuple[list[RawImage], list[str]]:
+    """Gives each validation image its synset; returns warnings, too.
 
-    Only images in directories `validation/<synset>` can do without that file.
+    Args:
+      images: In the order of their names, with the synset of their folder, if any.
+      labels: Of the label file at `path`; empty if all images say their class.
+      skipped: Paths of what lies beside them and is not read.
     """
-    labels_path = os.path.join(raw_data_dir, LABELS_FILE)
-    if images and images[0].synset and not os.path.exists(labels_path):
-        return images
-    labels = read_labels(labels_path)
-    if images and len(labels) != len(images):
-        raise InvalidInputError(
-            f"{labels_path} has {_count(len(labels), 'label')} for "
+    problems, warnings = [*_not_once(images)], list[str]()
+    folders = {"folder": [image.synset for image in images]}
+    names = {"name": [_synset_in(image.filename) for image in images]}
+    if isinstance(labels, dict):
+        stems = [image.filename.removesuffix(IMAGE_SUFFIX) for image in images]
+        lines = [labels.get(stem, "") for stem in stems]
+        said = {"line": lines, **folders, **names}
+        if missing := [stem for stem, line in zip(stems, lines) if not line]:
+            problems.append(
+                f"Each validation image must have a line in {path}; "
+                f"{len(missing):,} of {len(images):,} have none: {_some(missing)}."
+            )
+    else:
+        said = {**folders, **names, "line": labels}
+        problems += _misaligned(images, labels, path, skipped)
+        if not _say_all(images):
+            warnings += _misordered(images, path)
+    if not problems:
+        words = itertools.zip_longest(*said.values())
+        synsets = [next(filter(None, of_one)) for of_one in words]
+        for is_meant, line in _contradictions(images, said, synsets):
+            (warnings if is_meant else problems).append(line)
+        if isinstance(labels, dict) or _say_all(images):
+            warnings += _not_imagenets(images, synsets)
+        else:
+            problems += [f"{s} {TWO_COLUMNS}" for s in _not_imagenets(images, synsets)]
+    if problems:
+        raise InvalidInputError(*problems)
+    return [i._replace(synset=s) for i, s in zip(images, synsets)], warnings
+
+
+def _say_all(images: Sequence[RawImage]) -> bool:
+    """Whether the folder or the name of each image says its class."""
+    return all(image.synset or _synset_in(image.filename) for image in images)
+
+
+def _synset_in(filename: str) -> str:
+    """The synset in a file name; with several, which is wrong, all of them."""
+    return " and ".join(sorted(set(SYNSET.findall(filename))))
+
+
+def _number(image: RawImage) -> int:
+    """The number in ImageNet's name of a validation image; 0 for another name."""
+    match = NUMBERED_NAME.fullmatch(image.filename)
+    return int(match[2]) if match and match[1] == VALIDATION_NAME else 0
+
+
+def _not_once(images: Sequence[RawImage]) -> Iterator[str]:
+    """Describes images that are no validation images, or are there twice."""
+    if tests := [i.path for i in images if i.filename.startswith(TEST_NAME)]:
+        yield (
+            f"{VALIDATION_DIRECTORY}/ must not hold images of the test set; found "
+            f"{_some(tests)}. Move them out of it."
+        )
+    first: dict[int, RawImage] = {}
+    pairs = [(first.setdefault(_number(i), i), i) for i in images if _number(i)]
+    if twice := [(one, other) for one, other in pairs if one is not other]:
+        one, other = twice[0]
+        yield (
+            f"Each validation image must be there once; {one.path} and {other.path} "
+            f"are both number {_number(one):,} ({_count(len(twice), 'such pair')}). "
+            "Remove the wrong one."
+        )
+
+
+def _misaligned(
+    images: Sequence[RawImage], labels: Sequence[str], path: str, skipped: Sequence[str]
+) -> Iterator[str]:
+    """Says why line i cannot be of image i: by the count, or by ImageNet's names."""
+    numbers, needs_lines = [_number(image) for image in images], not _say_all(images)
+    wrong = [i for i, number in enumerate(numbers) if number not in (0, i + 1)]
+    if len(labels) != len(images) and (labels or needs_lines):
+        problem = (
+            f"{path} has {_count(len(labels), 'label')} for "
             f"{_count(len(images), 'validation image')}; they must be equal in number."
         )
-    for line, (image, label) in enumerate(zip(images, labels), start=1):
-        if image.synset not in ("", label):
-            raise InvalidInputError(
-                f"{labels_path} and the folders of {VALIDATION_DIRECTORY}/ must agree; "
-                f"line {line:,} says {label}, {image.path} is in {image.synset}. If "
-                "the folders are right, remove the label file; it is not needed."
-            )
-    return [i._replace(synset=label) for i, label in zip(images, labels)]
+    elif wrong and needs_lines:
+        problem = (
+            f"Line i of {path} must be of image number i; image {wrong[0] + 1:,} in "
+            f"the order of names is {images[wrong[0]].filename}."
+        )
+    else:
+        return
+    last = max(len(labels), len(images))
+    missing = sorted(set(range(1, last + 1)) - set(numbers))
+    if all(numbers) and missing:
+        problem += f" There is no number {_some([f'{n:,}' for n in missing])}."
+    if all(numbers) and numbers != sorted(numbers):
+        problem += " Without leading zeros, names sort wrongly: 1, 10, 2."
+    if skipped:
+        problem += f" {_describe_skipped(skipped)}"
+    yield f"{problem} {TWO_COLUMNS if needs_lines else NOT_NEEDED}"
 
 
-def read_labels(labels_path: str) -> list[str]:
-    """Reads the synset of each validation image, one a line.
+def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
+    """Warns of other names that are numbered, but not one after another."""
+    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
+    numbers = [int(match[2]) for match in matches if match]
+    prefixes = {match[1] if match else None for match in matches}
+    if len(prefixes) > 1 or not numbers or VALIDATION_NAME in prefixes:
+        return
+    num_missing = max(numbers) - min(numbers) + 1 - len(numbers)
+    # Where most are missing, the numbers do not count the images.
+    if numbers != sorted(numbers) or 0 < num_missing < len(numbers):
+        first = next(i for i, n in enumerate(numbers) if n != numbers[0] + i)
+        yield (
+            f"Line i of {path} is taken for the i-th name in the order of text, but the "
+            "numbers in the names do not follow one another: line "
+            f"{first + 1:,} is for {images[first].filename}."
+        )
 
-    Accepts Windows line ends, a byte order mark and a missing last newline.
+
+def _contradictions(
+    images: Sequence[RawImage],
+    said: Mapping[str, Sequence[str]],
+    synsets: Sequence[str],
+) -> Iterator[tuple[bool, str]]:
+    """Tells, of each source that does not agree, whether it is meant, and what.
+
+    Args:
+      said: By source, in the order of precedence: a synset for each image, or "".
+      synsets: What was decided.
+    """
+    for source, words in said.items():
+        pairs = zip(words, synsets)
+        wrong = [
+            i for i, (word, synset) in enumerate(pairs) if word not in ("", synset)
+        ]
+        if not wrong:
+            continue
+        i = wrong[0]
+        decisive = next(name for name, words in said.items() if words[i])
+        is_meant = decisive == "line" or 2 * len(wrong) >= len(images)
+        facts = (
+            f"The {decisive} and the {source} of {len(wrong):,} of "
+            f"{_count(len(images), 'validation image')} say different classes, such as "
+            f"image {i + 1:,}, {images[i].path}: its {decisive} says {synsets[i]}, its "
+            f"{source} {words[i]}. "
+        )
+        rule = f"The {decisive} decides." if is_meant else f"Correct it. {TWO_COLUMNS}"
+        yield is_meant, facts + rule
+
+
+def _not_imagenets(images: Sequence[RawImage], synsets: Sequence[str]) -> Iterator[str]:
+    """Says, if so, that labels of the complete validation set are not ImageNet's."""
+    num_images = IMAGENET_SPLITS["validation"][0]
+    in_order = sorted(
+        (_number(image), synset) for image, synset in zip(images, synsets)
+    )
+    if [number for number, _ in in_order] != [*range(1, num_images + 1)]:
+        return
+    is_complete = has_digest(sorted(set(synsets)), IMAGENET_CLASSES)
+    if is_complete and not has_digest([s for _, s in in_order], IMAGENET_LABELS):
+        yield (
+            f"These are ImageNet's {num_images:,} validation images and its classes, but "
+            "not its labels: some are wrong or swapped."
+        )
+
+
+def has_digest(synsets: Iterable[str], digest: str) -> bool:
+    """Whether a list is one that only its digest tells."""
+    return _sha256(["\n".join(synsets)]) == digest
+
+
+def read_labels(path: str) -> Labels:
+    """Reads the synset of each validation image: a line each, or by its name.
+
+    Accepts Windows line ends, a byte order mark and blank lines at the end.
     """
     try:
-        with open_file(labels_path) as file:
+        with open_file(path) as file:
             text = file.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-            raise refusal("read", labels_path, error) from error
-        reason = getattr(error, "strerror", "it is not text in UTF-8")
+        reason = "it is not text in UTF-8" if "\0" in text else ""
+        if text.lstrip().startswith("<"):
+            reason = "it is a web page; download the file itself"
+    except UnicodeDecodeError:
+        reason = "it is not text in UTF-8"
+    except OSError as error:
+        if error.errno in MACHINE_ERRORS:
+            raise refusal("read", path, error) from error
+        reason = f"{error.strerror}{_neighbors(path)}"
+    if reason:
         raise InvalidInputError(
-            f"Cannot read {labels_path}: {reason}. It must hold the synset of each "
+            f"Cannot read {path}: {reason}. It must hold the synset of each "
             "validation image, a line each, in the order of their names."
-        ) from error
-    lines = text.removesuffix("\n").split("\n") if text else []
-    labels = [os.fsdecode(line.strip().encode()) for line in lines]
-    if bad := [i for i, label in enumerate(labels) if len(label.split()) != 1]:
+        )
+    lines = re.split(r"\r?\n|\r", text.rstrip()) if text.strip() else []
+    rows = [_columns(os.fsdecode(line.encode())) for line in lines]
+    by_name: dict[str, str] = {}
+    what = "a single synset such as n01440764"
+    bad = [i for i, row in enumerate(rows) if len(row) != 1]
+    if is_table := 2 * sum(len(row) > 1 for row in rows) > len(rows):
+        what = "a file name and a synset, one for each name"
+        bad = [i for i, row in enumerate(rows) if not _add(row, by_name)]
+    if bad:
         count = f" ({len(bad):,} such lines)" if len(bad) > 1 else ""
         raise InvalidInputError(
-            f"Line {bad[0] + 1:,} of {labels_path} must be a single synset such as "
-            f"n01440764; found {labels[bad[0]][:60]!r}{count}."
+            f"Line {bad[0] + 1:,} of {path} must be {what}; found "
+            f"{lines[bad[0]].strip()[:60]!r}{count}."
         )
-    return labels
+    return by_name if is_table else [row[0] for row in rows]
 
 
-def _unknown_classes(trained: set[str], validated: set[str]) -> Iterator[str]:
-    """Describes validation classes that must be wrong: they would move every label."""
-    unknown = sorted(validated - trained)
-    most = 0 if len(trained) == IMAGENET_SYNSETS else len(validated) - 1
-    if trained and unknown and len(unknown) > most:
+def _neighbors(path: str) -> str:
+    """Names what may be meant to be the label file."""
+    names = os.listdir(os.path.dirname(path) or ".") if not os.path.exists(path) else []
+    pattern = re.compile(r"(?i).*(label|synset|solution).*|.*\.(txt|csv)")
+    found = sorted(name for name in names if pattern.fullmatch(name))
+    return f"; found {_some(found)} there" if found else ""
+
+
+def _columns(line: str) -> list[str]:
+    """Splits a line at its first comma or tab, then at blanks: names may hold blanks."""
+    name, *rest = re.split(r"[\t,]", line.replace('"', "").strip(), maxsplit=1)
+    columns = [name.strip(), *re.split(r"[\s,]+", rest[0].strip())] if rest else []
+    return [column for column in columns or name.split() if column]
+
+
+def _add(row: Sequence[str], by_name: dict[str, str]) -> bool:
+    """Adds the first two columns of a row; tells whether it has them, and agrees."""
+    if len(row) < 2:
+        return False
+    stem = os.path.basename(row[0]).removesuffix(IMAGE_SUFFIX)
+    return by_name.setdefault(stem, row[1]) == row[1]
+
+
+def class_problems(
+    trained: AbstractSet[str], validated: AbstractSet[str], directory: str
+) -> Iterator[str]:
+    """Describes classes that must be wrong: each would move the labels behind it."""
+    odd = _odd(trained, trained | validated)
+    if stray := sorted(odd & trained - validated if validated else ()):
+        yield (
+            f"Classes must be named like {min(trained - odd)}, as most are, or have "
+            f"validation images; found {_some(stray)}. Move "
+            f"{'it' if len(stray) == 1 else 'them'} out of {directory}."
+        )
+    unknown = validated - trained
+    if unknown != validated and len(trained) != IMAGENET_SYNSETS:
+        unknown &= odd  # the others may be of classes without training images
+    if trained and unknown:
         yield (
             "Validation images must be of the classes of the training images, such as "
-            f"{_some(sorted(trained))}; found {_some(unknown)}. Line i of "
+            f"{_some(sorted(trained))}; found {_some(sorted(unknown))}. Line i of "
             f"{LABELS_FILE} is the synset of the i-th validation image; README, step "
             "2, says where to get it."
         )
 
 
+def _odd(usual: AbstractSet[str], names: Iterable[str]) -> set[str]:
+    """Picks the names that are no synsets, or no numbers, though most usual ones are."""
+    for pattern in (SYNSET, NUMBER):
+        if 2 * sum(1 for name in usual if pattern.fullmatch(name)) > len(usual):
+            return {name for name in names if not pattern.fullmatch(name)}
+    return set()
+
+
 def warnings_about(
     dataset: Dataset, training_shards: int, validation_shards: int
 ) -> Iterator[str]:
-    """Describes what is allowed, but differs from ImageNet."""
+    """Describes what is allowed, but differs from ImageNet, or from what is usual."""
     if dataset.skipped:
         yield _describe_skipped(dataset.skipped)
     if empty := [image for image in dataset.images if not image.num_bytes]:
@@ -1293,11 +1545,60 @@ def warnings_about(
             f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling "
             f"links), such as {empty[0].path}; {its} shards will not be written."
         )
-    synsets = dataset.synsets
+    yield from dataset.warnings
+    yield from _misnamed(dataset.training)
     trained = collections.Counter(image.synset for image in dataset.training)
     validated = collections.Counter(image.synset for image in dataset.validation)
+    synsets = dataset.synsets
+    yield from _class_warnings(synsets, trained.keys() & validated.keys())
     yield from _lacks("training", synsets, trained, validated, training_shards)
     yield from _lacks("validation", synsets, validated, trained, validation_shards)
+
+
+def _misnamed(training: Sequence[RawImage]) -> Iterator[str]:
+    """Warns of training images whose names say another class than their folders."""
+    wrong: list[RawImage] = []
+    for synset, group in itertools.groupby(training, lambda image: image.synset):
+        images = list(group)
+        names = "/".join([image.name for image in images])
+        own = synset if SYNSET.fullmatch(synset) else "/"
+        # As many n as synsets: nearly always, and told in a tenth of the time.
+        if names.count("n") != names.count(own):
+            wrong += [i for i in images if _synset_in(i.filename) not in ("", synset)]
+    if wrong:
+        yield (
+            f"{len(wrong):,} of {_count(len(training), 'training image')} are named for "
+            "another class than that of their folder, which was taken: such as "
+            f"{wrong[0].path}, in {wrong[0].synset}."
+        )
+
+
+def _class_warnings(synsets: Sequence[str], in_both: AbstractSet[str]) -> Iterator[str]:
+    """Warns of labels that are not what they seem to be."""
+    num_synsets = sum(1 for synset in synsets if SYNSET.fullmatch(synset))
+    is_large = len(synsets) >= MANY_CLASSES and 2 * num_synsets > len(synsets)
+    if is_large and not has_digest(synsets, IMAGENET_CLASSES):
+        yield (
+            f"The {_count(len(synsets), 'class')} are not the {IMAGENET_SYNSETS:,} of "
+            "ImageNet-1k: labels differ from those of models trained on it."
+        )
+    if odd := sorted(_odd(set(synsets), in_both)):
+        yield f"Most classes are named otherwise than {_some(odd)}, which count, too."
+    by_number = sorted(synsets, key=_with_numbers)
+    wrong = [i for i, name in enumerate(synsets) if name != by_number[i]]
+    if not wrong and all(map(NUMBER.fullmatch, synsets)):
+        wrong = [i for i, name in enumerate(synsets) if int(name) != i + 1]
+    if wrong:
+        yield (
+            "A label is the rank of a class among the names as text, not a number in "
+            f"them: label {wrong[0] + 1:,} is class {synsets[wrong[0]]}."
+        )
+
+
+def _with_numbers(name: str) -> list[bytes | int]:
+    """Orders by the numbers in names: b2 before b10."""
+    parts = re.split(rb"([0-9]+)", os.fsencode(name))
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _lacks(
@@ -3305,7 +3606,8 @@ def _check_finished(job: Job) -> Work:
         raise RunError(_stranger_problem(destination.path, strangers))
     # A manifest with this text is of a run that read these bytes, or had uploaded them.
     is_complete_here = len(work.done) == len(job.shards) and not destination
-    if is_complete_here and read_text(job.manifest_path) != _manifest(job, work.done):
+    texts = _manifests(job, work.done) if is_complete_here else []
+    if is_complete_here and read_text(job.manifest_path) not in texts:
         written = {shard.name for shard in job.work.to_write}
         earlier = [shard for shard in job.shards if shard.name not in written]
         _check_earlier(earlier, work.done, options.scratch_dir)
@@ -3332,29 +3634,45 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
         )
 
 
-def _manifest(job: Job, stamps: Mapping[str, Stamp]) -> str:
-    """The JSON text that marks a data set as complete.
+def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
+    """The JSON text that marks a data set as complete, and that of version 2.0.
 
     It lists the examples, bytes and crc32c of each shard, the totals of examples and
-    bytes, and the synset of each label, which the records have only one by one.
+    bytes, and the synset of each label, which the records have only one by one; since
+    version 3.0 also whether classes and validation labels are ImageNet-1k's.
     """
+    validation = [s for s in job.shards if s.split == VALIDATION_DIRECTORY]
+    labels = [image.synset for shard in validation for image in shard.images]
     contents = _contents(job)
-    return json_text(
-        {
-            "examples": contents["examples"],
-            "bytes": sum(stamp.num_bytes for stamp in stamps.values()),
-            "labels": contents["labels"],
-            "shards": [
-                {
-                    "name": shard.name,
-                    "examples": len(shard.images),
-                    "bytes": stamps[shard.name].num_bytes,
-                    "crc32c": stamps[shard.name].crc32c,
-                }
-                for shard in job.shards
-            ],
-        }
-    )
+    facts = {
+        "examples": contents["examples"],
+        "bytes": sum(stamp.num_bytes for stamp in stamps.values()),
+        "labels": contents["labels"],
+        "shards": [
+            {
+                "name": shard.name,
+                "examples": len(shard.images),
+                "bytes": stamps[shard.name].num_bytes,
+                "crc32c": stamps[shard.name].crc32c,
+            }
+            for shard in job.shards
+        ],
+    }
+    imagenet = {
+        "classes": has_digest(job.synsets, IMAGENET_CLASSES),
+        "validation_labels": has_digest(labels, IMAGENET_LABELS),
+    }
+    return json_text({**facts, "imagenet_1k": imagenet}), json_text(facts)
+
+
+def _holds(destination: Destination, texts: Iterable[str]) -> bool:
+    """Whether the bucket's manifest is one of these texts."""
+    there = destination.objects.get(MANIFEST_FILE)
+    for data in map(str.encode, texts):
+        crc32c = _crc32c_text(google_crc32c.value(data))
+        if there and there.same_bytes(Stamp("", 0, len(data), crc32c)):
+            return True
+    return False
 
 
 def _contents(job: Job) -> dict[str, dict[str, Any]]:
@@ -3368,11 +3686,12 @@ def _contents(job: Job) -> dict[str, dict[str, Any]]:
 
 def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
-    text, path = _manifest(job, stamps), job.manifest_path
-    if read_text(path) != text:
-        write_text(path, text)
+    texts, path = _manifests(job, stamps), job.manifest_path
+    if read_text(path) not in texts:
+        write_text(path, texts[0])
     if job.destination:
-        _upload_missing(job.destination, {path: measure(path)})
+        if not _holds(job.destination, texts):
+            _upload_missing(job.destination, {path: measure(path)})
         job.destination.check_none_passed_over()
     num_images = sum(len(shard.images) for shard in job.shards)
     num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
@@ -3388,8 +3707,10 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
 # 11. The command line, and what else calls
 
 
-# Line breaks, and what would reorder the text on a terminal.
-CONTROL_CHARACTERS = r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+# Line breaks, what would reorder the text on a terminal, and what cannot be seen.
+CONTROL_CHARACTERS = (
+    r"[\0-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 

@@ -191,6 +191,7 @@ def test_manifest_lists_what_there_is(guide: Guide) -> None:
             }
             for name, data, num_records in shards
         ],
+        "imagenet_1k": {"classes": False, "validation_labels": False},
     }
 
 

@@ -1,0 +1,400 @@
+"""Section 3: which class an image is of, and what contradicts it.
+
+`imagenet_validation_labels.txt.xz` is the public list of ImageNet's validation labels,
+from https://github.com/tensorflow/models (Apache License 2.0).
+"""
+
+import json
+import lzma
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import contract
+import pytest
+import tars
+from command import UPLOAD, run_command
+from emulator import Emulator
+
+import imagenet_to_gcs as script
+
+LABELS = lzma.decompress(
+    (Path(__file__).parent / "imagenet_validation_labels.txt.xz").read_bytes()
+).decode()
+A, B, C, D = "n01440764", "n01440801", "n01440838", "n01440875"
+VAL = "ILSVRC2012_val_"
+V = [f"{VAL}{i:08d}.JPEG" for i in range(5)]
+TO_DECIDE = "To have synset_labels.txt decide, give it two columns: file name, synset."
+READ = (
+    "only JPEG and PNG files named *.JPEG directly in train/<synset>/ and validation/ "
+    "are read."
+)
+INTO_FOLDERS = (
+    "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
+)
+HUGGING_FACE = (
+    "cd validation; for s in $(<../*.txt); do f=$(echo *$((++i)).JPEG); "
+    "mv $f ${f%.JPEG}_$s.JPEG; done; "
+)
+UNKNOWN = (
+    "Validation images must be of the classes of the training images, such as "
+    "n01440764, n01440801, n01440838 and 1 more; found {}. Line i of synset_labels.txt "
+    "is the synset of the i-th validation image; README, step 2, says where to get it."
+)
+
+
+def differ(one: str, other: str, wrong: int, first: int, path: str, says: str) -> str:
+    x, y = says.split()
+    return (
+        f"The {one} and the {other} of {wrong} of 4 validation images say different "
+        f"classes, such as image {first}, RAW/{path}: its {one} says {x}, its {other} "
+        f"{y}. "
+    )
+
+
+def stray(found: str, it: str = "it") -> str:
+    return (
+        "Classes must be named like n01440764, as most are, or have validation images; "
+        f"found {found}. Move {it} out of RAW/train."
+    )
+
+
+def miscounted(labels: str, images: str) -> str:
+    return f"RAW/synset_labels.txt has {labels} for {images}; they must be equal in number."
+
+
+def misnumbered(i: int, name: str) -> str:
+    return (
+        "Line i of RAW/synset_labels.txt must be of image number i; image "
+        f"{i} in the order of names is {name}."
+    )
+
+
+def unreadable(reason: str) -> str:
+    return (
+        f"Cannot read RAW/synset_labels.txt: {reason}. It must hold the synset of each "
+        "validation image, a line each, in the order of their names."
+    )
+
+
+REFUSED = {
+    "cp -r train/n01440838 'train/n01440838 copy'": stray("n01440838 copy"),
+    "mkdir train/{tmp,new}; echo >train/tmp/1.JPEG; echo >train/new/1.JPEG": stray(
+        "new, tmp", "them"
+    ),
+    "cd train; tar -cf 'n01440838 (1).tar' -C n01440838 .; for s in n*[0-9]; do "
+    "tar -cf $s.tar -C $s .; rm -r $s; done": stray("n01440838 (1)"),
+    "sed -i 2s/.*/tench/ *.txt": UNKNOWN.format("tench"),
+    f"rm validation/{V[2]}; sed -i 4d *.txt": (
+        f"{misnumbered(2, V[3])} There is no number 2. {TO_DECIDE}"
+    ),
+    "cd validation; for i in 1 2 3 4; do mv *$i.JPEG ILSVRC2012_val_$((3*i)).JPEG; "
+    "done": (
+        f"{misnumbered(1, VAL + '12.JPEG')} There is no number 1, 2, 4. Without leading "
+        f"zeros, names sort wrongly: 1, 10, 2. {TO_DECIDE}"
+    ),
+    "cd validation; rename() { mv *$1.JPEG ILSVRC2012_val_0000050$1.JPEG; }; "
+    "for i in 1 2 3 4; do rename $i; done": (
+        f"{misnumbered(1, VAL + '00000501.JPEG')} There is no number 1, 2, 3 and 1 "
+        f"more. {TO_DECIDE}"
+    ),
+    f"rm validation/{V[2]}": (
+        f"{miscounted('4 labels', '3 validation images')} There is no number 2. "
+        f"{TO_DECIDE}"
+    ),
+    f"cd validation; mv {V[3]} x.jpg": (
+        f"{miscounted('4 labels', '3 validation images')} There is no number 3. 1 "
+        f"image skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ} {TO_DECIDE}"
+    ),
+    f"cd validation; mkdir {C}; mv {V[3]} {C}": (
+        f"{miscounted('4 labels', '3 validation images')} There is no number 3. 1 "
+        f"image skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ} "
+        f"{TO_DECIDE}"
+    ),
+    f"{INTO_FOLDERS} sed -i 3d ../*.txt": (
+        f"{miscounted('3 labels', '4 validation images')} If folders and names are "
+        "right, remove the label file; it is not needed."
+    ),
+    f"{INTO_FOLDERS} sed -i 3s/.*/{D}/ ../*.txt": (
+        differ("folder", "line", 1, 3, f"validation/{C}/{V[3]}", f"{C} {D}")
+        + f"Correct it. {TO_DECIDE}"
+    ),
+    f"{HUGGING_FACE} sed -i 1s/.*/{B}/ ../*.txt": (
+        differ("name", "line", 1, 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {B}")
+        + f"Correct it. {TO_DECIDE}"
+    ),
+    f"{HUGGING_FACE} mkdir {A} {B} {C}; mv *{A}* {A}; mv *{C}* {C}; mv *_n* {B}; "
+    "rm ../*.txt": (
+        differ(
+            "folder", "name", 1, 4, f"validation/{B}/{VAL}00000004_{D}.JPEG", f"{B} {D}"
+        )
+        + f"Correct it. {TO_DECIDE}"
+    ),
+    f"{INTO_FOLDERS} cp {A}/* {B}; rm ../*.txt": (
+        f"Each validation image must be there once; RAW/validation/{A}/{V[1]} and "
+        f"RAW/validation/{B}/{V[1]} are both number 1 (1 such pair). Remove the wrong "
+        "one."
+    ),
+    "echo >validation/ILSVRC2012_test_00000001.JPEG; echo n01440764 >>*.txt": (
+        "validation/ must not hold images of the test set; found "
+        "RAW/validation/ILSVRC2012_test_00000001.JPEG. Move them out of it.\n"
+        f"{misnumbered(2, V[1])} {TO_DECIDE}"
+    ),
+    f"printf '{VAL}0000000%d {A}\\n' 1 2 4 >*.txt": (
+        "Each validation image must have a line in RAW/synset_labels.txt; 1 of 4 have "
+        f"none: {VAL}00000003."
+    ),
+    f"printf '%s\\n' 'a {A}' 'a {B}' 'b {A}' >*.txt": (
+        "Line 2 of RAW/synset_labels.txt must be a file name and a synset, one for "
+        f"each name; found 'a {B}'."
+    ),
+    "iconv -t utf-16le *.txt >x; mv x *.txt": unreadable("it is not text in UTF-8"),
+    "printf '\\n \\n<!DOCTYPE html>' >*.txt": unreadable(
+        "it is a web page; download the file itself"
+    ),
+    "mv *.txt synset_labels.txt.txt; touch imagenet_2012_labels notes": unreadable(
+        "No such file or directory; found imagenet_2012_labels, synset_labels.txt.txt "
+        "there"
+    ),
+}
+
+
+def read(raw: Path, commands: str) -> script.Dataset:
+    contract.change(raw, commands.replace("*.txt", "synset_labels.txt"))
+    return script.read_dataset(str(raw))
+
+
+@pytest.mark.parametrize("commands", REFUSED)
+def test_what_contradicts_a_label_is_refused(raw: Path, commands: str) -> None:
+    with pytest.raises(script.InvalidInputError) as caught:
+        read(raw, commands)
+    assert str(caught.value).replace(str(raw), "RAW") == REFUSED[commands]
+
+
+def only(split: str, found: str, count: str = "1 of 5") -> str:
+    return f"{count} synsets have {split} images only: {found}."
+
+
+def misnamed(count: str, name: str, folder: str = A) -> str:
+    return (
+        f"{count} training images are named for another class than that of their "
+        f"folder, which was taken: such as RAW/train/{folder}/{name}, in {folder}."
+    )
+
+
+RANK = "A label is the rank of a class among the names as text, not a number in them: "
+NUMBERS = (
+    "Line i of RAW/synset_labels.txt is taken for the i-th name in the order of text, "
+    "but the numbers in the names do not follow one another: line {} is for {}."
+)
+LINES = [A, B, C, D]
+BY_NAME = "i=0; for s in $(<*.txt); do echo {}; done >x; mv x *.txt"
+EVERY = BY_NAME.format(f"{VAL}$(printf %08d $((++i))){{}}$s{{}}")
+RENAME = "for f in *.JPEG; do mv $f {}; done"
+TEN = "rm -r train *.txt; cd validation; "
+
+ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "": (LINES, []),
+    EVERY.format(".JPEG ", ""): (LINES, []),
+    EVERY.format(" ", ""): (LINES, []),
+    EVERY.format("'\t'", "'\ttench'"): (LINES, []),
+    EVERY.format(",", "' 12 34 56,7'") + "; sed -i 1iImageId,Prediction *.txt; "
+    "sort -r *.txt >x; mv x *.txt": (LINES, []),
+    "iconv -t utf-8 *.txt >x; printf '\\r\\n\\n' >>x; mv x *.txt": (LINES, []),
+    f"{HUGGING_FACE} rm ../*.txt": (LINES, []),
+    f"{INTO_FOLDERS} rm ../*.txt": (LINES, []),
+    INTO_FOLDERS: (LINES, []),
+    f"{HUGGING_FACE} sort -r ../*.txt >x; mv x ../*.txt": (
+        LINES,
+        [
+            differ(
+                "name", "line", 4, 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {D}"
+            )
+            + "The name decides."
+        ],
+    ),
+    f"{INTO_FOLDERS} cd ..; {EVERY.format(' ', '')}; sed -i s/{B}/{A}/ *.txt": (
+        [A, A, C, D],
+        [
+            differ("line", "folder", 1, 2, f"validation/{B}/{V[2]}", f"{A} {B}")
+            + "The line decides.",
+            only("training", f"{B} (label 2)", "1 of 4"),
+        ],
+    ),
+    f"{HUGGING_FACE} mkdir cat dog; mv *[13]_n* cat; mv *.JPEG dog; rm ../*.txt; "
+    "cd ../train; for s in *; do mkdir -p cat dog; mv $s/*[13].JPEG cat; "
+    "mv $s/*2.JPEG dog; rmdir $s; done": (
+        ["cat", "dog", "cat", "dog"],
+        [
+            differ(
+                "folder",
+                "name",
+                4,
+                1,
+                f"validation/cat/{VAL}00000001_{A}.JPEG",
+                f"cat {A}",
+            )
+            + "The folder decides.",
+            misnamed("12 of 12", f"{A}_1.JPEG", "cat"),
+        ],
+    ),
+    f"mv train/{B}/{B}_1.JPEG train/{A}": (
+        LINES,
+        [misnamed("1 of 12", f"{B}_1.JPEG")],
+    ),
+    f"cd train/{A}; mv {A}_1.JPEG {A}_1_{B}.JPEG": (
+        LINES,
+        [misnamed("1 of 12", f"{A}_1_{B}.JPEG")],
+    ),
+    "mkdir train/odd; echo >train/odd/1.JPEG; sed -i 4s/.*/odd/ *.txt": (
+        [A, B, C, "odd"],
+        [
+            only("training", f"{D} (label 4)"),
+            "Most classes are named otherwise than odd, which count, too.",
+        ],
+    ),
+    f"{TEN} {RENAME.format('val_$((i+=4)).JPEG')}; cd ..; "
+    "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
+        ["a"] * 4,
+        [NUMBERS.format(1 + 1, "val_16.JPEG")],
+    ),
+    f"{TEN} {RENAME.format('val_$((++i == 3 ? 5 : i)).JPEG')}; cd ..; "
+    "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
+        ["a"] * 4,
+        [NUMBERS.format(3, "val_4.JPEG")],
+    ),
+    f"{TEN} rm *; mkdir {{0..10}} ../train; for d in *; do echo >$d/1.JPEG; done; "
+    "cp -r * ../train": (
+        [str(i) for i in sorted(map(str, range(11)))],
+        [f"{RANK}label 3 is class 10."],
+    ),
+    f"{TEN} rm *; mkdir 00{{0..9}} ../train; for d in *; do echo >$d/1.JPEG; done; "
+    "cp -r * ../train": (
+        [f"00{i}" for i in range(10)],
+        [f"{RANK}label 1 is class 000."],
+    ),
+    f"{TEN} rm *; mkdir cat dog ../train; for d in *; do echo >$d/0001.JPEG; done; "
+    "cp -r * ../train": (["cat", "dog"], []),
+    "touch {.,train,validation}/.DS_Store validation/Thumbs.db": (LINES, []),
+}
+
+
+@pytest.mark.parametrize("commands", ACCEPTED)
+def test_what_is_meant_is_accepted(raw: Path, commands: str) -> None:
+    dataset = read(raw, commands)
+    synsets, warnings = ACCEPTED[commands]
+    assert [image.synset for image in dataset.validation] == synsets
+    found = [w.replace(str(raw), "RAW") for w in script.warnings_about(dataset, 1, 1)]
+    assert found == warnings
+
+
+def test_folders_in_a_tar_decide_as_they_do_extracted(
+    raw: Path, tmp_path: Path
+) -> None:
+    packed = tars.lay_out(raw, tmp_path / "packed", "directories", "tar_of_folders")
+    (packed / "synset_labels.txt").write_text(f"{D}\n{C}\n{B}\n{A}")
+    found = script.read_dataset(str(packed))
+    assert [image.synset for image in found.validation] == LINES
+    (warning,) = found.warnings
+    assert warning.endswith(f"its folder says {A}, its line {D}. The folder decides.")
+    (packed / "synset_labels.txt").write_text(f"{A}\n{C}\n{C}\n{D}")
+    with pytest.raises(script.InvalidInputError, match="its folder says n01440801"):
+        script.read_dataset(str(packed))
+
+
+# ------------------------------------------------------------- ImageNet's own list
+
+
+SYNSETS = sorted(set(LABELS.split()))
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training image of each of ImageNet's classes, and 50,000 validation images."""
+    raw = tmp_path_factory.mktemp("imagenet") / "raw"
+    (raw / "validation").mkdir(parents=True)
+    image = raw / "validation" / V[1]
+    image.write_bytes(b"x")
+    for i in range(2, 50_001):
+        os.link(image, raw / f"validation/{VAL}{i:08d}.JPEG")
+    for synset in SYNSETS:
+        (raw / "train" / synset).mkdir(parents=True)
+        os.link(image, raw / f"train/{synset}/{synset}_1.JPEG")
+    return raw
+
+
+NOT_ITS_LABELS = (
+    "These are ImageNet's 50,000 validation images and its classes, but not its labels: "
+    "some are wrong or swapped."
+)
+SWAPPED = [*LABELS.split()]
+SWAPPED[7], SWAPPED[8] = SWAPPED[8], SWAPPED[7]
+BOTH_COLUMNS = [f"{VAL}{i:08d} {synset}" for i, synset in enumerate(SWAPPED, 1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "says"),
+    [
+        (LABELS.split(), 0, None),
+        (SWAPPED, 1, f"ERROR: {NOT_ITS_LABELS} {TO_DECIDE}"),
+        (BOTH_COLUMNS, 0, f"WARNING: {NOT_ITS_LABELS}"),
+    ],
+    ids=["true", "two swapped", "two swapped, by name"],
+)
+def test_labels_of_all_validation_images_must_be_imagenets(
+    imagenet: Path, lines: list[str], status: int, says: str | None
+) -> None:
+    (imagenet / "synset_labels.txt").write_text("\n".join(lines) + "\n")
+    done = run_command(
+        f"--raw_data_dir={imagenet}", "--nogcs_upload", "--dry_run", timeout=100
+    )
+    assert done.status == status
+    found = [line for line in done.lines if "labels" in line]
+    assert found == ([says] if says else [])
+
+
+@pytest.mark.parametrize(
+    ("synsets", "warning"),
+    [
+        (SYNSETS, None),
+        (SYNSETS[:899], None),
+        ([*SYNSETS, "n00005787"], "The 1,001 classes are"),
+        ([*SYNSETS[1:], "n00005787"], "The 1,000 classes are"),
+        (SYNSETS[:-1], "The 999 classes are"),
+    ],
+    ids=["ImageNet-1k", "subset", "one more", "another", "one less"],
+)
+def test_classes_that_are_not_imagenets_are_said(
+    synsets: list[str], warning: str | None
+) -> None:
+    images = [script.RawImage("/", f"{s}_1.JPEG", s, 1, 9, 9) for s in synsets]
+    dataset = script.Dataset(tuple(sorted(synsets)), images, images)
+    found = [w for w in script.warnings_about(dataset, 1, 1) if "classes" in w]
+    rule = "not the 1,000 of ImageNet-1k: labels differ from those of models trained on it."
+    assert found == ([f"{warning} {rule}"] if warning else [])
+
+
+def test_manifest_of_version_2_is_kept(
+    raw: Path, tmp_path: Path, emulator: Emulator
+) -> None:
+    """It lacks what the manifest says of ImageNet-1k, and nothing else."""
+    flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/scratch"]
+    flags += [*UPLOAD, "--training_shards=2", "--validation_shards=1"]
+    env = emulator.environment
+    assert run_command(*flags, env=env).status == 0
+    path = tmp_path / "scratch/manifest.json"
+    facts = json.loads(path.read_text())
+    assert facts.pop("imagenet_1k") == {"classes": False, "validation_labels": False}
+    old = script.json_text(facts)
+    path.write_text(old)
+    emulator.put("imagenet/manifest.json", old.encode())
+    for remove in (False, True):
+        if remove:
+            path.unlink()
+        before = len(emulator.requests)
+        assert run_command(*flags, env=env).status == 0
+        sent = [
+            r for r in emulator.requests[before:] if r.kind in ("session", "delete")
+        ]
+        assert not [r for r in sent if "manifest" in r.name]
+        assert emulator.objects()["imagenet/manifest.json"] == old.encode()
