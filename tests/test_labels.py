@@ -33,7 +33,7 @@ INTO_FOLDERS = (
     "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
 )
 HUGGING_FACE = (
-    "cd validation; for s in $(<../*.txt); do f=$(echo *$((++i)).JPEG); "
+    "cd validation; for s in $(<../*.txt); do i=$((i+1)); f=$(echo *0$i.JPEG); "
     "mv $f ${f%.JPEG}_$s.JPEG; done; "
 )
 UNKNOWN = (
@@ -88,7 +88,7 @@ REFUSED = {
     f"rm validation/{V[2]}; sed -i 4d *.txt": (
         f"{misnumbered(2, V[3])} There is no number 2. {TO_DECIDE}"
     ),
-    "cd validation; for i in 1 2 3 4; do mv *$i.JPEG ILSVRC2012_val_$((3*i)).JPEG; "
+    "cd validation; for i in 1 2 3 4; do mv *0$i.JPEG ILSVRC2012_val_$((3*i)).JPEG; "
     "done": (
         f"{misnumbered(1, VAL + '12.JPEG')} There is no number 1, 2, 4. Without leading "
         f"zeros, names sort wrongly: 1, 10, 2. {TO_DECIDE}"
@@ -123,7 +123,7 @@ REFUSED = {
         differ("name", "line", 1, 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {B}")
         + f"Correct it. {TO_DECIDE}"
     ),
-    f"{HUGGING_FACE} mkdir {A} {B} {C}; mv *{A}* {A}; mv *{C}* {C}; mv *_n* {B}; "
+    f"{HUGGING_FACE} mkdir {A} {B} {C}; mv *_{A}.J* {A}; mv *_{C}.J* {C}; mv *_n* {B}; "
     "rm ../*.txt": (
         differ(
             "folder", "name", 1, 4, f"validation/{B}/{VAL}00000004_{D}.JPEG", f"{B} {D}"
@@ -188,8 +188,8 @@ NUMBERS = (
     "but the numbers in the names do not follow one another: line {} is for {}."
 )
 LINES = [A, B, C, D]
-BY_NAME = "i=0; for s in $(<*.txt); do echo {}; done >x; mv x *.txt"
-EVERY = BY_NAME.format(f"{VAL}$(printf %08d $((++i))){{}}$s{{}}")
+BY_NAME = "i=0; for s in $(<*.txt); do i=$((i+1)); echo {}; done >x; mv x *.txt"
+EVERY = BY_NAME.format(f"{VAL}$(printf %08d $i){{}}$s{{}}")
 RENAME = "for f in *.JPEG; do mv $f {}; done"
 TEN = "rm -r train *.txt; cd validation; "
 
@@ -249,8 +249,8 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "mkdir train/odd; echo >train/odd/1.JPEG; sed -i 4s/.*/odd/ *.txt": (
         [A, B, C, "odd"],
         [
-            only("training", f"{D} (label 4)"),
             "Most classes are named otherwise than odd, which count, too.",
+            only("training", f"{D} (label 4)"),
         ],
     ),
     f"{TEN} {RENAME.format('val_$((i+=4)).JPEG')}; cd ..; "
