@@ -1,17 +1,15 @@
 """Every layout of raw ImageNet gives the shards of the directory layout."""
 
 import itertools
-import os
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import contract
 import pytest
 import tars
-from command import REPOSITORY, Finished, run_command
+from command import Finished, run_command
 
 from imagenet_to_gcs import (
     TRAINING_TAR,
@@ -22,7 +20,6 @@ from imagenet_to_gcs import (
     read_dataset,
 )
 
-README = REPOSITORY / "README.md"
 SHARDS = ("--training_shards=5", "--validation_shards=3", "--num_workers=2")
 
 Content = tuple[str, str, int, bytes]
@@ -255,38 +252,3 @@ def test_bad_image_is_named_with_its_tar(raw: Path, tmp_path: Path) -> None:
     ]
     assert finished.status == 1
     assert len(contract.local_shards(tmp_path / "scratch")) == 7
-
-
-# ---------------------------------------------------------------- Kaggle
-
-
-def make_kaggle(raw: Path, directory: Path) -> None:
-    """Makes Kaggle's tree of a raw ImageNet; its solutions are in no order."""
-    data = directory / "ILSVRC" / "Data" / "CLS-LOC"
-    shutil.copytree(raw / "train", data / "train")
-    shutil.copytree(raw / "validation", data / "val")
-    (data / "test").mkdir()
-    labels = (raw / "synset_labels.txt").read_text().split()
-    solutions = [
-        f"ILSVRC2012_val_{i:08d},{label} 12 34 56 78 {label} 1 2 3 4 \n"
-        for i, label in enumerate(labels, 1)
-    ]
-    text = "".join(["ImageId,PredictionString\n", *reversed(solutions)])
-    (directory / "LOC_val_solution.csv").write_text(text)
-
-
-@pytest.mark.skipif(not README.exists(), reason="needs README.md")
-def test_kaggle_s_download_fits_after_readme_s_commands(
-    raw: Path, tmp_path: Path
-) -> None:
-    blocks = re.findall(r"(?ms)^```bash\n(.*?)^```$", README.read_text())
-    (commands,) = (block for block in blocks if "LOC_val_solution" in block)
-    make_kaggle(raw, tmp_path / "kaggle")
-    home = tmp_path / "home"
-    home.mkdir()
-    environment = {**os.environ, "KAGGLE": str(tmp_path / "kaggle")}
-    command = ["bash", "-euo", "pipefail", "-c", commands]
-    subprocess.run(command, cwd=home, env=environment, check=True)
-    labels = (home / "synset_labels.txt").read_bytes()
-    assert labels == (raw / "synset_labels.txt").read_bytes()
-    assert planned(home) == planned(raw)

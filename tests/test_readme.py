@@ -386,6 +386,23 @@ def make_hugging_face_parquet(raw: Path, directory: Path) -> str:
     return f"{sys.executable} extract.py && rm synset_labels.txt"
 
 
+def make_kaggle(raw: Path, directory: Path) -> str:
+    """Kaggle's tree; its solutions are in no order, and hold boxes, too."""
+    kaggle = directory / "kaggle"
+    data = kaggle / "ILSVRC" / "Data" / "CLS-LOC"
+    shutil.copytree(raw / "train", data / "train")
+    shutil.copytree(raw / "validation", data / "val")
+    (data / "test").mkdir()
+    labels = (raw / "synset_labels.txt").read_text().split()
+    solutions = [
+        f"ILSVRC2012_val_{i:08d},{label} 12 34 56 78 {label} 1 2 3 4 \n"
+        for i, label in enumerate(labels, 1)
+    ]
+    text = "".join(["ImageId,PredictionString\n", *reversed(solutions)])
+    (kaggle / "LOC_val_solution.csv").write_text(text)
+    return f"KAGGLE={kaggle}\n" + block("bash", "ln -sfn $KAGGLE")
+
+
 def make_named_jpg(raw: Path, directory: Path) -> str:
     shutil.copytree(raw, directory, dirs_exist_ok=True)
     paths = sorted(directory.glob("*/**/*.JPEG"))
@@ -396,6 +413,7 @@ def make_named_jpg(raw: Path, directory: Path) -> str:
 
 MADE = [
     make_extracted,
+    make_kaggle,
     make_hugging_face_tars,
     make_hugging_face_tars_with_directories,
     make_hugging_face_parquet,
