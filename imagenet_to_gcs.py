@@ -902,7 +902,7 @@ def find_classes(raw_data_dir: str, skipped: list[str]) -> list[ImageSource]:
 
     Takes the first that exists of: directories `train/<synset>`; tars
     `train/<synset>.tar`; a tar of such tars, `ILSVRC2012_img_train.tar`. The others
-    must hold nothing that it lacks; see `_is_covered`.
+    must hold nothing that it lacks.
     """
     directory, entries, tar = _find_split(raw_data_dir, TRAINING_DIRECTORY)
     found = _classes_among(entries, skipped)
@@ -912,7 +912,11 @@ def find_classes(raw_data_dir: str, skipped: list[str]) -> list[ImageSource]:
         raise InvalidInputError(_no_images(tar or directory, "*/*"))
     depth = min(source.depth for source in found)
     classes = {source.synset: source for source in found if source.depth == depth}
-    left = [s.place for s in found if not _is_covered(s, classes.get(s.synset))]
+    left = [
+        source.place
+        for source in found
+        if not (chosen := classes.get(source.synset)) or not _has_all(chosen, source)
+    ]
     if left:
         raise InvalidInputError(
             "Class tars must all be extracted, or none; these are not, or only in "
@@ -930,7 +934,13 @@ def _find_split(
     paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
     tar = next((ImageSource(p, start=0) for p in paths if os.path.exists(p)), None)
     if not (tar or os.path.exists(directory)):
-        raise InvalidInputError(_no_split(raw_data_dir, split))
+        found = _some(sorted(e.name for e in _scan(raw_data_dir)), 10) or "nothing"
+        if os.path.islink(directory):
+            directory += f" (a link to {os.readlink(directory)})"
+        raise InvalidInputError(
+            f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
+            "there. Both splits are required; README, step 2, says in which layouts."
+        )
     entries = _scan(directory) if os.path.isdir(directory) or not tar else []
     return ImageSource(directory), entries, tar
 
@@ -946,14 +956,15 @@ def _classes_among(
             continue
         if os.path.isdir(path):
             found.append(ImageSource(path, name))
-        elif name.endswith(".tar"):
-            if not name.startswith("ILSVRC"):  # a whole split
-                found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
+        elif name.endswith(".tar") and not name.startswith("ILSVRC"):  # a whole split
+            found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
         elif _looks_like_image(name):
             skipped.append(path)
         elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
-            problem = "must be a directory or a tar, not a file or a broken link"
-            raise InvalidInputError(f"Each class {problem}: {path}.")
+            problem = (
+                "Each class must be a directory or a tar, not a file or a broken link"
+            )
+            raise InvalidInputError(f"{problem}: {path}.")
     return found
 
 
@@ -985,14 +996,8 @@ def _classes_in_tar(tar: ImageSource, skipped: list[str]) -> list[ImageSource]:
     return [*found.values()]
 
 
-def _is_covered(source: ImageSource, chosen: ImageSource | None) -> bool:
-    """Whether the chosen source of its class has all that this one has.
-
-    File names are compared only for a class tar beside a directory: for the training
-    tar that would take long, so its classes suffice.
-    """
-    if not chosen:
-        return False
+def _has_all(chosen: ImageSource, source: ImageSource) -> bool:
+    """Compares file names, but not with the training tar's: that would take long."""
     if source.depth in (chosen.depth, 2):
         return True
     packed, found = ({i.filename for i in s.list_images([])} for s in (source, chosen))
@@ -1014,8 +1019,8 @@ def list_training(
             if not listed.result():
                 raise InvalidInputError(_no_images(class_))
             images += listed.result()
-    if len(problems) > 3:
-        problems[3:] = [f"{_count(len(problems) - 3, 'more class')} cannot be listed."]
+    if num_more := len(problems[3:]):
+        problems[3:] = [f"{_count(num_more, 'more class')} cannot be listed."]
     if problems:
         raise InvalidInputError(*problems)
     return images
@@ -1082,7 +1087,9 @@ class ImageSource:
             images = self.list_members(skipped, label)
         else:
             images = self._list_directory(skipped, label)
-        return sorted(images, key=_name_in_bytes)
+        # Alike in all locales, and faster than `os.fsencode`.
+        how = sys.getfilesystemencoding(), "surrogateescape"
+        return sorted(images, key=lambda image: image.name.encode(*how))
 
     def _list_directory(self, skipped: list[str], label: int) -> Iterator[RawImage]:
         source, synset = self.path, self.synset
@@ -1150,14 +1157,11 @@ class ImageSource:
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(directory) as entries:
-            found = list(entries)
-        if not os.access(directory, os.X_OK, effective_ids=True):
-            raise InvalidInputError(f"Cannot enter {directory}: Permission denied.")
-        return found
-    except OSError as error:
-        raise refusal("list", directory, error) from error
+    with trying_to("list", directory, True), os.scandir(directory) as entries:
+        found = list(entries)
+    if not os.access(directory, os.X_OK, effective_ids=True):
+        raise InvalidInputError(f"Cannot enter {directory}: Permission denied.")
+    return found
 
 
 def _is_named(name: str, suffix: str | tuple[str, ...] = IMAGE_SUFFIX) -> bool:
@@ -1170,11 +1174,6 @@ def _is_visible(name: str) -> bool:
 
 def _looks_like_image(name: str) -> bool:
     return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
-
-
-def _name_in_bytes(image: RawImage) -> bytes:
-    """Orders by name, alike in all locales; faster than `os.fsencode`."""
-    return image.name.encode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def _files_at(path: str) -> list[str]:
@@ -1190,30 +1189,15 @@ def _files_at(path: str) -> list[str]:
     return files
 
 
-def _no_split(raw_data_dir: str, split: str) -> str:
-    """Describes the absence of `train/` or `validation/` with what is there instead."""
-    directory = os.path.join(raw_data_dir, split)
-    if os.path.islink(directory):
-        directory += f" (a link to {os.readlink(directory)})"
-    found = _some(sorted(entry.name for entry in _scan(raw_data_dir)), 10) or "nothing"
-    return (
-        f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
-        "there. Both splits are required; README, step 2, says in which layouts."
-    )
-
-
 def _no_images(source: ImageSource, below: str = "*") -> str:
     """Describes a directory or tar without images with what is in it instead."""
     files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
     if source.inside and not source.end:
         files = [path for path in files if os.path.dirname(path) == source.inside]
-    images = [path for path in files if _looks_like_image(path)]
     names = sorted(map(os.path.basename, files))
-    found = (
-        _describe_skipped(images)
-        if images
-        else f"Found {_some(names) or 'nothing'} there."
-    )
+    found = f"Found {_some(names) or 'nothing'} there."
+    if images := [path for path in files if _looks_like_image(path)]:
+        found = _describe_skipped(images)
     packed = source.depth or any(name.endswith(".tar") for name in names)
     remedy = " Extract the tar, as README says in step 2." if packed else ""
     return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}{remedy}"
@@ -4202,7 +4186,7 @@ def _read_member(descriptor: int, position: int, end: int) -> tarfile.TarInfo | 
                 break
     else:
         return None
-    is_sparse = any(key.startswith("GNU.sparse.") for key in member.pax_headers)
+    is_sparse = b"GNU.sparse." in piece[: member.offset_data]
     changes = {"path", "linkpath", "size", "hdrcharset"} & tar.pax_headers.keys()
     if member.sparse is not None or is_sparse or changes:
         problem = "is sparse, or a global header changes it; extract the tar instead"
@@ -4247,18 +4231,16 @@ def _check_end(descriptor: int, position: int, end: int) -> None:
     for start, problem in NOT_TARS.items():
         if rest.lstrip().startswith(start):
             raise ValueError(problem)
-    at = f"at byte {position:,}"
-    checks = (
-        (len(rest) >= tarfile.BLOCKSIZE, "it is cut short"),
-        (not any(rest[: tarfile.BLOCKSIZE]), f"it is damaged, or not a tar, {at}"),
-        (
-            not any(rest) and len(rest) <= MAX_TAR_FILLING,
-            f"it is damaged, or several tars in one: empty {at}, before its end",
-        ),
-    )
-    for holds, problem in checks:
-        if not holds:
-            raise ValueError(f"{problem}. Download it again, and compare its checksum")
+    if len(rest) < tarfile.BLOCKSIZE:
+        problem = "it is cut short"
+    elif any(rest[: tarfile.BLOCKSIZE]):
+        problem = f"it is damaged, or not a tar, at byte {position:,}"
+    elif any(rest) or len(rest) > MAX_TAR_FILLING:
+        where = f"empty at byte {position:,}, before its end"
+        problem = f"it is damaged, or several tars in one: {where}"
+    else:
+        return
+    raise ValueError(f"{problem}. Download it again, and compare its checksum")
 
 
 # ---------------------------------------------------------------------------------

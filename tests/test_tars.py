@@ -282,6 +282,7 @@ NO_FILE = (
 UNUSUAL = "in it is sparse, or a global header changes it; extract the tar instead."
 
 UNUSUAL_A = f"a.JPEG {UNUSUAL}"
+SPARSE = pax_member(**{"GNU.sparse.realsize": "512"})
 LONG_NAME = member("x", b"a.JPEG", kind=tarfile.GNUTYPE_LONGNAME)
 
 REFUSED = {
@@ -323,7 +324,11 @@ REFUSED = {
         for size in ("-1024", "-1")
     },
     "endless pax size": (pax_member(size=f"{10**30}"), CUT_SHORT),
-    "sparse in name only": (pax_member(**{"GNU.sparse.realsize": "512"}), UNUSUAL_A),
+    "sparse in name only": (SPARSE, UNUSUAL_A),
+    "sparse behind another header": (
+        pax_member(comment="c")[: 2 * BLOCK] + SPARSE,
+        UNUSUAL_A,
+    ),
     **{
         f"global {key}": (
             global_header(**{key: "a.JPEG"}) + member("a.JPEG"),
