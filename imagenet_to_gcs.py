@@ -912,12 +912,7 @@ def find_classes(raw_data_dir: str, skipped: list[str]) -> list[ImageSource]:
         raise InvalidInputError(_no_images(tar or directory, "*/*"))
     depth = min(source.depth for source in found)
     classes = {source.synset: source for source in found if source.depth == depth}
-    left = [
-        source.place
-        for source in found
-        if not (chosen := classes.get(source.synset)) or not _has_all(chosen, source)
-    ]
-    if left:
+    if left := [s.place for s in found if not _has_all(classes.get(s.synset), s)]:
         raise InvalidInputError(
             "Class tars must all be extracted, or none; these are not, or only in "
             f"part: {_some(sorted(left))}. Extract these too."
@@ -956,8 +951,9 @@ def _classes_among(
             continue
         if os.path.isdir(path):
             found.append(ImageSource(path, name))
-        elif name.endswith(".tar") and not name.startswith("ILSVRC"):  # a whole split
-            found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
+        elif name.endswith(".tar"):
+            if not name.startswith("ILSVRC"):  # a whole split
+                found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
         elif _looks_like_image(name):
             skipped.append(path)
         elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
@@ -996,10 +992,10 @@ def _classes_in_tar(tar: ImageSource, skipped: list[str]) -> list[ImageSource]:
     return [*found.values()]
 
 
-def _has_all(chosen: ImageSource, source: ImageSource) -> bool:
+def _has_all(chosen: ImageSource | None, source: ImageSource) -> bool:
     """Compares file names, but not with the training tar's: that would take long."""
-    if source.depth in (chosen.depth, 2):
-        return True
+    if not chosen or source.depth in (chosen.depth, 2):
+        return bool(chosen)
     packed, found = ({i.filename for i in s.list_images([])} for s in (source, chosen))
     return packed <= found
 
@@ -4223,8 +4219,7 @@ def _follow(name: str, found: Members, most: int = 40) -> Place | None:
 def _check_end(descriptor: int, position: int, end: int) -> None:
     """Checks that a tar ends in empty blocks, and the file soon after it.
 
-    A damaged header, too, ends the list of members; a piece missing from a download is
-    a hole of zeros, which looks like an end.
+    A damaged header ends the list of members, too, and so does a hole in a download.
     """
     num_bytes = max(0, min(end - position, MAX_TAR_FILLING + 1))
     rest = os.pread(descriptor, num_bytes, min(position, end))

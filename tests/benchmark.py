@@ -287,7 +287,9 @@ def run_script(
 
 def run_listing(raw_dir: Path, script: Path = SCRIPT) -> Run:
     """Lists and labels the images of a raw directory, and does no more."""
-    code = f"import sys, {script.stem}; {script.stem}.read_dataset(sys.argv[1])"
+    name = script.stem
+    command = f"{name}.owns_process = True; {name}.read_dataset(sys.argv[1])"
+    code = f"import sys, {name}; {command}"  # as the command does
     environment = {"PYTHONPATH": str(script.resolve().parent)}
     return measure([sys.executable, "-c", code, str(raw_dir)], environment=environment)
 
