@@ -1216,7 +1216,7 @@ IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b
 IMAGENET_LABELS = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
 NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
-NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?\.JPEG", re.DOTALL)
+NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
 VALIDATION_NAME, TEST_NAME = "ILSVRC2012_val_", "ILSVRC2012_test_"
 TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
 # By line, or, of two columns, by file name without its suffix
@@ -1225,13 +1225,13 @@ Sizes: TypeAlias = collections.Counter[str]  # numbers of images by class
 
 
 def label_validation(
-    images: list[RawImage], path: str, beside: Sequence[str]
+    images: list[RawImage], path: str, skipped: Sequence[str]
 ) -> tuple[list[RawImage], list[str]]:
     """Gives validation images, sorted by name, their synsets; returns warnings, too."""
     said = {"folder": [image.synset for image in images]}
     said["name"] = [_synset_in(image.filename) for image in images]
     say_all = bool(images) and all(map(any, zip(*said.values())))
-    about = [_describe_skipped(beside)] if images and beside else []  # not read
+    about = [_describe_skipped(skipped)] if images and skipped else []
     is_needed = not say_all or os.path.lexists(path)
     labels = read_labels(path, *about) if is_needed else []
     if not images:
@@ -1267,7 +1267,7 @@ def _stem(path: str) -> str:
 def _number(image: RawImage) -> int:
     """The number in ImageNet's name of a validation image; 0 for another name."""
     match = NUMBERED_NAME.fullmatch(image.filename)
-    return int(match[2]) if match and match[1] == VALIDATION_NAME else 0
+    return int(match[2]) if match and match.group(1, 3) == (VALIDATION_NAME, "") else 0
 
 
 def _not_once(images: Sequence[RawImage]) -> Iterator[str]:
@@ -1278,12 +1278,13 @@ def _not_once(images: Sequence[RawImage]) -> Iterator[str]:
             f"{_some(tests)}. Move them out of it."
         )
     first: dict[int, RawImage] = {}
-    twice = [i for i in images if _number(i) and first.setdefault(_number(i), i) != i]
+    twice = [i for i in images if (n := _number(i)) and first.setdefault(n, i) is not i]
     for other in twice[:1]:
+        one, number = first[_number(other)], _number(other)
         yield (
-            f"Each validation image must be there once; {first[_number(other)].path} and "
-            f"{other.path} are both number {_number(other):,} "
-            f"({_count(len(twice), 'such pair')}). Remove the wrong one."
+            f"Each validation image must be there once; {one.path} and {other.path} "
+            f"are both number {number:,} ({_count(len(twice), 'such pair')}). "
+            "Remove the wrong one."
         )
 
 
@@ -1325,8 +1326,8 @@ def _misaligned(
 def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
     """Warns of other names that are numbered, but not one after another."""
     matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
-    prefixes = {match and match[1] for match in matches}
-    if len(prefixes) > 1 or prefixes & {None, VALIDATION_NAME}:
+    others = {match and match.group(1, 3) for match in matches}
+    if len(others) > 1 or others & {None, (VALIDATION_NAME, "")}:
         return
     numbers = [int(match[2]) for match in matches if match]
     num_missing = max(numbers) - min(numbers) + 1 - len(numbers)

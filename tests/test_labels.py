@@ -258,6 +258,11 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ["a"] * 4,
         [NUMBERS.format(1 + 1, "val_16.JPEG")],
     ),
+    f"{TEN} {RENAME.format('$((i+=7))-x.JPEG')}; cd ..; "
+    "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
+        ["a"] * 4,
+        [NUMBERS.format(2, "21-x.JPEG")],
+    ),
     f"{TEN} {RENAME.format('val_$((++i == 3 ? 5 : i)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
