@@ -2779,7 +2779,7 @@ class Destination:
                     if self._is_taken(error):
                         self._pass_over(name)
                         return False
-                    if not (seconds and (said.may_pass or said.is_lost)):
+                    if not (seconds and ("again" in said.facts or said.may_pass)):
                         raise
                     check_undamaged(path, stamp)
                     again = f"Uploading {name} again in {_duration(seconds)}"
@@ -2883,9 +2883,10 @@ class Destination:
             said = read_answer(error)
             place = f"{self.path}/{filename}".removesuffix("/")
             bucket = f"gs://{self.path.bucket}"
-            remedy = said.remedy.format(bucket=bucket, project=self._payer)
+            remedy = said.first(_REMEDIES).format(bucket=bucket, project=self._payer)
             words = "" if "nowhere" in said.facts else f": {said.words}"
-            line = f"{said.failure.format(place)}{words}. {remedy}".rstrip()
+            failure = said.first(_FAILURES).format(place)
+            line = f"{failure}{words}. {remedy}".rstrip()
             raise ServiceError(line, may_pass=said.may_pass) from error
 
 
@@ -2965,13 +2966,28 @@ def _new_client(project: str | None) -> storage.Client:
     from google.cloud import storage
 
     try:
-        return storage.Client(project=project)
+        client = storage.Client(project=project)
+        # The session has no public name; its hooks are documented by requests.
+        client._http.hooks["response"].append(_refuse)
+        return client
     except exceptions.GoogleAuthError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         problem = "the file of credentials is not understood"
         kind: Any = exceptions.DefaultCredentialsError
         raise kind(problem) from error
+
+
+def _refuse(response: Any, **_: Any) -> None:
+    """Raises before the client reads an error or a web page, which may break it.
+
+    After a 401, the client logs in again.
+    """
+    import requests
+
+    is_page = "text/html" in response.headers.get("Content-Type", "")
+    if is_page or (response.status_code >= 400 and response.status_code != 401):
+        raise requests.HTTPError(response=response)
 
 
 def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
@@ -3000,7 +3016,7 @@ _FAILURES = {
     "bucket": "No bucket for {}",
     "": "Cloud Storage failed at {}",
 }
-_LOGIN = "Run `gcloud auth application-default login`"
+_LOGIN = "un `gcloud auth application-default login`"
 _SCOPE = (
     "Stop the VM and run: gcloud compute instances set-service-account NAME "
     "--scopes=cloud-platform"
@@ -3008,42 +3024,32 @@ _SCOPE = (
 # The first of which all facts are known counts.
 _REMEDIES = {
     "proxy 407": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
-    "nowhere": f"{_LOGIN}, or attach a service account to the VM.",
+    "nowhere": f"R{_LOGIN}, or attach a service account to the VM.",
     "metadata 404": "Attach a service account to this machine.",
     "passing": RERUN,
     "proxy": "HTTPS_PROXY and NO_PROXY say which hosts are reached through it.",
     "socks": "Run: python3 -m pip install 'requests[socks]'",
     "webpage": "A sign-in page or a proxy may be in the way.",
     "clock": "Check this machine's clock.",
-    "certificate": (
-        "If your network has its own certificate authority, set REQUESTS_CA_BUNDLE to "
-        "the file of its certificate."
-    ),
+    "certificate": "If your network has its own certificate authority, set "
+    "REQUESTS_CA_BUNDLE to the file of its certificate.",
     "bundle": "REQUESTS_CA_BUNDLE must name a file of certificates (PEM).",
-    "person invalid_grant": f"{_LOGIN} again.",
-    "invalid_grant": "Check this machine's clock, and that account and key still exist.",
+    "invalid_grant": f"As a person, r{_LOGIN} again; with a key, check this machine's "
+    "clock, and that account and key still exist.",
     "vpcServiceControlsUniqueIdentifier": "",
-    "metadata iam.serviceAccounts.getAccessToken": (
-        "Grant roles/iam.workloadIdentityUser on that service account to the "
-        "Kubernetes service account of the pod."
-    ),
-    "iam.serviceAccounts.getAccessToken": (
-        "Grant roles/iam.serviceAccountTokenCreator on that service account to the "
-        "account that impersonates it."
-    ),
-    "denied serviceusage.services": (
-        "Grant roles/serviceusage.serviceUsageConsumer on the project to the account "
-        "of this run."
-    ),
-    "denied forbidden storage.objects": (
-        "Grant roles/storage.objectUser on {bucket} to the account of this run."
-    ),
+    "metadata iam.serviceAccounts.getAccessToken": "Grant "
+    "roles/iam.workloadIdentityUser on that service account to the Kubernetes service "
+    "account of the pod.",
+    "iam.serviceAccounts.getAccessToken": "Grant roles/iam.serviceAccountTokenCreator "
+    "on that service account to the account that impersonates it.",
+    "denied serviceusage.services": "Grant roles/serviceusage.serviceUsageConsumer on "
+    "the project to the account of this run.",
+    "denied forbidden storage.objects": "Grant roles/storage.objectUser on {bucket} to "
+    "the account of this run.",
     "denied insufficientPermissions": _SCOPE,
     "denied ACCESS_TOKEN_SCOPE_INSUFFICIENT": _SCOPE,
-    "bucket": (
-        "Create it: gcloud storage buckets create {bucket} --project={project} "
-        "--location=LOCATION"
-    ),
+    "bucket": "Create it: gcloud storage buckets create {bucket} --project={project} "
+    "--location=LOCATION",
     "again": RERUN,
 }
 _RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
@@ -3058,6 +3064,7 @@ class Answer:
       facts: The status, what machines wrote (reasons, OAuth codes, permissions), and
         what `_conclude` adds.
       words: For people, in one line without final period; there may be none.
+      may_pass: Whether the same request may succeed later.
     """
 
     status: int
@@ -3066,51 +3073,43 @@ class Answer:
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same request may succeed later."""
         return "passing" in self.facts
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether only a new upload may succeed."""
-        return "again" in self.facts
-
-    @property
-    def failure(self) -> str:
-        return next(_FAILURES[key] for key in _FAILURES if not key or key in self.facts)
-
-    @property
-    def remedy(self) -> str:
-        """What to do; empty if that is not certain."""
-        fit = (key for key in _REMEDIES if self.facts.issuperset(key.split()))
-        return _REMEDIES.get(next(fit, ""), "")
+    def first(self, table: Mapping[str, str]) -> str:
+        """Looks up the first entry of which all facts are known; empty if none is."""
+        fit = (key for key in table if self.facts.issuperset(key.split()))
+        return table.get(next(fit, "none"), "")
 
 
 def read_answer(error: BaseException) -> Answer:
     """Reads what an error of the client or of `google.auth` says, whatever the body."""
     chain = list(_chain(error))
     response = _response(chain)
-    status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
     texts = [_body(response), *(text for each in chain for text in each.args)]
-    if tunnel := re.match(r"Tunnel connection failed: (\d{3})", str(texts[-1])):
-        status = int(tunnel[1])  # http.client says it nowhere else
     document = next(filter(None, map(_parsed, texts)), None)
     is_page = any(str(text).lstrip()[:1] == "<" for text in texts[:2])
+    status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
+    if response is None:  # google.auth may hand on no more than the text
+        status = next(_find(document, "code", int), 0)
     oauth = (next(_find(document, key), "") for key in ("error", "error_description"))
     words = next(_find(document, "message"), "") or ": ".join(filter(None, oauth))
-    if response is None:
-        words = words or ("a web page came back" if is_page else _words_of(chain))
-    else:
+    if status:
         phrase = http.client.responses.get(status, "") if status >= 300 else ""
         words = words or (texts[0] if re.match("[^\\W\\d]", texts[0]) else "") or phrase
         words = words or f"with {'a web page' if is_page else 'what is not understood'}"
         words = words if words.startswith(str(status)) else f"{status} {words}"
+    words = words or ("a web page came back" if is_page else _words_of(chain))
     words = " ".join(words.split()).rstrip(".")
-    facts = {str(status), *_find(document, "error"), *_find(document, "reason")}
+    if tunnel := re.match(r"Tunnel connection failed: (\d{3})", str(texts[-1])):
+        status = int(tunnel[1])  # http.client says it nowhere else
+    facts = {"", str(status), *_find(document, "error"), *_find(document, "reason")}
     for token in re.findall(r"[A-Za-z]+(?:\.[A-Za-z]+){2,}|\w+UniqueIdentifier", words):
         facts |= {token, token.rpartition(".")[0]}
-    is_session = "upload_id=" in str(getattr(response, "url", ""))
-    form = "page" if is_page else "json" if document else ""
-    facts |= {form, "session" if is_session else ""}
+    facts.add("page" if is_page else "json" if document else "")
+    facts.add("session" if "upload_id=" in str(getattr(response, "url", "")) else "")
+    # https://cloud.google.com/compute/docs/metadata/querying-metadata
+    is_metadata = "Metadata-Flavor" in (getattr(response, "headers", None) or ())
+    facts.add("metadata" if is_metadata else "")
     _conclude(chain, status, facts)
     path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if path and facts & {"credentials", "login"}:
@@ -3120,39 +3119,30 @@ def read_answer(error: BaseException) -> Answer:
 
 def _conclude(chain: Sequence[BaseException], status: int, facts: set[str]) -> None:
     """Adds to the facts what follows from types of errors, the status and reasons."""
-    from google.auth import compute_engine, exceptions
-    from google.auth.credentials import Credentials
-    from google.oauth2.credentials import Credentials as PersonCredentials
+    from google.auth import exceptions
     from requests import exceptions as http_errors
 
-    facts_of_types = {
-        http_errors.ProxyError: "proxy",
-        http_errors.InvalidProxyURL: "proxy",
+    facts_of_types: dict[Any, str] = {
+        (http_errors.ProxyError, http_errors.InvalidProxyURL): "proxy",
         http_errors.InvalidSchema: "socks",
-        http_errors.ConnectionError: "network",
-        http_errors.ChunkedEncodingError: "network",
-        http_errors.Timeout: "network",
+        (http_errors.ConnectionError, http_errors.ChunkedEncodingError): "network",
+        (http_errors.Timeout, exceptions.TransportError): "network",
         ssl.SSLCertVerificationError: "certificate",
-        exceptions.TransportError: "network",
         exceptions.GoogleAuthError: "login",
         exceptions.DefaultCredentialsError: "credentials",
-        Credentials: "login",
-        PersonCredentials: "person",
-        compute_engine.Credentials: "metadata",
         WrongContentError: "again",
     }
-    cause, known = chain[-1], [*chain, _at_work(chain, Credentials)]
-    for kind, fact in facts_of_types.items():
-        facts |= {fact for each in known if isinstance(each, kind)}
+    cause = chain[-1]
+    for kinds, fact in facts_of_types.items():
+        facts |= {fact for each in chain if isinstance(each, kinds)}
     facts.add({401: "login", 407: "proxy"}.get(status, ""))
     if getattr(cause, "verify_code", 0) in (9, 10):  # not valid yet, or no longer
         facts.add("clock")
     has_bundle = type(cause) is OSError and os.environ.get("REQUESTS_CA_BUNDLE")
     if has_bundle or getattr(cause, "library", "") in ("X509", "PEM"):
         facts.add("bundle")
-    # Only `google.auth.default` itself raises when it has asked everywhere.
-    raised_in = [frame.name for frame in traceback.extract_tb(chain[0].__traceback__)]
-    if "credentials" in facts and raised_in[-1:] == ["default"]:
+    is_default = type(cause) is exceptions.DefaultCredentialsError
+    if is_default and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
         facts.add("nowhere")
     if _passes(chain, status, facts):
         facts.add("passing")
@@ -3199,33 +3189,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in wrapped if isinstance(e, BaseException)), None)
 
 
-def _at_work(chain: Sequence[BaseException], kind: Any) -> Any:
-    """Finds what was at work when an error was raised: an object of a public class.
-
-    Where a body breaks the client itself, nothing else leads to the answer.
-    """
-    for error in reversed(chain):
-        for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
-            for value in frame.f_locals.values():
-                if isinstance(value, kind):
-                    return value
-    return None
-
-
 def _response(chain: Sequence[BaseException]) -> Any:
     """Finds the answer that an error is about; None if there was none."""
     import requests
     from google.auth import transport
 
     kinds = (requests.Response, transport.Response)
-    parts = [part for e in chain for part in (getattr(e, "response", None), *e.args)]
-    if told := [part for part in parts if isinstance(part, kinds)]:
-        return told[0]
-    # Of a broken connection, an answer at work is an earlier one.
-    is_broken = (requests.exceptions.ConnectionError, requests.exceptions.Timeout)
-    if any(isinstance(each, is_broken) for each in chain):
-        return None
-    return _at_work(chain, kinds)
+    parts = (part for e in chain for part in (getattr(e, "response", None), *e.args))
+    return next((part for part in parts if isinstance(part, kinds)), None)
 
 
 def _body(response: Any) -> str:
@@ -3246,14 +3217,14 @@ def _parsed(text: Any) -> Any:
     return None
 
 
-def _find(value: Any, key: str, depth: int = 8) -> Iterator[str]:
-    """Finds the texts that are under a key, wherever they are."""
-    if isinstance(value, dict) and isinstance(value.get(key), str):
+def _find(value: Any, key: str, kind: type = str, depth: int = 8) -> Iterator[Any]:
+    """Finds what is of a kind and under a key, wherever it is."""
+    if isinstance(value, dict) and isinstance(value.get(key), kind):
         yield value[key]
     within = value.values() if isinstance(value, dict) else value
     if depth and isinstance(value, (dict, list)):
         for each in within:
-            yield from _find(each, key, depth - 1)
+            yield from _find(each, key, kind, depth - 1)
 
 
 def _words_of(chain: Sequence[BaseException]) -> str:
@@ -3267,17 +3238,16 @@ def _words_of(chain: Sequence[BaseException]) -> str:
     for error in reversed(chain):
         is_odd = isinstance(error, of_python) and not isinstance(error, of_library)
         if not (is_odd or isinstance(error, json.JSONDecodeError)):
-            text = getattr(error, "verify_message", "") or getattr(
+            said = getattr(error, "verify_message", "") or getattr(
                 error, "strerror", ""
             )
-            text = text or str(next(iter(error.args), ""))
-            text = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", text)
-            text = text if text.strip() else "the answer is empty"
+            said = said or str(next(iter(error.args), ""))
+            said = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", said)
+            text = said if said.strip() else "the answer is empty"
             break
-    for error in chain:
-        if request := getattr(error, "request", None):
-            host = urllib.parse.urlsplit(request.url).hostname
-            return f"cannot reach {host} ({text})"
+    requests = [getattr(error, "request", None) for error in chain]
+    for request in filter(None, requests):
+        return f"cannot reach {urllib.parse.urlsplit(request.url).hostname} ({text})"
     return text
 
 

@@ -156,7 +156,7 @@ def test_upload_survives_fault(
             Status(401, "Invalid Credentials"),
             "chunk",
             SMALL,
-            "No credentials for {}: 401 Invalid Credentials.",
+            "No credentials for {}: Anonymous credentials cannot be refreshed.",
         ),
         (
             Status(403, "No a.b.delete access."),
