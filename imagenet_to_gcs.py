@@ -2557,11 +2557,11 @@ CHUNK_TIMEOUT = (120, 300)
 REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
+RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 WARNING_SECONDS = 10
 # Otherwise the client asks for the bucket's metadata, in a thread of its own.
 NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
 QUIET_LOGGERS = ("google", "urllib3")
-RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2581,36 +2581,33 @@ class GcsPath:
     @classmethod
     def parse(cls, text: str) -> GcsPath:
         """Parses `gs://bucket` or `gs://bucket/directory`; a final `/` may follow."""
-        flag = f"--gcs_output_path={_escaped(text)}"
         match = re.fullmatch(r"(?s)gs://([^/]*)(/?.*)", text)
-        if not match:
-            problem = "must start with gs://, as in gs://bucket/directory"
-            raise InvalidInputError(f"{flag} {problem}.")
-        if found := _strange_parts(text, match[2]):
-            problem = "Readers would not find the data set, or take it for a pattern"
-            raise InvalidInputError(f"{flag} must not contain {found}. {problem}.")
         # https://cloud.google.com/storage/docs/buckets#naming
-        if not re.fullmatch("[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", match[1]):
-            raise InvalidInputError(
-                f"{flag} must name a bucket after gs://: 3 to 222 "
-                f"characters of a-z, 0-9, '-', '_' and '.'; found {match[1]!r}."
+        is_bucket = r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"
+        if not match:
+            problem = "must start with gs://, as in gs://bucket/directory."
+        elif found := _strange_parts(text, match[2]):
+            problem = f"must not contain {found}. "
+            problem += "Readers would not find the data set, or take it for a pattern."
+        elif not re.fullmatch(is_bucket, match[1]):
+            problem = (
+                "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, "
             )
-        return cls(match[1], match[2].strip("/"))
+            problem += f"'-', '_' and '.'; found {match[1]!r}."
+        else:
+            return cls(match[1], match[2].strip("/"))
+        unseen = rf"{CONTROL_CHARACTERS}|[\ud800-\udfff]"
+        shown = re.sub(unseen, lambda match: repr(match[0])[1:-1], text)
+        raise InvalidInputError(f"--gcs_output_path={shown} {problem}")
 
     def name_of(self, filename: str) -> str:
         """Names a file of the directory as the bucket does: `directory/filename`."""
         return f"{self.directory}/{filename}".lstrip("/")
 
 
-def _escaped(text: str) -> str:
-    """Shows what cannot be seen or printed: line breaks, bytes that are no UTF-8."""
-    hidden = rf"{CONTROL_CHARACTERS}|[\ud800-\udfff]"
-    return re.sub(hidden, lambda match: repr(match[0])[1:-1], text)
-
-
 def _strange_parts(text: str, path: str) -> str:
     """Names what is legal in Cloud Storage, or nearly so, but never meant."""
-    found = re.findall(rf"{CONTROL_CHARACTERS}|[\ud800-\udfff]|[*?#\[\]]", text)
+    found = re.findall(rf"{CONTROL_CHARACTERS}|[\ud800-\udfff*?#\[\]]", text)
     found += ["//"] * ("//" in path)
     found += [part for part in path.split("/") if part in (".", "..")]
     named = [repr(part) for part in dict.fromkeys(found)]
@@ -2650,49 +2647,26 @@ class Destination:
         self._next_warning = 0.0
         self._payer = project
         with self._explained():
-            create = self._patiently(REQUEST_SECONDS)(_new_client)
-            self._client = client or create(project)
+            self._client = client or self._persist(
+                REQUEST_SECONDS, _new_client, project
+            )
         self._payer = project or self._client.project
         self._bucket = self._client.bucket(path.bucket)
 
     def check_access(self, filename: str) -> None:
-        """Starts the upload of a file, which needs the permission, and leaves it.
+        """Starts an upload, which needs the permission; the service forgets it."""
 
-        The service forgets it after a week; no object comes of it.
-        """
+        def start(**options: Any) -> None:
+            self._blob(filename).create_resumable_upload_session(**options)
 
-        retry = self._patiently(REQUEST_SECONDS)
+        self._ask(filename, start, self._is_taken)
 
-        def start() -> None:
-            blob = self._bucket.blob(self.path.name_of(filename))
-            blob.create_resumable_upload_session(timeout=TIMEOUT, retry=retry)
+    def _blob(self, filename: str, **options: Any) -> Any:
+        return self._bucket.blob(self.path.name_of(filename), **options)
 
-        with self._explained(filename):
-            try:
-                self._paying(start)
-            except Exception as error:
-                if not self._is_taken(error):
-                    raise
-
-    def _paying(self, request: Callable[[], Any]) -> Any:
-        """Has the project pay if the requester must: that takes a permission in it."""
-        try:
-            return request()
-        except Exception as error:
-            said = read_answer(error)
-            if said.status != 400 or "required" not in said.facts:
-                raise
-        self._bucket = self._client.bucket(self.path.bucket, self._payer)
-        return request()
-
-    def _is_taken(self, error: BaseException) -> bool:
-        """Whether an upload is refused only because there is such an object already.
-
-        Without the permission to list, nobody knows which objects are there.
-        """
-        said = read_answer(error)
-        needs = re.search(r"\bstorage\.objects\.delete\b", said.words)
-        return not self.is_listed and said.status == 403 and bool(needs)
+    def _is_taken(self, said: Answer) -> bool:
+        """Whether an upload is refused only because such an object is there, unseen."""
+        return not self.is_listed and {"403", "storage.objects.delete"} <= said.facts
 
     def list_objects(self) -> dict[str, Stamp]:
         """Lists the destination by base name; nothing if that is not permitted.
@@ -2700,66 +2674,50 @@ class Destination:
         It must come before parallel uploads: the client makes its session unlocked.
         """
 
-        def list_all() -> dict[str, Stamp]:
+        def list_all(**options: Any) -> dict[str, Stamp]:
+            prefix = self.path.name_of("")
             blobs = self._client.list_blobs(
-                self._bucket,
-                prefix=self.path.name_of(""),
-                delimiter="/",
-                timeout=TIMEOUT,
-                retry=self._patiently(REQUEST_SECONDS),
+                self._bucket, prefix=prefix, delimiter="/", **options
             )
             return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
 
-        with self._explained():
-            try:
-                self.objects = self._paying(list_all)
-                self.is_listed = True
-            except Exception as error:
-                said = read_answer(error)
-                if "denied" not in said.facts:
-                    raise
-                if self.is_listed:
-                    logging.warning(
-                        f"Cannot list {self.path} (storage.objects.list: "
-                        f"{said.words}): all shards will be uploaded, and the result "
-                        "cannot be checked."
-                    )
-                self.is_listed, self.objects = False, {}
+        found = self._ask("", list_all, lambda said: "denied" in said.facts)
+        is_refused = isinstance(found, Answer)
+        if is_refused and self.is_listed:
+            logging.warning(
+                f"Cannot list {self.path} (storage.objects.list: {found.words}): all "
+                "shards will be uploaded, and the result cannot be checked."
+            )
+        self.is_listed, self.objects = not is_refused, {} if is_refused else found
         return self.objects
 
     def read(self, filename: str, max_bytes: int = 2**24) -> str:
         """Reads a small object; empty if there is none, or reading is not permitted."""
         if self.is_listed and filename not in self.objects:
             return ""
-        blob = self._bucket.blob(self.path.name_of(filename))
-        patiently = self._patiently(REQUEST_SECONDS)
-        with self._explained(filename):
-            try:
-                data = blob.download_as_bytes(
-                    end=max_bytes, timeout=TIMEOUT, checksum=None, retry=patiently
-                )
-            except Exception as error:
-                if read_answer(error).may_pass:
-                    raise
-                return ""
-        return str(data, "utf-8", "replace")
+
+        download = functools.partial(
+            self._blob(filename).download_as_bytes, end=max_bytes, checksum=None
+        )
+        data = self._ask(filename, download, lambda said: not said.may_pass)
+        return "" if isinstance(data, Answer) else str(data, "utf-8", "replace")
+
+    def delete(self, filename: str) -> None:
+        """Deletes an object; without a listing, that may be refused."""
+        if self.is_listed and filename not in self.objects:
+            return
+        harmless = (404,) if self.is_listed else (403, 404)
+        blob = self._blob(filename)
+        self._ask(filename, blob.delete, lambda said: said.status in harmless)
 
     def upload(
         self, path: str, stamp: Stamp, sent: Callable[[int], None] = lambda _: None
     ) -> bool:
-        """Uploads a file, and starts over when the client gives up.
-
-        `sent` hears of the bytes of each piece, and less if pieces are sent again.
+        """Uploads a file; False if it was passed over.
 
         The client retries single requests, but neither a lost upload (404 or 410) nor
-        an answer that does not match.
-
-        Args:
-          sent: Told how many more bytes have left, at each piece; after a fault, less
-            than none.
-
-        Returns:
-          False if the file was passed over: see `passed_over`.
+        an answer that does not match. `sent` is told at each piece how many more bytes
+        have left; after a fault, less than none.
         """
         name, sent_so_far = os.path.basename(path), 0
 
@@ -2776,24 +2734,21 @@ class Destination:
                     return True
                 except Exception as error:
                     said = read_answer(error)
-                    if self._is_taken(error):
-                        self._pass_over(name)
-                        return False
-                    if not (seconds and ("again" in said.facts or said.may_pass)):
+                    if self._is_taken(said):
+                        break
+                    if not (seconds and said.facts & {"passing", "again"}):
                         raise
                     check_undamaged(path, stamp)
                     again = f"Uploading {name} again in {_duration(seconds)}"
                     logging.warning(f"{again}: {said.words}.")
                     self._pause(seconds)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _pass_over(self, name: str) -> None:
         if not self.passed_over:
             logging.warning(
                 f"Leaving what is already in {self.path}, unseen: neither "
                 "storage.objects.list nor storage.objects.delete is granted."
             )
         self.passed_over.append(name)
+        return False
 
     def check_none_passed_over(self) -> None:
         """Stops the run if nobody knows whether all is as it should be."""
@@ -2807,10 +2762,8 @@ class Destination:
     def _upload_once(
         self, path: str, stamp: Stamp, before_piece: Callable[[int], None]
     ) -> None:
-        name = self.path.name_of(os.path.basename(path))
-        blob = self._bucket.blob(name, chunk_size=UPLOAD_CHUNK_BYTES)
+        blob = self._blob(os.path.basename(path), chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
-
         with open_file(path) as file:
             # If told the size, the client sends a small file in one request, without
             # the checksum by which the service rejects damaged bytes.
@@ -2829,18 +2782,28 @@ class Destination:
                 f"{stored.crc32c}, not {stamp.num_bytes:,} of {stamp.crc32c}"
             )
 
-    def delete(self, filename: str) -> None:
-        """Deletes an object; without a listing, that may be refused."""
-        if self.is_listed and filename not in self.objects:
-            return
-        harmless = (404,) if self.is_listed else (403, 404)
-        blob = self._bucket.blob(self.path.name_of(filename))
+    def _ask(
+        self,
+        filename: str,
+        request: Callable[..., Any],
+        is_excused: Callable[[Answer], bool],
+    ) -> Any:
+        """Makes a request; returns what it does, or the Answer that excuses it.
+
+        The project pays if the requester must: that takes a permission in it.
+        """
         with self._explained(filename):
-            try:
-                blob.delete(timeout=TIMEOUT, retry=self._patiently(REQUEST_SECONDS))
-            except Exception as error:
-                if read_answer(error).status not in harmless:
-                    raise
+            for may_pay in (True, False):
+                try:
+                    patiently = self._patiently(REQUEST_SECONDS)
+                    return request(timeout=TIMEOUT, retry=patiently)
+                except Exception as error:
+                    said = read_answer(error)
+                    if is_excused(said):
+                        return said
+                    if not (may_pay and {"400", "required"} <= said.facts):
+                        raise
+                self._bucket = self._client.bucket(self.path.bucket, self._payer)
 
     def _pause(self, seconds: float) -> None:
         """Waits, or raises if the run is stopping."""
@@ -2870,7 +2833,6 @@ class Destination:
                     what = f"Waiting up to {_duration(seconds)} for {self.path}"
                     logging.warning(f"{what}: {said.words}.")
             self._pause(delay * random.uniform(0.5, 1))
-        raise AssertionError("the delays have no end")
 
     @contextlib.contextmanager
     def _explained(self, filename: str = "") -> Iterator[None]:
@@ -2928,11 +2890,8 @@ class _Chunk:
         for position in range(self.start, self.end, PIECE_BYTES):
             self.reader.before_piece(position)
             size = min(PIECE_BYTES, self.end - position)
-            try:
+            with trying_to("read", file.name):  # not the network's fault
                 piece = os.pread(file.fileno(), size, position)
-            except OSError as error:  # which the client would take for the network's
-                problem = f"Cannot read {file.name}: {error.strerror}. {FIX_AND_RERUN}"
-                raise MachineError(problem) from error
             if len(piece) < size:
                 raise WrongContentError(f"{file.name} has become shorter")
             yield piece
@@ -2944,20 +2903,16 @@ class WrongContentError(Exception):
 
 
 def _stamp_of(blob: storage.Blob) -> Stamp:
-    """What the bucket says of an object; its digest only if the bytes are as written.
-
-    Some servers omit a size of 0.
-    """
-    try:
+    """What the bucket says of an object; its digest only if the bytes are as written."""
+    try:  # some servers omit a size of 0
         num_bytes, crc32c = int(blob.size or 0), str(blob.crc32c or "")
     except (TypeError, ValueError) as error:
         problem = f"the size of {blob.name} is not a number"
         raise WrongContentError(problem) from error
     metadata = blob.metadata if isinstance(blob.metadata, dict) else {}
     is_as_written = crc32c and metadata.get("crc32c") == crc32c
-    return Stamp(
-        metadata.get("digest", "") if is_as_written else "", 0, num_bytes, crc32c
-    )
+    digest = metadata.get("digest", "") if is_as_written else ""
+    return Stamp(digest, 0, num_bytes, crc32c)
 
 
 def _new_client(project: str | None) -> storage.Client:
@@ -2967,26 +2922,23 @@ def _new_client(project: str | None) -> storage.Client:
 
     try:
         client = storage.Client(project=project)
-        # The session has no public name; its hooks are documented by requests.
-        client._http.hooks["response"].append(_refuse)
-        return client
     except exceptions.GoogleAuthError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        problem = "the file of credentials is not understood"
         kind: Any = exceptions.DefaultCredentialsError
-        raise kind(problem) from error
+        raise kind("the file of credentials is not understood") from error
+    # The session has no public name; its hooks are documented by requests.
+    client._http.hooks["response"].append(_refuse)
+    return client
 
 
 def _refuse(response: Any, **_: Any) -> None:
-    """Raises before the client reads an error or a web page, which may break it.
-
-    After a 401, the client logs in again.
-    """
+    """Raises before the client reads an error or a web page, which may break it."""
     import requests
 
     is_page = "text/html" in response.headers.get("Content-Type", "")
-    if is_page or (response.status_code >= 400 and response.status_code != 401):
+    is_error = response.status_code >= 400
+    if (is_page or is_error) and response.status_code != 401:  # it logs in again
         raise requests.HTTPError(response=response)
 
 
@@ -3017,10 +2969,6 @@ _FAILURES = {
     "": "Cloud Storage failed at {}",
 }
 _LOGIN = "un `gcloud auth application-default login`"
-_SCOPE = (
-    "Stop the VM and run: gcloud compute instances set-service-account NAME "
-    "--scopes=cloud-platform"
-)
 # The first of which all facts are known counts.
 _REMEDIES = {
     "proxy 407": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
@@ -3046,8 +2994,8 @@ _REMEDIES = {
     "the project to the account of this run.",
     "denied forbidden storage.objects": "Grant roles/storage.objectUser on {bucket} to "
     "the account of this run.",
-    "denied insufficientPermissions": _SCOPE,
-    "denied ACCESS_TOKEN_SCOPE_INSUFFICIENT": _SCOPE,
+    "denied insufficientPermissions": "Stop the VM and run: gcloud compute instances "
+    "set-service-account NAME --scopes=cloud-platform",
     "bucket": "Create it: gcloud storage buckets create {bucket} --project={project} "
     "--location=LOCATION",
     "again": RERUN,
@@ -3057,22 +3005,15 @@ _RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What an error means.
+    """What an error means."""
 
-    Attributes:
-      status: Of HTTP; 0 if no answer came.
-      facts: The status, what machines wrote (reasons, OAuth codes, permissions), and
-        what `_conclude` adds.
-      words: For people, in one line without final period; there may be none.
-      may_pass: Whether the same request may succeed later.
-    """
-
-    status: int
-    facts: frozenset[str]
-    words: str
+    status: int  # of HTTP; 0 if no answer came
+    facts: frozenset[str]  # what machines wrote, as reasons; what `_conclude` adds
+    words: str  # for people, in one line without final period
 
     @property
     def may_pass(self) -> bool:
+        """Whether the same request may succeed later."""
         return "passing" in self.facts
 
     def first(self, table: Mapping[str, str]) -> str:
@@ -3201,11 +3142,9 @@ def _response(chain: Sequence[BaseException]) -> Any:
 
 def _body(response: Any) -> str:
     """Reads the text of an answer; empty if it cannot be decoded."""
-    with contextlib.suppress(Exception):  # of any kind: a wrong gzip, a charset
-        if hasattr(response, "status_code"):
-            return str(response.text)
-        if response is not None:
-            return bytes(response.data).decode(errors="replace")
+    with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
+        data = response.data if hasattr(response, "data") else response.content
+        return bytes(data).decode(errors="replace")
     return ""
 
 
@@ -3238,12 +3177,11 @@ def _words_of(chain: Sequence[BaseException]) -> str:
     for error in reversed(chain):
         is_odd = isinstance(error, of_python) and not isinstance(error, of_library)
         if not (is_odd or isinstance(error, json.JSONDecodeError)):
-            said = getattr(error, "verify_message", "") or getattr(
-                error, "strerror", ""
-            )
-            said = said or str(next(iter(error.args), ""))
-            said = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", said)
-            text = said if said.strip() else "the answer is empty"
+            names = "verify_message", "strerror"
+            said = [getattr(error, name, "") for name in names] + [*error.args[:1]]
+            text = str(next(filter(None, said), ""))
+            text = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", text)
+            text = text if text.strip() else "the answer is empty"
             break
     requests = [getattr(error, "request", None) for error in chain]
     for request in filter(None, requests):
