@@ -73,6 +73,7 @@ def test_fake_is_used_again_when_it_is_there(fake: tuple[Finished, Path]) -> Non
 
 
 GENERATE = """if True:
+    import contextlib
     import pathlib
     import sys
     from absl import logging

@@ -249,7 +249,7 @@ def test_second_run_is_refused_before_it_plans(
     with halted(*command, env=emulator.environment) as running:
         for second in seconds:
             finished = run(mixed_raw, tmp_path, emulator, *second)
-            assert finished.status == 1
+            assert finished.status == 75
             [line] = finished.lines
             assert line.startswith(f"ERROR: Another run is writing to {tmp_path}: ")
         assert len(kinds(emulator)) <= 3  # those of the first
@@ -262,7 +262,7 @@ def test_second_run_is_refused_while_the_fake_imagenet_is_drawn(tmp_path: Path) 
     command = [f"--raw_data_dir={raw}", "--nogcs_upload", "--fake_imagenet"]
     with halted(*command):
         finished = run_command(*command)
-    assert finished.status == 1
+    assert finished.status == 75
     [line] = finished.lines
     assert line.startswith(f"ERROR: Another run is writing to {raw}")
 
