@@ -12,13 +12,11 @@
 """Writes raw ImageNet as TFRecord shards and uploads them to Cloud Storage.
 
     python3 imagenet_to_gcs.py --project=$PROJECT --gcs_output_path=$DATA_DIR \\
-      --raw_data_dir=$IMAGENET_HOME \\
-      --local_scratch_dir=$IMAGENET_HOME/tf_records
+      --raw_data_dir=$IMAGENET_HOME
 
 Without ImageNet and without a bucket, try it on generated images:
 
-    python3 imagenet_to_gcs.py --fake_imagenet --raw_data_dir=fake \\
-      --nogcs_upload
+    python3 imagenet_to_gcs.py --nogcs_upload --fake_imagenet --raw_data_dir=new
 
 What goes in, under --raw_data_dir:
 
@@ -49,17 +47,16 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
 The same raw directory gives the same bytes on every machine, with any number
 of workers, however often the run was interrupted. To resume, rerun the command.
 
-Errors are of four kinds, with a line per problem; finished shards are kept:
+Errors have a line per problem; finished shards are kept:
 
     InvalidInputError   what must be fixed before the run can start
     BadImagesError      images to be replaced; all shards without them are done
     MachineError        what this machine lacks: a disk, memory, open files
     ServiceError        what Cloud Storage, or the way to it, refused
 
-Exit status: 0 if everything is done; 1 if something must be fixed; 75 if the
-same command can succeed later: the network or the service did not answer for
-long enough, or another run is writing to the same place; 130 after Ctrl-C, 143
-after SIGTERM, 129 after SIGHUP.
+Exit status: 0 if all is done; 1 if something must be fixed; 75 if the same
+command can succeed later, as when the service did not answer or another run is
+writing; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 
 Who calls whom, in the order of this file:
 
@@ -79,6 +76,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 
 if sys.platform != "linux":
     sys.exit("imagenet_to_gcs.py runs on Linux only, which includes WSL on Windows.")
@@ -88,6 +86,7 @@ if __name__ == "__main__":
     # Until `main` handles it, Ctrl-C ends the process without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.simplefilter("ignore")  # of libraries; not even PYTHONWARNINGS=error stops
 
 import base64
 import collections
@@ -127,7 +126,6 @@ import threading
 import time
 import traceback
 import urllib.parse
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -138,11 +136,10 @@ INSTALL = (
     "first: sudo apt-get install --yes python3-venv), and use .venv/bin/python"
 )
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # of libraries; not even PYTHONWARNINGS=error stops
 try:
     import google_crc32c
-    from absl import app, flags, logging
+    from absl import app, logging
+    from absl.flags import FLAGS, DEFINE_bool, DEFINE_integer, DEFINE_string
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -157,45 +154,34 @@ if TYPE_CHECKING:
 
 __version__ = "3.0.0"
 
-LABELS_FILE = "synset_labels.txt"
-MANIFEST_FILE = "manifest.json"
+LABELS_FILE, MANIFEST_FILE = "synset_labels.txt", "manifest.json"
+TRAINING_SHARDS, VALIDATION_SHARDS = 1024, 128
+TRAINING_DIRECTORY, VALIDATION_DIRECTORY = "train", "validation"
 
-TRAINING_SHARDS = 1024
-VALIDATION_SHARDS = 128
-
-TRAINING_DIRECTORY = "train"
-VALIDATION_DIRECTORY = "validation"
-
-FLAGS = flags.FLAGS
-
-flags.DEFINE_string("project", None, "Google Cloud project of the upload.")
-flags.DEFINE_string(
+DEFINE_string("project", None, "Google Cloud project of the upload.")
+DEFINE_string(
     "gcs_output_path", None, "Where to upload: gs://bucket or gs://bucket/directory."
 )
-flags.DEFINE_string(
+DEFINE_string(
     "local_scratch_dir",
     None,
     "Where to write the shards; default: tf_records in --raw_data_dir.",
 )
-flags.DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
-flags.DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
-flags.DEFINE_integer(
+DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
+DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
+DEFINE_integer(
     "num_workers", None, "Number of encoding processes; default: one per processor."
 )
-flags.DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of training shards.")
-flags.DEFINE_integer(
-    "validation_shards", VALIDATION_SHARDS, "Number of validation shards."
-)
-flags.DEFINE_bool(
+DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of training shards.")
+DEFINE_integer("validation_shards", VALIDATION_SHARDS, "Number of validation shards.")
+DEFINE_bool(
     "fake_imagenet", False, "First fill an empty --raw_data_dir with fake images."
 )
-flags.DEFINE_bool("keep_local_shards", True, "Keep local shards once uploaded.")
-flags.DEFINE_integer(
-    "task_index", None, "Index of this machine among --task_count, from 0."
-)
-flags.DEFINE_integer("task_count", 1, "Number of machines that share the work.")
-flags.DEFINE_bool("dry_run", False, "Check everything and say what would be done.")
-flags.DEFINE_bool("version", False, "Print the version and exit.")
+DEFINE_bool("keep_local_shards", True, "Keep local shards once uploaded.")
+DEFINE_integer("task_index", None, "Index of this machine among --task_count, from 0.")
+DEFINE_integer("task_count", 1, "Number of machines that share the work.")
+DEFINE_bool("dry_run", False, "Check everything and say what would be done.")
+DEFINE_bool("version", False, "Print the version and exit.")
 
 INHERITED_FLAGS = """
   --flagfile: A file with flags, one a line.
@@ -204,14 +190,12 @@ INHERITED_FLAGS = """
   --help: Print this manual and exit."""
 
 RERUN = "Rerun the same command to resume."
+FIX_AND_RERUN = "Fix this and rerun the same command."
+FEWER_WORKERS = "Rerun the same command with fewer --num_workers"
 TOO_MANY_THREADS = (
     "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it, or "
     "rerun the same command with fewer --num_workers."
 )
-owns_process = False  # True in the command, which nobody else's code shares
-FIX_AND_RERUN = "Fix this and rerun the same command."
-FEWER_WORKERS = "Rerun the same command with fewer --num_workers"
-
 DISK_FAILS = "The disk fails or is gone"
 DISK_ERRORS = (
     *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT),
@@ -233,30 +217,22 @@ class InvalidInputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Why a run had to stop, one line an argument; finished shards are kept.
-
-    Attributes:
-      may_pass: Whether the same command can succeed later, without anyone's doing.
-    """
+    """Why a run had to stop, one line an argument; finished shards are kept."""
 
     def __init__(self, *problems: str, may_pass: bool = False):
         super().__init__(*problems)
-        self.may_pass = may_pass
+        self.may_pass = may_pass  # by itself, so that the same command succeeds later
 
     def __str__(self) -> str:
         return "\n".join(self.args)
 
 
 class BadImagesError(RunError):
-    """Images that cannot be used; every shard without one of them is done.
-
-    Attributes:
-      unreadable: "path: why" of those that the disk does not give.
-    """
+    """Images that cannot be used; every shard without one of them is done."""
 
     def __init__(self, *problems: str, unreadable: Sequence[str] = ()):
         super().__init__(*problems)
-        self.unreadable = unreadable
+        self.unreadable = unreadable  # "path: why" of those that the disk does not give
 
 
 class MachineError(RunError):
@@ -576,8 +552,13 @@ def carry_out(job: Job, pool: Pool) -> None:
             remove(path)
     progress = Progress(job)
     if job.work.left:
-        with reporting(progress.line), _naming_what_is_kept(job, progress):
-            write_and_upload(job, progress, pool)
+        try:
+            with reporting(progress.line):
+                write_and_upload(job, progress, pool)
+        except RunError:
+            if job.work.done or job.work.to_upload or progress.written.shards:
+                logging.info("Finished shards are kept.")
+            raise
         _log_done(job, progress)
     if progress.bad_images:
         bad = _count(len(progress.bad_images), "image")
@@ -619,17 +600,6 @@ def _difference(job: Job, work: Work) -> str:
         f"({_some(work.differing)}) of other images than here: the machines' raw "
         "directories differ, unless a task is still replacing them"
     )
-
-
-@contextlib.contextmanager
-def _naming_what_is_kept(job: Job, progress: Progress) -> Iterator[None]:
-    try:
-        yield
-    except RunError as error:
-        if job.work.done or job.work.to_upload or progress.written.shards:
-            *others, last = error.args
-            error.args = (*others, f"{last} Finished shards are kept.")
-        raise
 
 
 def _first(problems: list[str], most: int = 1000) -> list[str]:
@@ -872,7 +842,7 @@ def _no_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
-        if owns_process:
+        if __name__ == "__main__":  # nobody else's code shares the process
             gc.freeze()
         if was_enabled:
             gc.enable()
@@ -3812,8 +3782,6 @@ def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command; ends the process with the exit status of the manual."""
-    global owns_process
-    owns_process = True
     logging.get_absl_handler().setFormatter(_LogFormatter())
     if FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)

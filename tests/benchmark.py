@@ -288,7 +288,7 @@ def run_script(
 def run_listing(raw_dir: Path, script: Path = SCRIPT) -> Run:
     """Lists and labels the images of a raw directory, and does no more."""
     name = script.stem
-    command = f"{name}.owns_process = True; {name}.read_dataset(sys.argv[1])"
+    command = f"{name}.__name__ = '__main__'; {name}.read_dataset(sys.argv[1])"
     code = f"import sys, {name}; {command}"  # as the command does
     environment = {"PYTHONPATH": str(script.resolve().parent)}
     return measure([sys.executable, "-c", code, str(raw_dir)], environment=environment)

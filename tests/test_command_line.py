@@ -6,6 +6,7 @@ from pathlib import Path
 
 import contract
 import pytest
+from absl.flags import FLAGS
 from command import IMPORTS, SCRIPT, UPLOAD, Finished, run_command
 
 import imagenet_to_gcs as script
@@ -55,7 +56,7 @@ def test_help_begins_with_how_to_use_it(tmp_path: Path, flag: str) -> None:
     for name, default in DEFAULTS.items():
         pattern = rf"^ *--(\[no\])?{name}\b"
         assert re.search(pattern, finished.stdout, re.MULTILINE), name
-        assert script.FLAGS[name].default == default
+        assert FLAGS[name].default == default
     for name in ("pdb", "only_check_args", "xml_output_file", "logger_levels"):
         assert f"--{name}" not in finished.stdout
         assert f"--[no]{name}" not in finished.stdout

@@ -32,6 +32,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from absl.flags import FLAGS
 from command import REPOSITORY, SCRIPT, UPLOAD, Finished, environment, run_command
 from emulator import Emulator, Stall, Status
 from google.cloud import batch_v1
@@ -63,7 +64,7 @@ def block(language: str, beginning: str) -> str:
 
 def own_flags() -> dict[str, str]:
     """Returns the flags that the script defines, with the text of their help."""
-    of_module = script.FLAGS.flags_by_module_dict()[script.__name__]
+    of_module = FLAGS.flags_by_module_dict()[script.__name__]
     return {flag.name: flag.help for flag in of_module}
 
 
@@ -107,7 +108,7 @@ def test_flags_say_what_they_are_for() -> None:
 @pytest.mark.parametrize("name", ["training_shards", "validation_shards"])
 def test_defaults_are_those_of_the_flags(name: str) -> None:
     [row] = [row for row in rows() if name in row.split("|")[1]]
-    assert str(script.FLAGS[name].default) in row
+    assert str(FLAGS[name].default) in row
 
 
 def test_requirements_and_python_are_those_of_the_script() -> None:

@@ -18,7 +18,6 @@ from processes import Run, finished_shards, started, unprivileged, wait_for
 from imagenet_to_gcs import INSTALL
 
 FIX = "Fix this and rerun the same command."
-KEPT = " Finished shards are kept."  # said where there are any
 OUT_OF_MEMORY = (
     "A worker process was killed, most likely because the machine ran out of memory. "
     "Rerun the same command with fewer --num_workers."
@@ -49,11 +48,6 @@ def running(arguments: list[str], log: Path, **env: str) -> Iterator[Run]:
         yield run
     finally:
         run.kill()
-
-
-def said(done: Finished) -> list[str]:
-    """What went wrong, whether or not there are finished shards."""
-    return [error.removesuffix(KEPT) for error in done.errors]
 
 
 def assert_complete(done: Finished, raw: Path) -> None:
@@ -374,7 +368,7 @@ def test_signal_is_named_when_a_worker_dies(
         wait_for(lambda: finished_shards(raw / "scratch"), run)
         os.kill(run.workers()[-1], number)
         done = run.finish()
-    assert (done.status, said(done)) == (1, [error])
+    assert (done.status, done.errors) == (1, [error])
 
 
 def test_run_goes_on_when_only_the_helper_dies(large: Path, tmp_path: Path) -> None:
@@ -439,4 +433,4 @@ def test_limit_of_processes_is_named(raw: Path, tmp_path: Path, limit: int) -> N
         "Cannot start a thread: the limit of processes (ulimit -u) is reached. "
         "Raise it, or rerun the same command with fewer --num_workers."
     )
-    assert (done.status, said(done)) == (1, [error])
+    assert (done.status, done.errors) == (1, [error])
