@@ -41,8 +41,7 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
     image/class/synset         bytes  n01440764
     image/format               bytes  JPEG
     image/filename             bytes  n01440764_18.JPEG
-    image/encoded              bytes  the file as it is; a PNG or a CMYK JPEG is
-                                      encoded again, as an RGB JPEG
+    image/encoded              bytes  the file; a PNG or CMYK JPEG as RGB JPEG
 
 The same raw directory gives the same bytes on every machine, with any number
 of workers, however often the run was interrupted. To resume, rerun the command.
@@ -153,30 +152,21 @@ if TYPE_CHECKING:
     from google.cloud import storage
 
 __version__ = "3.0.0"
-
 LABELS_FILE, MANIFEST_FILE = "synset_labels.txt", "manifest.json"
 TRAINING_SHARDS, VALIDATION_SHARDS = 1024, 128
 TRAINING_DIRECTORY, VALIDATION_DIRECTORY = "train", "validation"
 
 DEFINE_string("project", None, "Google Cloud project of the upload.")
+DEFINE_string("gcs_output_path", None, "Where to upload: gs://bucket[/directory].")
 DEFINE_string(
-    "gcs_output_path", None, "Where to upload: gs://bucket or gs://bucket/directory."
-)
-DEFINE_string(
-    "local_scratch_dir",
-    None,
-    "Where to write the shards; default: tf_records in --raw_data_dir.",
+    "local_scratch_dir", None, "Where to write; default: tf_records in --raw_data_dir."
 )
 DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
 DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
-DEFINE_integer(
-    "num_workers", None, "Number of encoding processes; default: one per processor."
-)
+DEFINE_integer("num_workers", None, "Number of processes; default: one per processor.")
 DEFINE_integer("training_shards", TRAINING_SHARDS, "Number of training shards.")
 DEFINE_integer("validation_shards", VALIDATION_SHARDS, "Number of validation shards.")
-DEFINE_bool(
-    "fake_imagenet", False, "First fill an empty --raw_data_dir with fake images."
-)
+DEFINE_bool("fake_imagenet", False, "Fill an empty --raw_data_dir with fake images.")
 DEFINE_bool("keep_local_shards", True, "Keep local shards once uploaded.")
 DEFINE_integer("task_index", None, "Index of this machine among --task_count, from 0.")
 DEFINE_integer("task_count", 1, "Number of machines that share the work.")
@@ -188,7 +178,6 @@ INHERITED_FLAGS = """
   --verbosity: -1 logs only warnings and errors.
     (default: '0')
   --help: Print this manual and exit."""
-
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Fix this and rerun the same command."
 FEWER_WORKERS = "Rerun the same command with fewer --num_workers"
@@ -314,11 +303,9 @@ def _size(num_bytes: float) -> str:
 
 def _duration(seconds: float) -> str:
     """Formats a time: '45 s', '12 min', '3 h 5 min'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 100:
-        return f"{minutes} min"
+        return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"
 
 
@@ -1601,7 +1588,6 @@ SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 
 UNREADABLE_IMAGES = 20  # in a run; fewer are named, as are bad images
 CHANGED = "has changed since the run began"
 GONE = "it no longer exists. It was moved or removed, or its disk is gone"
-OUT_OF_MEMORY = "ResourceExhaustedError"  # TensorFlow's, which only workers import
 
 
 class _ChangedError(OSError):
@@ -1609,19 +1595,15 @@ class _ChangedError(OSError):
 
 
 class OpenImage(NamedTuple):
-    """An image that the disk is already fetching, or the error that prevents it.
-
-    Attributes:
-      file: The file's descriptor, at the image's first byte.
-    """
+    """An image that the disk is already fetching, or the error that prevents it."""
 
     image: RawImage
-    file: int | OSError
+    file: int | OSError  # the file's descriptor, at the image's first byte
 
     @classmethod
     def of(cls, image: RawImage) -> OpenImage:
         try:
-            file = open_regular(_file_of(image))
+            file = open_regular(image.path if image.offset is None else image.source)
         except OSError as error:
             return cls(image, error)
         offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0 means "all"
@@ -1630,43 +1612,27 @@ class OpenImage(NamedTuple):
             os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
         return cls(image, file)
 
-    def close(self) -> None:
-        if not isinstance(self.file, OSError):
-            os.close(self.file)
-
     def read(self) -> bytes:
         """Reads the image, if it is the one that was listed, and closes its file."""
         image, file = self
         if isinstance(file, OSError):
             raise file
-        parts = []
-        left = image.num_bytes
-        try:
-            while left and (part := os.read(file, left)):  # can be less than asked for
-                parts.append(part)
-                left -= len(part)
+        with open(file, "rb") as opened:
+            data = opened.read(image.num_bytes)
             status = os.fstat(file)
-        finally:
-            os.close(file)
-        fingerprint = (
-            file_fingerprint(status)
-            if image.offset is None
-            else tar_fingerprint(status)
-        )
-        has_grown = image.offset is None and status.st_size > image.num_bytes
-        if left or has_grown or fingerprint != image.fingerprint:
+        is_file = image.offset is None
+        now = file_fingerprint(status) if is_file else tar_fingerprint(status)
+        has_grown = is_file and status.st_size > image.num_bytes
+        if len(data) < image.num_bytes or has_grown or now != image.fingerprint:
             raise _ChangedError(None, f"it {CHANGED}")
-        return b"".join(parts)
+        return data
 
 
 def announce(images: Iterable[RawImage]) -> None:
     """Makes the disk fetch the images that a worker will need first."""
-    for image in images:
-        OpenImage.of(image).close()
-
-
-def _file_of(image: RawImage) -> str:
-    return image.path if image.offset is None else image.source
+    for _, file in map(OpenImage.of, images):
+        if not isinstance(file, OSError):
+            os.close(file)
 
 
 # Its threads start when first used, and serve all shards of a worker.
@@ -1674,28 +1640,20 @@ _openers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD)
 
 
 def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
-    """Opens images before their turn, so that the encoding does not wait for the disk.
-
-    Threads open them only where that is slow, as on a network disk: elsewhere, passing
-    the GIL around would slow the encoding by a fifth.
-    """
+    """Opens images before their turn: in threads where that is slow, as on NFS."""
     start = time.perf_counter()
-    for image in images[:1]:
-        OpenImage.of(image).close()
-    if time.perf_counter() - start < SLOW_OPEN_SECONDS:
-        yield from _ahead(map(OpenImage.of, images))
-    else:
-        opening = (_openers.submit(OpenImage.of, image) for image in images)
-        yield from (future.result() for future in _ahead(opening))
-
-
-def _ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields items, drawing `READ_AHEAD` of them in advance."""
-    items = iter(items)
-    drawn = collections.deque(itertools.islice(items, READ_AHEAD))
-    while drawn:
-        yield drawn.popleft()
-        drawn.extend(itertools.islice(items, 1))
+    announce(images[:1])
+    # Elsewhere, passing the GIL around would slow the encoding by a fifth.
+    is_slow = time.perf_counter() - start >= SLOW_OPEN_SECONDS
+    begun: Iterator[Any] = (
+        _openers.submit(OpenImage.of, image) if is_slow else OpenImage.of(image)
+        for image in images
+    )
+    ahead = collections.deque(itertools.islice(begun, READ_AHEAD))
+    while ahead:
+        opened = ahead.popleft()
+        yield opened.result() if is_slow else opened
+        ahead.extend(itertools.islice(begun, 1))
 
 
 class _ImageError(ValueError):
@@ -1703,21 +1661,13 @@ class _ImageError(ValueError):
 
 
 def problem_of(image: RawImage, error: Exception) -> BadImagesError:
-    """Says in one line, with the file's name, why an image cannot be used.
-
-    Raises:
-      MachineError: What would befall any image: a limit, or a tar that has changed.
-    """
+    """Says why an image cannot be used; raises a MachineError if none could be."""
     if isinstance(error, _ImageError):
         return BadImagesError(f"Cannot decode {image.path}: {error}.")
-    if type(error).__name__ == OUT_OF_MEMORY:
+    if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's
         error = MemoryError()
-    number = getattr(error, "errno", None)
-    if (
-        isinstance(error, MemoryError)
-        or isinstance(error, OSError)
-        and number in LIMITS
-    ):
+    number = getattr(error, "errno", errno.ENOMEM)
+    if isinstance(error, (OSError, MemoryError)) and number in LIMITS:
         raise refusal("read", image.path, error) from error
     if isinstance(error, _ChangedError) and image.offset is not None:
         raise MachineError(f"{image.source} {CHANGED}. {RERUN}") from error
@@ -2173,9 +2123,8 @@ IMPORT_FAILED = 88  # exit status of the helper if it cannot import TensorFlow
 class Pool:
     """Processes that make calls for the threads of the run, one at a time each.
 
-    A helper process imports TensorFlow, once, while the raw directory is listed; then
-    it forks the workers, and dies like the first of them that dies. All of them end
-    when their stdin is closed, as it is when the run ends, however it ends.
+    A helper imports TensorFlow while images are listed, forks the workers, and dies
+    like the first of them that dies. All end when their stdin is closed, by any end.
     """
 
     def __init__(self, num_workers: int):
@@ -2183,21 +2132,17 @@ class Pool:
             problem = "The script must be a file, for its worker processes read it, too"
             raise InvalidInputError(f"{problem}; it comes from {__file__}.")
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._words = b""  # the last that the helper and the workers wrote to stderr
+        self._words = b""  # the last that the processes wrote to stderr
         self._cause: RunError | None = None  # why they died
         self._ending = threading.Lock()
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, trying_to("start", "a process"):
+            pairs = [socket.socketpair() for _ in range(num_workers)]
+            for end in itertools.chain(*pairs):
+                stack.enter_context(end)
             try:
-                pairs = [socket.socketpair() for _ in range(num_workers)]
-                for end in itertools.chain(*pairs):
-                    stack.enter_context(end)
                 self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
             except BlockingIOError as error:
                 raise MachineError(TOO_MANY_THREADS) from error
-            except OSError as error:
-                what = f"Cannot start a process: {error.strerror}"
-                remedy = MACHINE_ERRORS.get(error.errno or 0, FIX_AND_RERUN)
-                raise MachineError(f"{what}. {remedy}") from error
             for ours, _ in pairs:
                 self._idle.put(ours.makefile("rwb"))
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -2213,10 +2158,9 @@ class Pool:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the next worker that is idle."""
-        request = pickle.dumps(functools.partial(function, *arguments))
         pipe = self._idle.get()
         try:
-            pipe.write(request)
+            pickle.dump(functools.partial(function, *arguments), pipe)
             pipe.flush()
             result, error = pickle.load(pipe)
         except (EOFError, ConnectionError, pickle.UnpicklingError):
@@ -2229,9 +2173,7 @@ class Pool:
 
     def _listen(self) -> None:
         """Keeps the last of what the helper and the workers write to stderr."""
-        if not self._helper.stderr:
-            return
-        with self._helper.stderr as stderr:
+        with self._helper.stderr or open(os.devnull, "rb") as stderr:
             while piece := os.read(stderr.fileno(), 2**16):
                 self._words = (self._words + piece)[-LAST_WORDS_BYTES:]
                 time.sleep(0.05)  # else each image would wake this thread
@@ -2244,19 +2186,16 @@ class Pool:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._helper.wait(timeout=5)
                 self.close()
-                words = self._words
-                if len(words) == LAST_WORDS_BYTES:  # the first line may be a part
-                    words = words.partition(b"\n")[2]
-                text = words.decode(errors="replace")
-                self._cause = _cause_of_death(self._helper.returncode, text)
+                is_cut = len(self._words) == LAST_WORDS_BYTES
+                lines = self._words.decode(errors="replace").splitlines()[is_cut:]
+                self._cause = _cause_of_death(self._helper.returncode, lines)
         return self._cause
 
 
 def _start_helper(sockets: list[int]) -> subprocess.Popen[bytes]:
     """Runs this file, whatever its name, as the same module; see its last lines.
 
-    Its session is its own, so that Ctrl-C and hangups do not reach it. With runpy,
-    importing TensorFlow takes 0.4 s longer.
+    With runpy, importing TensorFlow takes 0.4 s longer.
     """
     paths = [path for path in sys.path if os.path.isabs(path)]
     code = (
@@ -2266,24 +2205,20 @@ def _start_helper(sockets: list[int]) -> subprocess.Popen[bytes]:
         "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
     )
     level = "0" if IS_VERBOSE else "3"
-    more = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=None if IS_VERBOSE else subprocess.PIPE,
         pass_fds=sockets,
-        env={**os.environ, **more},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level},
         cwd="/",  # the current directory may be gone, which TensorFlow minds
-        start_new_session=True,
+        start_new_session=True,  # which neither Ctrl-C nor hangups reach
     )
 
 
 def _fork_workers(sockets: Sequence[int]) -> NoReturn:
-    """Imports TensorFlow and forks a worker for each socket; runs in the helper.
-
-    A fork after TensorFlow has run anything would hang.
-    """
+    """Imports TensorFlow and forks a worker for each socket; runs in the helper."""
     threading.Thread(target=_end_with_run, daemon=True).start()
     warnings.simplefilter("ignore")  # a warning is never the cause of death
     gc.disable()  # or the import would take 1.2 times as long
@@ -2295,11 +2230,8 @@ def _fork_workers(sockets: Sequence[int]) -> NoReturn:
     gc.freeze()
     gc.enable()
     workers = set()
-    for own in sockets:
-        worker = os.fork()
-        if not worker:
-            _make_calls(own, [other for other in sockets if other != own])
-        workers.add(worker)
+    for own in sockets:  # a fork after TensorFlow has run anything would hang
+        workers.add(os.fork() or _make_calls(own, {*sockets} - {own}))
     for each in sockets:
         os.close(each)
     with contextlib.suppress(ChildProcessError):  # all have ended
@@ -2316,7 +2248,7 @@ def _end_with_run() -> None:
     os._exit(0)
 
 
-def _make_calls(own: int, others: Sequence[int]) -> NoReturn:
+def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
     """Makes the calls that the run sends to this worker, on one processor."""
     for other in others:
         os.close(other)
@@ -2335,21 +2267,20 @@ def _make_calls(own: int, others: Sequence[int]) -> NoReturn:
         except BaseException:  # noqa: BLE001  # not all can be sent, so in words
             words = f"in a worker process:\n{traceback.format_exc()}"
             answer = None, RuntimeError(words)
-        pipe.write(pickle.dumps(answer))
+        pickle.dump(answer, pipe)
         pipe.flush()
     os._exit(0)
 
 
-def _cause_of_death(status: int, text: str) -> RunError:
+def _cause_of_death(status: int, lines: Sequence[str]) -> RunError:
     """Puts an exit status and last words into a line."""
+    text = "\n".join(lines)
     if status == -signal.SIGKILL or "failed to map segment" in text:
-        return MachineError(
-            "A worker process was killed, most likely because the machine ran out "
-            f"of memory. {FEWER_WORKERS}."
-        )
+        cause = "most likely because the machine ran out of memory"
+        return MachineError(f"A worker process was killed, {cause}. {FEWER_WORKERS}.")
     if TOO_MANY.search(text):
         return MachineError(TOO_MANY_THREADS)
-    lines = [line for line in text.splitlines() if line and not NOISE.match(line)]
+    lines = [line for line in lines if line and not NOISE.match(line)]
     errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
     words = [signal.Signals(-status).name] if status < 0 else []
     words += (errors or lines)[-1:]
@@ -2357,8 +2288,8 @@ def _cause_of_death(status: int, text: str) -> RunError:
     if status == -signal.SIGILL:
         said += ", as if TensorFlow were built for another processor"
     if status == IMPORT_FAILED:
-        remedy = f"Run: {INSTALL}."
-        return MachineError(f"TensorFlow cannot be imported: {said}. {remedy}")
+        said += f". Run: {INSTALL}"
+        return MachineError(f"TensorFlow cannot be imported: {said}.")
     return MachineError(f"A worker process died: {said}. {FIX_AND_RERUN}")
 
 
@@ -3497,14 +3428,7 @@ CONTROL_CHARACTERS = (
 )
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
-
-FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "StrPath | None": (str, os.PathLike, type(None)),
-    "str | None": (str, type(None)),
-    "int | None": (int, type(None)),
-    "int": (int,),
-    "bool": (bool,),
-}
+TYPES = dict[str, Any](StrPath=(str, os.PathLike), str=str, int=int, bool=bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3528,8 +3452,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            kind, *optional = str(field.type).split(" | ")
             value = getattr(self, field.name)
-            if not isinstance(value, FIELD_TYPES.get(str(field.type), object)):
+            is_none = optional and value is None
+            if not (is_none or isinstance(value, TYPES.get(kind, object))):
                 problem = f"{field.name} must be of type {field.type}; found {value!r}."
                 raise InvalidInputError(problem)
         problems = [problem for holds, problem in self._checks() if not holds]
@@ -3550,7 +3476,12 @@ class Options:
 
     @property
     def workers(self) -> int:
-        return self.num_workers or _num_processors()
+        """As given, or the processors that this process, or its container, may use."""
+        number = len(os.sched_getaffinity(0))
+        with contextlib.suppress(OSError, ValueError, ArithmeticError):  # 'max', say
+            quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
+            number = min(number, math.ceil(quota / period))
+        return self.num_workers or max(1, number)
 
     @property
     def task(self) -> int:
@@ -3583,7 +3514,9 @@ class Options:
         yield is_task, f"--task_index must be from 0 to --task_count - 1; {found}."
         packages = {"tensorflow": True, "google.cloud.storage": self.gcs_upload}
         for name, is_needed in packages.items():
-            is_there = not is_needed or _is_installed(name)
+            is_there = not is_needed
+            with contextlib.suppress(ModuleNotFoundError):  # of what is above it
+                is_there = is_there or bool(importlib.util.find_spec(name))
             yield is_there, f"The package {name} is missing: run {INSTALL}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
@@ -3636,34 +3569,10 @@ def absolute(path: StrPath) -> str:
         raise InvalidInputError(problem) from error
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # not even the package above it
-        return False
-
-
-def _num_processors() -> int:
-    """Counts the processors that this process, or its container, may use."""
-    number = len(os.sched_getaffinity(0))
-    # No such file, 'max' for no limit, or nonsense.
-    with contextlib.suppress(OSError, ValueError, ArithmeticError):
-        quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
-        number = min(number, math.ceil(quota / period))
-    return max(1, number)
-
-
 def convert_to_tf_records(
     raw_data_dir: StrPath, local_scratch_dir: StrPath
 ) -> tuple[list[str], list[str]]:
-    """Writes 1,024 training and 128 validation shards, as `run` without an upload.
-
-    Returns:
-      The paths of the training shards and of the validation shards, in order.
-
-    Raises:
-      InvalidInputError, BadImagesError, RunError: As `run`.
-    """
+    """Writes all shards, as `run` does; returns the paths, in order, of both splits."""
     run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
     options = Options(raw_data_dir, False, None, None, local_scratch_dir)
     paths = [shard_path(shard, options.scratch_dir) for shard in plan_shards(Dataset())]
@@ -3677,21 +3586,14 @@ def upload_to_gcs(
     gcs_project: str | None,
     client: storage.Client | None = None,
 ) -> None:
-    """Uploads shards under their base names, except those that are already there.
-
-    Raises:
-      InvalidInputError: No such files, or not a path of Cloud Storage.
-      RunError: The upload failed; the next call skips what is already there.
-      TypeError: An argument is not what it should be.
-    """
+    """Uploads the shards that are not there, under base names; raises what `run` does."""
     for records in training_records, validation_records:
         if isinstance(records, (str, bytes, os.PathLike)):
             raise TypeError(f"Records must be a list of paths; found {records!r}.")
     paths = [os.fspath(path) for path in (*training_records, *validation_records)]
     if missing := [path for path in paths if not os.path.isfile(path)]:
-        raise InvalidInputError(
-            f"Shards must be files; found none at {_some(missing)}."
-        )
+        found = f"found none at {_some(missing)}"
+        raise InvalidInputError(f"Shards must be files; {found}.")
     with as_a_guest():
         path = GcsPath.parse(os.fspath(gcs_output_path))
         destination = Destination(path, gcs_project, client)
@@ -3710,35 +3612,28 @@ def upload_to_gcs(
 @contextlib.contextmanager
 def as_a_guest() -> Iterator[None]:
     """Says what fails in one line, and leaves the caller's process as it was."""
-    loggers = [python_logging.getLogger(name) for name in QUIET_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    handlers = python_logging.root.handlers[:]  # absl adds one if there is none
-    is_new = NO_BUCKET_METADATA not in os.environ
-    os.environ.setdefault(NO_BUCKET_METADATA, "1")
-    try:
-        yield
-    except (OSError, MemoryError) as error:
-        path = getattr(error, "filename", None) or "what is needed"
-        with trying_to("use", path):
-            raise
-    except RuntimeError as error:
-        if str(error) != "can't start new thread":
-            raise
-        raise MachineError(TOO_MANY_THREADS) from error
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-        python_logging.root.handlers[:] = handlers
-        if is_new:
-            del os.environ[NO_BUCKET_METADATA]
+    with contextlib.ExitStack() as stack:
+        for logger in map(python_logging.getLogger, QUIET_LOGGERS):
+            stack.callback(logger.setLevel, logger.level)
+        root = python_logging.root  # absl adds a handler if there is none
+        stack.callback(setattr, root, "handlers", root.handlers[:])
+        if NO_BUCKET_METADATA not in os.environ:
+            os.environ[NO_BUCKET_METADATA] = "1"
+            stack.callback(os.environ.pop, NO_BUCKET_METADATA)
+        try:
+            yield
+        except (OSError, MemoryError) as error:
+            path = getattr(error, "filename", None) or "what is needed"
+            raise refusal("use", path, error, is_input=False) from error
+        except RuntimeError as error:
+            if str(error) != "can't start new thread":
+                raise
+            raise MachineError(TOO_MANY_THREADS) from error
 
 
 @contextlib.contextmanager
 def _locked(options: Options) -> Iterator[None]:
-    """Keeps a second run out of the scratch directory; the lock dies with the process.
-
-    Tasks of the same count may share the directory.
-    """
+    """Keeps a second run out of the scratch directory, which tasks of a count share."""
     scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
     is_new = not os.path.exists(scratch_dir)
     with trying_to("write", scratch_dir, is_input=True):
@@ -3768,15 +3663,12 @@ def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"Another run is writing to {path.parent}: wait until it ends, or "
-                "choose another --local_scratch_dir.",
-                may_pass=True,
-            ) from None
+            what = f"Another run is writing to {path.parent}: wait until it ends, or"
+            remedy = "choose another --local_scratch_dir."
+            raise RunError(f"{what} {remedy}", may_pass=True) from None
         except OSError as error:  # some network file systems cannot
-            logging.warning(
-                f"Cannot lock {path} ({error.strerror}): do not run two at once."
-            )
+            what = f"Cannot lock {path} ({error.strerror})"
+            logging.warning(f"{what}: do not run two at once.")
         yield
 
 
@@ -3792,8 +3684,8 @@ def main(arguments: Sequence[str]) -> None:
             if signal.getsignal(signal_number) != signal.SIG_IGN:  # as nohup SIGHUP
                 signal.signal(signal_number, _raise_stopped)
         if len(arguments) > 1:
-            found = f"found {arguments[1]!r}"
-            _exit(1, f"All arguments must be flags; {found}.", "See --help.")
+            must = f"All arguments must be flags; found {arguments[1]!r}."
+            raise InvalidInputError(must, "See --help.")
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
@@ -3813,21 +3705,19 @@ def parse_flags(arguments: list[str]) -> list[str]:
     if {"-h", "-help", "--help"} & set(arguments[1:]):
         usage = "Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n"
         own_flags = FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
-        _answer(f"{usage}\n{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}")
-    rest = app.parse_flags_with_usage(arguments)
-    if FLAGS.version:
-        _answer(f"imagenet_to_gcs.py {__version__}")
-    return rest
-
-
-def _answer(text: str) -> NoReturn:
-    """Prints and exits; a reader who has read enough, such as `head`, is no error."""
+        answer = f"{usage}\n{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}"
+    else:
+        rest = app.parse_flags_with_usage(arguments)
+        if not FLAGS.version:
+            return rest
+        answer = f"imagenet_to_gcs.py {__version__}"
     try:
-        print(text, flush=True)
+        print(answer, flush=True)
+    except BrokenPipeError:
+        pass  # a reader who has read enough, such as `head`, is no error
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            print(f"Cannot print: {error.strerror}.", file=sys.stderr, flush=True)
-            os._exit(1)
+        print(f"Cannot print: {error.strerror}.", file=sys.stderr, flush=True)
+        os._exit(1)
     os._exit(0)
 
 
@@ -3846,10 +3736,7 @@ def _raise_stopped(signal_number: int, _: object) -> NoReturn:
 
 
 def _exit(status: int, *errors: str) -> NoReturn:
-    """Ends the process at once, without waiting for uploads that hang.
-
-    The worker processes see it, and end, too.
-    """
+    """Ends the process at once, whatever hangs; the workers see it, and end, too."""
     _ignore_signals()
     for line in errors:
         logging.error(line)
@@ -3858,10 +3745,7 @@ def _exit(status: int, *errors: str) -> NoReturn:
 
 
 class _LogFormatter(python_logging.Formatter):
-    """Formats a line as '2026-11-22 07:10:33 WARNING: ...', without the level for INFO.
-
-    It stays one line, with control characters escaped, whatever a file is called.
-    """
+    """Formats '2026-11-22 07:10:33 WARNING: ...', one line whatever a file's name."""
 
     def format(self, record: python_logging.LogRecord) -> str:
         live_line.draw("")
@@ -3872,10 +3756,8 @@ class _LogFormatter(python_logging.Formatter):
 
 
 def _open_closed_streams() -> None:
-    """Restarts the command with /dev/null in place of each standard stream it lacks.
-
-    Otherwise, the next file to be opened would become stderr and receive the log.
-    """
+    """Restarts the command with /dev/null in place of each standard stream it lacks."""
+    # Otherwise, the next file to be opened would become stderr and receive the log.
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(null, True)
     os.close(null)
