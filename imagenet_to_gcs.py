@@ -1670,8 +1670,10 @@ def problem_of(image: RawImage, error: Exception) -> BadImagesError:
     if isinstance(error, (OSError, MemoryError)) and number in LIMITS:
         raise refusal("read", image.path, error) from error
     if isinstance(error, _ChangedError) and image.offset is not None:
-        raise MachineError(f"{image.source} {CHANGED}. {RERUN}") from error
-    was_sound = image.fingerprint and not isinstance(error, PermissionError)
+        problem = f"{image.source} {CHANGED}. {RERUN}"
+        raise MachineError(problem, may_pass=True) from error
+    was_found = image.fingerprint or image.num_bytes  # else it is a dangling link
+    was_sound = was_found and not isinstance(error, PermissionError)
     what = f"{image.path}: {getattr(error, 'strerror', None) or repr(error)}"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         what = f"{image.path}: {GONE if was_sound else 'it is a dangling link'}"
@@ -2101,7 +2103,8 @@ def check_undamaged(path: str, stamp: Stamp) -> None:
             os.utime(path)  # now it is not as stamped, so the next run rewrites it
         raise MachineError(
             f"{path} has changed since it was written. Rerun the same command to write "
-            "it again."
+            "it again.",
+            may_pass=True,
         )
 
 
@@ -2420,7 +2423,7 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         is_over.set()
-        thread.join()
+        thread.join(timeout=1)  # longer only if a disk holds it
         live_line.draw("")
 
 
@@ -2600,7 +2603,10 @@ class Destination:
         download = functools.partial(
             self._blob(filename).download_as_bytes, end=max_bytes, checksum=None
         )
-        data = self._ask(filename, download, lambda said: not said.may_pass)
+        # An empty object has no bytes from 0 on: 416.
+        data = self._ask(
+            filename, download, lambda said: said.status in (403, 404, 416)
+        )
         return "" if isinstance(data, Answer) else str(data, "utf-8", "replace")
 
     def delete(self, filename: str) -> None:
@@ -2631,13 +2637,17 @@ class Destination:
         with self._explained(name):
             for seconds in (*RETRY_SECONDS, 0):
                 try:
+                    self._pause(0)
                     self._upload_once(path, stamp, before_piece)
                     return True
                 except Exception as error:
                     said = read_answer(error)
                     if self._is_taken(said):
                         break
-                    if not (seconds and said.facts & {"passing", "again"}):
+                    # A ValueError is the client's word for a bucket that kept less
+                    # than was sent.
+                    is_short = type(error) is ValueError
+                    if not seconds or not (is_short or said.facts & _SENT_AGAIN):
                         raise
                     check_undamaged(path, stamp)
                     again = f"Uploading {name} again in {_duration(seconds)}"
@@ -2665,7 +2675,9 @@ class Destination:
     ) -> None:
         blob = self._blob(os.path.basename(path), chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
-        with open_file(path) as file:
+        with trying_to("read", path):
+            file = open_file(path)
+        with file:
             # If told the size, the client sends a small file in one request, without
             # the checksum by which the service rejects damaged bytes.
             blob.upload_from_file(
@@ -2750,7 +2762,8 @@ class Destination:
             words = "" if "nowhere" in said.facts else f": {said.words}"
             failure = said.first(_FAILURES).format(place)
             line = f"{failure}{words}. {remedy}".rstrip()
-            raise ServiceError(line, may_pass=said.may_pass) from error
+            may_pass = said.may_pass or remedy == RERUN
+            raise ServiceError(line, may_pass=may_pass) from error
 
 
 class _ChunkReader:
@@ -2837,7 +2850,9 @@ def _refuse(response: Any, **_: Any) -> None:
     """Raises before the client reads an error or a web page, which may break it."""
     import requests
 
-    is_page = "text/html" in response.headers.get("Content-Type", "")
+    # Google's own empty answers call themselves text/html, too.
+    is_html = "text/html" in response.headers.get("Content-Type", "")
+    is_page = is_html and response.content.strip()
     is_error = response.status_code >= 400
     if (is_page or is_error) and response.status_code != 401:  # it logs in again
         raise requests.HTTPError(response=response)
@@ -2901,6 +2916,7 @@ _REMEDIES = {
     "--location=LOCATION",
     "again": RERUN,
 }
+_SENT_AGAIN = {"passing", "again"}
 _RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
 
 
@@ -3195,13 +3211,13 @@ def _bucket_problems(job: Job) -> Iterator[str]:
 
 def _finished_problems(job: Job) -> Iterator[str]:
     """Says which finished data sets, of other raw data, this run would replace."""
-    if not (job.num_missing and job.synsets):
+    if not job.synsets:
         return
     scratch_dir, destination = job.options.scratch_dir, job.destination
     if any(pathlib.Path(scratch_dir).glob("*/*-of-*")):
         remove = shlex.join(["rm", job.manifest_path])
         yield from _other_set(job, read_text(job.manifest_path), scratch_dir, remove)
-    if destination:
+    if destination and job.num_missing:
         path = f"{destination.path}/{MANIFEST_FILE}"
         remove = shlex.join(["gcloud", "storage", "rm", path])
         text = destination.read(MANIFEST_FILE)
@@ -3263,8 +3279,13 @@ def _size_of(path: str) -> int:
 def _uploaded_before(job: Job) -> list[pathlib.Path]:
     """Lists this task's shards that the bucket holds already and that are here, too."""
     done = [s for s in job.options.share(job.shards) if s.name in job.work.done]
-    paths = [pathlib.Path(shard_path(s, job.options.scratch_dir)) for s in done]
-    return [path for path in paths if path.exists()]
+    found = []
+    for shard in done:
+        path = shard_path(shard, job.options.scratch_dir)
+        stamp = read_stamp(path) if os.path.exists(path) else None
+        if stamp and stamp.digest == shard.digest():  # else it is another data set's
+            found.append(pathlib.Path(path))
+    return found
 
 
 def room_problems(
@@ -3345,7 +3366,9 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
     if wrong:
         raise RunError(
             f"{len(wrong):,} of {_count(num_shards, 'shard')} in {place} "
-            f"{'is' if len(wrong) == 1 else 'are'} missing or changed: {_some(wrong)}. Rerun the same command to replace them."
+            f"{'is' if len(wrong) == 1 else 'are'} missing or changed: "
+            f"{_some(wrong)}. Rerun the same command to replace them.",
+            may_pass=True,
         )
 
 
@@ -3607,6 +3630,7 @@ def upload_to_gcs(
         if destination.is_listed:
             wrong = map(os.path.basename, _missing(destination, stamps))
             check_none_wrong(list(wrong), len(stamps), destination.path)
+        destination.check_none_passed_over()
 
 
 @contextlib.contextmanager
@@ -3626,7 +3650,7 @@ def as_a_guest() -> Iterator[None]:
             path = getattr(error, "filename", None) or "what is needed"
             raise refusal("use", path, error, is_input=False) from error
         except RuntimeError as error:
-            if str(error) != "can't start new thread":
+            if "can't start new thread" not in str(error):  # perhaps in a worker's
                 raise
             raise MachineError(TOO_MANY_THREADS) from error
 

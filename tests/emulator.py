@@ -553,7 +553,8 @@ class Emulator:
             upload.finished = True
             return self._store(upload)
         arrived = {"Range": f"bytes=0-{upload.num_bytes - 1}"}
-        return _Answer(308, None, arrived if upload.num_bytes else {})
+        html = {"Content-Type": "text/html; charset=UTF-8"}  # as Google's, though empty
+        return _Answer(308, None, html | (arrived if upload.num_bytes else {}))
 
     def _store(self, upload: _Upload) -> _Answer:
         """Makes an object of what has arrived, and answers with its resource."""

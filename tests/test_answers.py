@@ -38,7 +38,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
         for name, value in env.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(script, "REQUEST_SECONDS", seconds)
-        monkeypatch.setattr(script, "WARNING_SECONDS", 0.001)
+        monkeypatch.setattr(script, "WARNING_SECONDS", 0)
         if seconds < 1:
             monkeypatch.setattr(script, "RETRY_DELAYS", (0.1,))
         with pytest.raises(script.RunError) as caught:

@@ -328,6 +328,15 @@ def test_image_is_refused_when_it_is_not_the_one_listed(
     assert problem(image) == f"Cannot read {path}: {reason}."
 
 
+def test_image_of_1970_is_gone_and_was_no_dangling_link(tmp_path: Path) -> None:
+    path = tmp_path / "x.JPEG"
+    path.write_bytes(BASELINE)
+    os.utime(path, (0, 0))
+    [image] = listed(tmp_path)
+    path.unlink()
+    assert problem(image) == f"Cannot read {path}: {script.GONE}."
+
+
 @pytest.mark.parametrize(
     "commands",
     ["cp y.tar x.tar", "touch -d @9 y.tar; mv y.tar x.tar"],

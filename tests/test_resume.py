@@ -540,3 +540,28 @@ def test_other_hidden_files_are_kept_when_temporaries_are_removed(
     done = run_command(*small.flags(scratch, *LOCAL))
     assert done.status == 0, done.stderr
     assert temporary_files(scratch) == sorted(others)
+
+
+def test_local_data_set_is_kept_when_the_bucket_holds_another(
+    small: Data, tmp_path: Path, emulator: Emulator
+) -> None:
+    """The bucket's is complete, so no shard is to be made, and none is removed."""
+    raw = copy_tree(small.raw, tmp_path / "raw")
+    contract.change(
+        raw, "mv train/n01440838 train/n01440839; sed -i s/0838$/0839/ *.txt"
+    )
+    made, scratch = tmp_path / "made", copy_tree(small.scratch, tmp_path / "scratch")
+    done = run_command(*small.flags(made, *UPLOAD, raw=raw), env=emulator.environment)
+    assert done.status == 0, done.stderr
+    before = contents(scratch)
+    flags = small.flags(scratch, *UPLOAD, "--nokeep_local_shards", raw=raw)
+    done = run_command(*flags, env=emulator.environment)
+    [error] = done.errors
+    assert error.startswith(f"{scratch} holds a finished data set of other raw data")
+    assert contents(scratch) == before
+    (scratch / "manifest.json").unlink()  # even if nothing says that it is finished
+    done = run_command(*flags, env=emulator.environment)
+    assert done.status == 0, done.stderr
+    others = contents(made)
+    differing = {name: data for name, data in before.items() if others[name] != data}
+    assert differing and contents(scratch) == differing

@@ -154,7 +154,7 @@ def test_tar_that_changes_is_named_once(raw: Path, tmp_path: Path) -> None:
     with started(*flags(raw)) as run:
         wait_for(lambda: "Writing " in run.output(), run)
         tar.touch()
-        error = only_error(run.finish())
+        error = only_error(run.finish(), status=75)
     changed = "has changed since the run began. Rerun the same command to resume."
     assert error == f"{tar} {changed}"
 
