@@ -18,7 +18,7 @@ import pytest
 import tars
 from command import SCRIPT, UPLOAD, Finished, environment, run_code, run_command
 from emulator import Emulator, Status
-from processes import Run, started, unprivileged, wait_for
+from processes import Run, small_disk, started, unprivileged, wait_for
 
 import imagenet_to_gcs as script
 
@@ -132,6 +132,22 @@ def test_raw_directory_that_moves_stops_the_run_in_one_line(many: Path) -> None:
         many.rename(many.with_name("moved"))
         error = only_error(run.finish())
     assert error.startswith(f"Cannot read 20 images below {many}, the last {many}/")
+    assert error.endswith(f".JPEG: {script.GONE}. {FIX}")
+
+
+def test_disk_that_is_unmounted_stops_the_run_in_one_line(
+    many: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 2**26) as disk:
+        raw = shutil.copytree(many, disk / "raw")
+        scratch = f"--local_scratch_dir={tmp_path / 'elsewhere'}"
+        with started(*flags(raw), scratch) as run:
+            wait_for(lambda: "Writing " in run.output(), run)
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+            error = only_error(run.finish())
+        mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk)]
+        subprocess.run(mount, check=True)  # to be unmounted once more
+    assert error.startswith(f"Cannot read 20 images below {raw}, the last {raw}/")
     assert error.endswith(f".JPEG: {script.GONE}. {FIX}")
 
 
