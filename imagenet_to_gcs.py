@@ -385,8 +385,7 @@ def plan_job(options: Options) -> Job:
             destination.check_access(work.left[0])
     except (InvalidInputError, RunError) as error:
         failure = error
-    with _collecting(problems):
-        problems += _finished_problems(job)
+    problems += _finished_problems(job)
     problems += [*_scratch_problems(job), *_bucket_problems(job)]
     if problems:
         raise InvalidInputError(*problems, *(failure.args if failure else ()))
@@ -484,6 +483,13 @@ class Work:
         """Names of this task's shards that are not finished."""
         uploads = (shard for shard, _ in self.to_upload)
         return [shard.name for shard in (*self.to_write, *uploads)]
+
+    def in_turn(self) -> list[tuple[Shard, Stamp | None]]:
+        """What is left to write, and to upload with its stamp; so that neither waits."""
+        shards: list[tuple[Shard, Stamp | None]] = [(s, None) for s in self.to_write]
+        for i, upload in enumerate(self.to_upload):
+            shards.insert(2 * i, upload)
+        return shards
 
 
 def log_intent(job: Job) -> None:
@@ -629,12 +635,9 @@ def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
                 remove(path)
         job.work.done[shard.name] = stamp
 
-    tasks: list[tuple[Shard, Stamp | None]] = [(s, None) for s in job.work.to_write]
-    for i, upload in enumerate(job.work.to_upload):
-        tasks.insert(2 * i, upload)  # alternately, so that neither kind waits
     threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
     with _closing(threads, job.stopping):
-        futures = [threads.submit(take, *task) for task in tasks]
+        futures = [threads.submit(take, *each) for each in job.work.in_turn()]
         for future in concurrent.futures.as_completed(futures):
             try:
                 future.result()
