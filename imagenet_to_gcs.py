@@ -1165,7 +1165,7 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 # What comes later must agree. Where it does not for fewer than half of the images, that
 # is a slip, and refused; where it does not for most, or where a label file of two
 # columns decides, that is meant, and warned of. ImageNet's own list, known by digests,
-# decides nothing, but all 50,000 lines of a label file of one column must equal it.
+# comes last: where its images and classes are all there, its labels must be, too.
 
 
 IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
@@ -1177,42 +1177,39 @@ IMAGENET_LABELS = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a
 NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
 NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
-VALIDATION_NAME, TEST_NAME = "ILSVRC2012_val_", "ILSVRC2012_test_"
+ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
 TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
-# By line, or, of two columns, by file name without its suffix
-Labels: TypeAlias = list[str] | dict[str, str]
-Sizes: TypeAlias = collections.Counter[str]  # numbers of images by class
 
 
 def label_validation(
-    images: list[RawImage], path: str, skipped: Sequence[str]
+    images: list[RawImage], labels_path: str, skipped: Sequence[str]
 ) -> tuple[list[RawImage], list[str]]:
     """Gives validation images, sorted by name, their synsets; returns warnings, too."""
-    said = {"folder": [image.synset for image in images]}
-    said["name"] = [_synset_in(image.filename) for image in images]
-    say_all = bool(images) and all(map(any, zip(*said.values())))
-    about = [_describe_skipped(skipped)] if images and skipped else []
-    is_needed = not say_all or os.path.lexists(path)
-    labels = read_labels(path, *about) if is_needed else []
+    folders = [image.synset for image in images]
+    names = [_synset_in(image.filename) for image in images]
+    is_needed = not images or not all(map(any, zip(folders, names)))
+    is_there = os.path.lexists(labels_path)
+    labels = read_labels(labels_path) if is_needed or is_there else []
     if not images:
         return [], []
-    problems = [*_not_once(images)]
-    problems += _misaligned(images, labels, path, say_all, *about)
-    if problems:
-        raise InvalidInputError(*problems)
+    for one, other in itertools.pairwise(images):
+        if 0 < _number(one) == _number(other):
+            both = f"{one.path} and {other.path} are both number {_number(one):,}."
+            raise InvalidInputError(f"{both} Remove the wrong one.")
+    sources = {"folder": folders, "name": names}  # what each says, empty for nothing
+    warnings: list[str] = []
     if isinstance(labels, dict):
-        said = {"line": [labels[_stem(image.name)] for image in images], **said}
-    else:
-        said["line"] = labels
-    is_free = say_all or isinstance(labels, dict)
-    warnings = [] if is_free else [*_misordered(images, path)]
-    words = itertools.zip_longest(*said.values())
-    images = [i._replace(synset=next(filter(None, w))) for i, w in zip(images, words)]
-    for is_meant, line in _contradictions(images, said, is_free):
-        (warnings if is_meant else problems).append(line)
-    if problems:
-        raise InvalidInputError(*(f"{line} {TWO_COLUMNS}" for line in problems))
-    return images, warnings
+        if missing := [i.filename for i in images if _stem(i.name) not in labels]:
+            among = f"{len(missing):,} of {_count(len(images), 'validation image')}"
+            problem = f"{labels_path} has no line of {among}: {_some(missing)}."
+            raise InvalidInputError(problem)
+        sources = {"line": [labels[_stem(i.name)] for i in images], **sources}
+    elif labels or is_needed:
+        warnings += _check_order(images, labels, labels_path, skipped)
+        sources["line"] = labels
+    synsets = [next(filter(None, said)) for said in zip(*sources.values())]
+    warnings += _check_agreement(images, sources, synsets)
+    return [i._replace(synset=s) for i, s in zip(images, synsets)], warnings
 
 
 def _synset_in(filename: str) -> str:
@@ -1227,110 +1224,64 @@ def _stem(path: str) -> str:
 def _number(image: RawImage) -> int:
     """The number in ImageNet's name of a validation image; 0 for another name."""
     match = NUMBERED_NAME.fullmatch(image.filename)
-    return int(match[2]) if match and match.group(1, 3) == (VALIDATION_NAME, "") else 0
+    is_imagenet = match and match.group(1, 3) == ("ILSVRC2012_val_", "")
+    return int(match[2]) if match and is_imagenet else 0
 
 
-def _not_once(images: Sequence[RawImage]) -> Iterator[str]:
-    """Describes images that are no validation images, or are there twice."""
-    if tests := [i.path for i in images if i.filename.startswith(TEST_NAME)]:
-        yield (
-            f"{VALIDATION_DIRECTORY}/ must not hold images of the test set; found "
-            f"{_some(tests)}. Move them out of it."
-        )
-    first: dict[int, RawImage] = {}
-    twice = [i for i in images if (n := _number(i)) and first.setdefault(n, i) is not i]
-    for other in twice[:1]:
-        one, number = first[_number(other)], _number(other)
-        yield (
-            f"Each validation image must be there once; {one.path} and {other.path} "
-            f"are both number {number:,} ({_count(len(twice), 'such pair')}). "
-            "Remove the wrong one."
-        )
-
-
-def _misaligned(
-    images: Sequence[RawImage], labels: Labels, path: str, say_all: bool, *about: str
+def _check_order(
+    images: Sequence[RawImage], lines: Sequence[str], path: str, skipped: Sequence[str]
 ) -> Iterator[str]:
-    """Says why line i cannot be of image i: by name, count or ImageNet's numbers."""
-    stems = [_stem(image.name) for image in images]
-    if isinstance(labels, dict):
-        if missing := [stem for stem in stems if stem not in labels]:
-            yield (
-                f"Each validation image must have a line in {path}; "
-                f"{len(missing):,} of {len(images):,} have none: {_some(missing)}."
-            )
-        return
-    numbers = [_number(image) for image in images]
-    wrong = [i for i, number in enumerate(numbers) if number not in (0, i + 1)]
-    if len(labels) != len(images) and (labels or not say_all):
+    """Compares the order of lines with the numbers in names; ImageNet's must agree."""
+    wrong = [i for i, image in enumerate(images) if _number(image) not in (0, i + 1)]
+    if wrong or len(lines) != len(images):
         problem = (
-            f"{path} has {_count(len(labels), 'label')} for "
-            f"{_count(len(images), 'validation image')}; they must be equal in number."
+            f"{path} has {_count(len(lines), 'label')} for "
+            f"{_count(len(images), 'validation image')}; line i must be of number i"
         )
-    elif wrong and not say_all:
-        problem = (
-            f"Line i of {path} must be of image number i; image {wrong[0] + 1:,} in "
-            f"the order of names is {stems[wrong[0]]}{IMAGE_SUFFIX}."
-        )
-    else:
-        return
-    lacking = {*range(1, max(len(labels), len(images)) + 1)}.difference(numbers)
-    if all(numbers) and lacking:
-        problem += f" There is no number {_some([f'{n:,}' for n in sorted(lacking)])}."
-    if all(numbers) and numbers != sorted(numbers):
-        problem += " Without leading zeros, names sort wrongly: 1, 10, 2."
-    free = "If folders and names are right, remove the label file; it is not needed."
-    yield " ".join([problem, *about, free if say_all else TWO_COLUMNS])
-
-
-def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
-    """Warns of other names that are numbered, but not one after another."""
+        if wrong:
+            problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
+        problem += ". If folders or names say all, remove it."
+        about = [_describe_skipped(skipped)] if skipped else []
+        raise InvalidInputError(f"{problem} {TWO_COLUMNS}", *about)
     matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
-    others = {match and match.group(1, 3) for match in matches}
-    if len(others) > 1 or others & {None, (VALIDATION_NAME, "")}:
-        return
     numbers = [int(match[2]) for match in matches if match]
+    if not numbers or len({match and match.group(1, 3) for match in matches}) > 1:
+        return
     num_missing = max(numbers) - min(numbers) + 1 - len(numbers)
     # Where most are missing, the numbers do not count the images.
     if numbers != sorted(numbers) or 0 < num_missing < len(numbers):
-        first = next(i for i, n in enumerate(numbers) if n != numbers[0] + i)
-        yield (
-            f"Line i of {path} is taken for the i-th name in the order of text, but the "
-            "numbers in the names do not follow one another: line "
-            f"{first + 1:,} is for {images[first].filename}."
-        )
+        i = next(i for i, number in enumerate(numbers) if number != numbers[0] + i)
+        name = images[i].filename
+        yield f"Line {i + 1:,} of {path} is taken for {name}: names sort as text."
 
 
-def _contradictions(
-    images: Sequence[RawImage], said: Mapping[str, Sequence[str]], is_free: bool
-) -> Iterator[tuple[bool, str]]:
-    """Tells, of each source that disagrees with one above, if it is meant, and what."""
-    synsets = [image.synset for image in images]
-    for source, words in said.items():
-        wrong = [i for i, word in enumerate(words) if word not in ("", synsets[i])]
+def _check_agreement(
+    images: Sequence[RawImage], sources: dict[str, list[str]], synsets: list[str]
+) -> Iterator[str]:
+    """Refuses slips, and warns of what is meant: see the top of this section."""
+    is_by_name = next(iter(sources)) == "line"
+    for source, said in sources.items():
+        wrong = [i for i, synset in enumerate(said) if synset not in ("", synsets[i])]
         for i in wrong[:1]:
-            decisive = next(name for name, words in said.items() if words[i])
-            is_meant = decisive == "line" or 2 * len(wrong) >= len(images)
+            decisive = next(name for name, said in sources.items() if said[i])
             problem = (
                 f"The {decisive} and the {source} of {len(wrong):,} of "
-                f"{_count(len(images), 'validation image')} say different classes, such "
-                f"as image {i + 1:,}, {images[i].path}: its {decisive} says "
-                f"{synsets[i]}, its {source} {words[i]}."
+                f"{_count(len(images), 'validation image')} disagree: {images[i].path} "
+                f"is {synsets[i]} by its {decisive}, {said[i]} by its {source}."
             )
-            rule = f"The {decisive} decides." if is_meant else "Correct it."
-            yield is_meant, f"{problem} {rule}"
-    in_order = sorted(zip(map(_number, images), synsets))
+            if not is_by_name and 2 * len(wrong) < len(images):
+                raise InvalidInputError(f"{problem} Correct it. {TWO_COLUMNS}")
+            yield f"{problem} The {decisive} decides."
     num_images = IMAGENET_SPLITS["validation"][0]
     if (
-        [number for number, _ in in_order] == [*range(1, num_images + 1)]
+        [*map(_number, images)] == [*range(1, num_images + 1)]
         and has_digest(sorted(set(synsets)), IMAGENET_CLASSES)
-        and not has_digest([synset for _, synset in in_order], IMAGENET_LABELS)
+        and not has_digest(synsets, IMAGENET_LABELS)
     ):
-        problem = (
-            f"These are ImageNet's {num_images:,} validation images and its classes, but "
-            "not its labels: some are wrong or swapped."
-        )
-        yield is_free, problem
+        problem = "These are ImageNet's validation images and classes, not its labels."
+        if not is_by_name:
+            raise InvalidInputError(f"{problem} {TWO_COLUMNS}")
+        yield problem
 
 
 def has_digest(synsets: Iterable[str], digest: str) -> bool:
@@ -1338,56 +1289,27 @@ def has_digest(synsets: Iterable[str], digest: str) -> bool:
     return _sha256(["\n".join(synsets)]) == digest
 
 
-def read_labels(path: str, *about: str) -> Labels:
-    """Reads the synset of each validation image: a line each, or by its name."""
-    text = reason = ""
+def read_labels(path: str) -> list[str] | dict[str, str]:
+    """Reads the synset of each validation image: a line each, or by the file's name."""
     try:
-        with open_file(path) as file:
-            text = file.read().decode("utf-8-sig", "replace").rstrip()
-    except OSError as error:
-        if error.errno in MACHINE_ERRORS:
-            raise refusal("read", path, error) from error
-        pattern = re.compile(r"(?i).*(label|synset|solution).*|.*\.(txt|csv)")
-        place = os.path.dirname(path) or "."
-        names = [] if os.path.exists(path) else os.listdir(place)
-        beside = _some(sorted(filter(pattern.fullmatch, names)))
-        found = f"; found {beside} there" if beside else ""
-        reason = f"{error.strerror}{found}"
-    if text.lstrip().startswith("<"):
-        reason = "it is a web page; download the file itself"
-    elif re.search("[\0\ufffd]", text):
-        reason = "it is not text in UTF-8"
-    if reason:
-        raise InvalidInputError(
-            f"Cannot read {path}: {reason}. It must hold the synset of each "
-            "validation image, a line each, in the order of their names.",
-            *about,
-        )
-    lines = re.split(r"\r?\n|\r", text) if text else []
-    rows = [_columns(os.fsdecode(line.encode())) for line in lines]
-    named = [(_stem(row[0]), row[1]) for row in rows if len(row) > 1]
-    by_name = dict(reversed(named))  # of lines of the same name, the first counts
-    what, is_table = "a single synset such as n01440764", 2 * len(named) > len(rows)
-    bad = [i for i, row in enumerate(rows) if len(row) != 1]
-    if is_table:
-        what = "a file name and a synset, one for each name"
-        said = [by_name.get(_stem("".join(row[:1]))) for row in rows]
-        bad = [i for i, row in enumerate(rows) if row[1:2] != [said[i]]]
-    if bad:
-        count = f" ({len(bad):,} such lines)" if len(bad) > 1 else ""
-        raise InvalidInputError(
-            f"Line {bad[0] + 1:,} of {path} must be {what}; found "
-            f"{lines[bad[0]].strip()[:60]!r}{count}.",
-            *about,
-        )
+        with trying_to("read", path, is_input=True), open_file(path) as file:
+            lines = file.read().removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{error} {ONE_COLUMN}") from error
+    rows = [re.findall(r'[^\s,"]+', os.fsdecode(line)) for line in lines]
+    pairs = [(_stem(row[0]), row[1]) for row in rows if len(row) > 1]
+    by_name = dict(reversed(pairs))  # of two lines of a name, the second is wrong
+    if is_table := 2 * len(pairs) > len(rows):
+        rule = "a file name and a synset, one for each name"
+        good = [row[1:2] == [by_name.get(_stem("".join(row[:1])))] for row in rows]
+    else:
+        rule = "a single synset such as n01440764"
+        good = [len(row) == 1 and row[0].isprintable() for row in rows]
+    for i in [i for i, is_good in enumerate(good) if not is_good][:1]:
+        found = os.fsdecode(lines[i]).strip()[:60]
+        problem = f"Line {i + 1:,} of {path} must be {rule}; found {found!r}."
+        raise InvalidInputError(problem)
     return by_name if is_table else [row[0] for row in rows]
-
-
-def _columns(line: str) -> list[str]:
-    """Splits a line at its first comma or tab, then at blanks: names may hold blanks."""
-    name, *rest = re.split(r"[\t,]", line.replace('"', "").strip(), maxsplit=1)
-    columns = [name.strip(), *re.split(r"[\s,]+", rest[0])] if rest else name.split()
-    return [*filter(None, columns)]
 
 
 def class_problems(
@@ -1398,8 +1320,7 @@ def class_problems(
     if stray := sorted(odd & trained - validated if validated else ()):
         yield (
             f"Classes must be named like {min(trained - odd)}, as most are, or have "
-            f"validation images; found {_some(stray)}. Move "
-            f"{'it' if len(stray) == 1 else 'them'} out of {directory}."
+            f"validation images; move these out of {directory}: {_some(stray)}."
         )
     unknown = validated - trained
     if unknown != validated and len(trained) != IMAGENET_SYNSETS:
@@ -1407,9 +1328,7 @@ def class_problems(
     if trained and unknown:
         yield (
             "Validation images must be of the classes of the training images, such as "
-            f"{_some(sorted(trained))}; found {_some(sorted(unknown))}. Line i of "
-            f"{LABELS_FILE} is the synset of the i-th validation image; README, step "
-            "2, says where to get it."
+            f"{_some(sorted(trained))}; found {_some(sorted(unknown))}. {ONE_COLUMN}"
         )
 
 
@@ -1427,81 +1346,61 @@ def warnings_about(
     """Describes what is allowed, but differs from ImageNet, or from what is usual."""
     if dataset.skipped:
         yield _describe_skipped(dataset.skipped)
-    if empty := [image for image in dataset.images if not image.num_bytes]:
-        one, its = ("is", "its") if len(empty) == 1 else ("are", "their")
-        yield (
-            f"{_count(len(empty), 'image')} {one} empty (zero bytes or dangling "
-            f"links), such as {empty[0].path}; {its} shards will not be written."
-        )
+    if empty := [image.path for image in dataset.images if not image.num_bytes]:
+        found = f"{_count(len(empty), 'image')} of zero bytes or without its file"
+        yield f"{found}, such as {empty[0]}: no shard with one will be written."
     yield from dataset.warnings
     # Nearly all begin with it, and have no other n: told in a tenth of the time.
     training = dataset.training
     unusual = (i for i in training if i.name[:9] != i.synset or "n" in i.name[9:])
-    wrong = [i for i in unusual if _synset_in(i.filename) not in ("", i.synset)]
-    if wrong:
-        yield (
-            f"{len(wrong):,} of {_count(len(training), 'training image')} are named for "
-            "another class than that of their folder, which was taken: such as "
-            f"{wrong[0].path}, in {wrong[0].synset}."
-        )
-    trained = Sizes(image.synset for image in training)
-    validated = Sizes(image.synset for image in dataset.validation)
+    if wrong := [i for i in unusual if _synset_in(i.filename) not in ("", i.synset)]:
+        among = f"{len(wrong):,} of {_count(len(training), 'training image')}"
+        where = f"{wrong[0].path}, in {wrong[0].synset}"
+        yield f"The folder decides against the name of {among}, such as {where}."
+    yield from _class_warnings(dataset)
+    yield from _size_warnings(dataset, "training", training_shards)
+    yield from _size_warnings(dataset, "validation", validation_shards)
+
+
+def _class_warnings(dataset: Dataset) -> Iterator[str]:
+    """Warns of labels that are not what they seem to be, and of classes of one split."""
     synsets = dataset.synsets
-    yield from _class_warnings(synsets, trained.keys() & validated.keys())
-    yield from _lacks("training", synsets, trained, validated, training_shards)
-    yield from _lacks("validation", synsets, validated, trained, validation_shards)
-
-
-def _class_warnings(synsets: Sequence[str], in_both: AbstractSet[str]) -> Iterator[str]:
-    """Warns of labels that are not what they seem to be."""
-    num_synsets = len([*filter(SYNSET.fullmatch, synsets)])
-    is_large = len(synsets) >= 900 and 2 * num_synsets > len(synsets)
+    is_large = len([*filter(SYNSET.fullmatch, synsets)]) >= 0.9 * IMAGENET_SYNSETS
     if is_large and not has_digest(synsets, IMAGENET_CLASSES):
         yield (
             f"The {_count(len(synsets), 'class')} are not the {IMAGENET_SYNSETS:,} of "
             "ImageNet-1k: labels differ from those of models trained on it."
         )
-    if odd := sorted(_odd(set(synsets), in_both)):
+    labels = [*enumerate(synsets, start=1)]
+    if wrong := [(i, s) for i, s in labels if NUMBER.fullmatch(s) and int(s) != i]:
+        label, name = wrong[0]
+        yield f"Labels are ranks of names as text: class {name} has label {label:,}."
+    trained = {image.synset for image in dataset.training}
+    validated = {image.synset for image in dataset.validation}
+    if odd := sorted(_odd({*synsets}, trained & validated)):
         yield f"Most classes are named otherwise than {_some(odd)}, which count, too."
-    padded = {s: NUMBER.sub(lambda number: number[0].zfill(20), s) for s in synsets}
-    by_number = sorted(synsets, key=lambda synset: os.fsencode(padded[synset]))
-    wrong = [i for i, name in enumerate(synsets) if name != by_number[i]]
-    if not wrong and all(map(NUMBER.fullmatch, synsets)):
-        wrong = [i for i, name in enumerate(synsets) if int(name) != i + 1]
-    if wrong:
-        yield (
-            "A label is the rank of a class among the names as text, not a number in "
-            f"them: label {wrong[0] + 1:,} is class {synsets[wrong[0]]}."
-        )
+    for split, others in ("training", validated), ("validation", trained):
+        if lone := [f"{s} (label {i})" for i, s in labels if s not in others]:
+            among = f"{len(lone):,} of {_count(len(synsets), 'synset')}"
+            yield f"There are only {split} images of {among}: {_some(lone)}."
 
 
-def _lacks(
-    split: str, synsets: Sequence[str], here: Sizes, there: Sizes, num_shards: int
-) -> Iterator[str]:
-    """Describes what a split lacks, also of what the other has there."""
-    labels = enumerate(synsets, start=1)
-    lone = [f"{s} (label {i})" for i, s in labels if s in here and s not in there]
-    # With validation images of few classes, this is a trial, and no class is wrong.
-    is_trial = split == "training" and 3 * len(there) < 2 * len(here)
-    if lone and not is_trial:
-        among = f"{len(lone):,} of {_count(len(synsets), 'synset')}"
-        yield f"{among} have {split} images only: {_some(lone)}."
-    num_images = here.total()
+def _size_warnings(dataset: Dataset, split: str, num_shards: int) -> Iterator[str]:
+    """Warns of images that ImageNet's split has, and of shards that will have none."""
+    images = dataset.training if split == "training" else dataset.validation
     num_expected, smallest = IMAGENET_SPLITS[split]
-    short = [f"{name} ({n:,})" for name, n in sorted(here.items()) if n < smallest]
-    classes = f" Classes of fewer than {smallest}: {_some(short, 10)}." if short else ""
-    if len(synsets) == IMAGENET_SYNSETS and num_images != num_expected:
+    if len(dataset.synsets) == IMAGENET_SYNSETS and len(images) != num_expected:
+        sizes = sorted(collections.Counter(image.synset for image in images).items())
+        short = [f"{synset} ({size:,})" for synset, size in sizes if size < smallest]
+        classes = f" Classes of fewer than {smallest}: {_some(short, 10)}."
         yield (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {num_images:,} "
-            f"({num_images - num_expected:+,}).{classes}"
+            f"ImageNet-1k has {num_expected:,} {split} images, found {len(images):,} "
+            f"({len(images) - num_expected:+,}).{classes if short else ''}"
         )
-    num_full = math.ceil(num_images / images_per_shard(num_images, num_shards))
+    num_full = math.ceil(len(images) / images_per_shard(len(images), num_shards))
     if num_empty := num_shards - num_full:
-        yield (
-            f"{num_empty:,} of {_count(num_shards, f'{split} shard')} will be empty, "
-            f"given {_count(num_images, f'{split} image')}; a smaller --{split}_shards "
-            "avoids that."
-        )
+        among = f"{num_empty:,} of {_count(num_shards, f'{split} shard')}"
+        yield f"{among} will be empty; a smaller --{split}_shards avoids that."
 
 
 # ---------------------------------------------------------------------------------
@@ -1638,25 +1537,26 @@ def announce(images: Iterable[RawImage]) -> None:
             os.close(file)
 
 
-# Its threads start when first used, and serve all shards of a worker.
-_openers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD)
-
-
 def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
     """Opens images before their turn: in threads where that is slow, as on NFS."""
     start = time.perf_counter()
     announce(images[:1])
-    # Elsewhere, passing the GIL around would slow the encoding by a fifth.
-    is_slow = time.perf_counter() - start >= SLOW_OPEN_SECONDS
-    begun: Iterator[Any] = (
-        _openers.submit(OpenImage.of, image) if is_slow else OpenImage.of(image)
-        for image in images
-    )
-    ahead = collections.deque(itertools.islice(begun, READ_AHEAD))
+    if time.perf_counter() - start < SLOW_OPEN_SECONDS:
+        # Threads that pass the GIL around would slow the encoding by a fifth.
+        yield from _begin_ahead(map(OpenImage.of, images))
+        return
+    with concurrent.futures.ThreadPoolExecutor(READ_AHEAD) as threads:
+        futures = (threads.submit(OpenImage.of, image) for image in images)
+        for future in _begin_ahead(futures):
+            yield future.result()
+
+
+def _begin_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Takes the next items before the first of them is needed."""
+    ahead = collections.deque(itertools.islice(items, READ_AHEAD))
     while ahead:
-        opened = ahead.popleft()
-        yield opened.result() if is_slow else opened
-        ahead.extend(itertools.islice(begun, 1))
+        yield ahead.popleft()
+        ahead.extend(itertools.islice(items, 1))
 
 
 class _ImageError(ValueError):
@@ -1665,29 +1565,35 @@ class _ImageError(ValueError):
 
 def problem_of(image: RawImage, error: Exception) -> BadImagesError:
     """Says why an image cannot be used; raises a MachineError if none could be."""
-    if isinstance(error, _ImageError):
-        return BadImagesError(f"Cannot decode {image.path}: {error}.")
     if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's
         error = MemoryError()
-    number = getattr(error, "errno", errno.ENOMEM)
-    if isinstance(error, (OSError, MemoryError)) and number in LIMITS:
-        raise refusal("read", image.path, error) from error
-    if isinstance(error, _ChangedError) and image.offset is not None:
-        problem = f"{image.source} {CHANGED}. {RERUN}"
-        raise MachineError(problem, may_pass=True) from error
     was_found = image.fingerprint or image.num_bytes  # else it is a dangling link
-    was_sound = was_found and not isinstance(error, PermissionError)
-    what = f"{image.path}: {getattr(error, 'strerror', None) or repr(error)}"
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        what = f"{image.path}: {GONE if was_sound else 'it is a dangling link'}"
-    elif number in DISK_ERRORS:
-        what += f". {DISK_FAILS}"
-    return BadImagesError(f"Cannot read {what}.", unreadable=[what] * bool(was_sound))
+    match error:
+        case _ImageError():
+            return BadImagesError(f"Cannot decode {image.path}: {error}.")
+        case MemoryError():
+            raise refusal("read", image.path, error) from error
+        case OSError(errno=number) if number in LIMITS:
+            raise refusal("read", image.path, error) from error
+        case _ChangedError() if image.offset is not None:
+            problem = f"{image.source} {CHANGED}. {RERUN}"
+            raise MachineError(problem, may_pass=True) from error
+        case FileNotFoundError() | NotADirectoryError():
+            reason = GONE if was_found else "it is a dangling link"
+        case OSError(errno=number) if number in DISK_ERRORS:
+            reason = f"{error.strerror}. {DISK_FAILS}"
+        case _:
+            reason = getattr(error, "strerror", None) or repr(error)
+    # The others have been so when they were listed, and say nothing about the disk.
+    is_disk = was_found and not isinstance(error, PermissionError)
+    what = f"{image.path}: {reason}"
+    return BadImagesError(f"Cannot read {what}.", unreadable=[what] * bool(is_disk))
 
 
 def check_readable(unreadable: Sequence[str], directory: str) -> None:
     """Stops the run when so many images are unreadable that it is none of their own."""
-    for last in unreadable[UNREADABLE_IMAGES - 1 :]:
+    if len(unreadable) >= UNREADABLE_IMAGES:
+        last = unreadable[UNREADABLE_IMAGES - 1]
         what = f"{UNREADABLE_IMAGES} images below {directory}, the last {last}"
         raise MachineError(f"Cannot read {what}. {FIX_AND_RERUN}")
 
@@ -1700,19 +1606,6 @@ class EncodedImage:
     height: int
     width: int
     repaired: bool = False  # it was a PNG or a CMYK JPEG, and was encoded again
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Skeleton:
-    """The marker segments of a JPEG, without the entropy-coded data between them.
-
-    They declare 8 x 8 pixels, and so decode quickly; the other fields tell the truth.
-    """
-
-    jpeg: bytes  # about 2 KB
-    height: int
-    width: int
-    num_components: int
 
 
 JPEG_START = b"\xff\xd8\xff"
@@ -1732,6 +1625,8 @@ _MAX_VALUES = 2**29  # height x width x components; TensorFlow's limit (jpeg_mem
 
 def encode_image(data: bytes) -> EncodedImage:
     """Checks an image, and makes it a JPEG that every reader can decode."""
+    import tensorflow as tf
+
     if data.startswith(PNG_START):
         width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
         _check_values(height, width)
@@ -1739,20 +1634,24 @@ def encode_image(data: bytes) -> EncodedImage:
     if not data.startswith(JPEG_START):
         found = f"not a JPEG (starts with {data[:4]!r})"
         raise _ImageError(found if data else "the file is empty")
-    skeleton = read_skeleton(data)
-    _check_values(skeleton.height, skeleton.width, max(3, skeleton.num_components))
-    _check_decodes(skeleton)
-    if skeleton.num_components == 4:
+    skeleton, height, width, num_components = read_skeleton(data)
+    _check_values(height, width, max(3, num_components))
+    contents = tf.constant(skeleton)  # plain bytes, or 1 for 1.0, are slower
+    try:
+        tf.raw_ops.DecodeJpeg(contents=contents, ratio=8, acceptable_fraction=1.0)
+    except tf.errors.InvalidArgumentError as error:
+        raise _ImageError("libjpeg cannot decode it") from error
+    if num_components == 4:
         return _encode_again(data, "CMYK JPEG")
-    return EncodedImage(data, skeleton.height, skeleton.width)
+    return EncodedImage(data, height, width)
 
 
-def read_skeleton(data: bytes) -> Skeleton:
-    """Reads the marker segments of a JPEG.
+def read_skeleton(data: bytes) -> tuple[bytes, int, int, int]:
+    """Reads a JPEG's skeleton, about 2 KB, its height, width and number of components.
 
-    libjpeg fails on bad segments and on a missing end, never on the data between them:
-    it fills in what is broken. So decoding the skeleton gives the verdict on the whole
-    image in an eighth of the time.
+    The skeleton is its marker segments, which then declare 8 x 8 pixels. libjpeg fails
+    on bad segments or a missing end, never on the data between them: it fills in what
+    is broken. So the skeleton gives the image's verdict in an eighth of the time.
     """
     import numpy as np
 
@@ -1786,49 +1685,17 @@ def read_skeleton(data: bytes) -> Skeleton:
     # A segment may need more bytes than its length says. libjpeg then reads past its
     # end, and rejects the image only if those bytes are there.
     segments += data[start : start + 2] + data[last : last + _OVERRUN_BYTES]
-    return Skeleton(bytes(segments), height, width, num_components)
+    return bytes(segments), height, width, num_components
 
 
 def _check_values(height: int, width: int, num_components: int = 3) -> None:
     """Refuses, as a full decode does, sizes that would take gigabytes to decode."""
-    declared = f"its header declares {width:,} x {height:,} pixels"
-    if max(height, width) > _MAX_SIDE:
-        raise _ImageError(f"{declared}; no side may have more than {_MAX_SIDE:,}")
-    if not 0 < height * width * num_components < _MAX_VALUES:
+    num_values = height * width * num_components
+    if max(height, width) > _MAX_SIDE or not 0 < num_values < _MAX_VALUES:
         raise _ImageError(
-            f"{declared} of {num_components} components; the product must be from 1 "
-            f"to {_MAX_VALUES - 1:,}"
+            f"its header declares {width:,} x {height:,} pixels; TensorFlow decodes "
+            f"sides of 1 to {_MAX_SIDE:,} and less than {_MAX_VALUES:,} values"
         )
-
-
-def _check_decodes(skeleton: Skeleton) -> None:
-    import tensorflow as tf
-
-    def decode() -> None:
-        contents = tf.constant(skeleton.jpeg)  # plain bytes, or 1 for 1.0, are slower
-        tf.raw_ops.DecodeJpeg(contents=contents, ratio=8, acceptable_fraction=1.0)
-
-    try:
-        decode()
-    except tf.errors.InvalidArgumentError as error:
-        raise _ImageError(_reason_of_libjpeg(decode)) from error
-
-
-def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
-    """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
-    stderr = os.dup(2)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)  # what does not fit into its 64 KiB is dropped
-    os.dup2(writer, 2)
-    with contextlib.suppress(Exception):
-        decode()
-    os.dup2(stderr, 2)
-    os.close(stderr)
-    os.close(writer)
-    with open(reader, errors="replace") as caught:
-        lines = caught.read().splitlines()
-    reasons = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)]
-    return reasons[-1].rstrip(".") if reasons else "libjpeg cannot decode it"
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:

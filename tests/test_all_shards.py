@@ -88,8 +88,8 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
             r"in a directory\."
         ),
         (
-            r"WARNING: 2 of 9 training shards will be empty, given 21 training images; "
-            r"a smaller --training_shards avoids that\."
+            r"WARNING: 2 of 9 training shards will be empty; a smaller "
+            r"--training_shards avoids that\."
         ),
         rf"Writing 12 shards of 29 images \([\d.]+ KB\) to {scratch}\.",
         (

@@ -82,12 +82,12 @@ def test_png_of_any_mode_is_encoded_again(mode: str) -> None:
 
 def test_skeleton_is_small_and_says_what_the_image_is() -> None:
     data = jpegs.jpeg("baseline", 1)
-    skeleton = script.read_skeleton(data)
-    assert (skeleton.height, skeleton.width, skeleton.num_components) == (375, 500, 3)
+    skeleton, *shape = script.read_skeleton(data)
+    assert shape == [375, 500, 3]
     segments = b"".join(jpegs.header_segments(data))
     small = segments.replace(struct.pack(">HH", 375, 500), struct.pack(">HH", 8, 8))
     rest = data[2 + len(segments) :][:1024]
-    assert skeleton.jpeg == b"\xff\xd8" + small + b"\xff\xd9" + rest
+    assert skeleton == b"\xff\xd8" + small + b"\xff\xd9" + rest
 
 
 # -------------------------------------------------------------------- damaged images
@@ -157,10 +157,10 @@ def with_png_size(width: int, height: int) -> bytes:
     return PNG[:16] + struct.pack(">II", width, height) + PNG[24:]
 
 
-def too_large(width: int, height: int, num_components: int = 3) -> str:
+def too_large(width: int, height: int) -> str:
     return (
-        f"its header declares {width:,} x {height:,} pixels of {num_components} "
-        "components; the product must be from 1 to 536,870,911"
+        f"its header declares {width:,} x {height:,} pixels; TensorFlow decodes sides of "
+        "1 to 65,500 and less than 536,870,912 values"
     )
 
 
@@ -185,25 +185,25 @@ REFUSED = {
         with_size(BASELINE, FRAME, 13_378, 13_378),
         too_large(13_378, 13_378),
     ),
-    "huge CMYK": (HUGE_CMYK, too_large(*HUGE, 4)),
+    "huge CMYK": (HUGE_CMYK, too_large(*HUGE)),
     "long side": (
         with_size(BASELINE, FRAME, 64, 65_501),
-        "its header declares 64 x 65,501 pixels; no side may have more than 65,500",
+        too_large(64, 65_501),
     ),
     "huge PNG": (with_png_size(50_000, 60_000), too_large(50_000, 60_000)),
     "PNG of 8 bytes": (PNG[:8], too_large(0, 0)),
     "PNG cut later": (PNG[:1_000], "it is a PNG that cannot be decoded"),
     "12 bits": (
         BASELINE.replace(FRAME, b"\xff\xc0\x00\x11\x0c"),
-        "Unsupported JPEG data precision 12",
+        "libjpeg cannot decode it",
     ),
     "marker length": (
         BASELINE.replace(b"\xff\xc0\x00\x11", b"\xff\xc0\x00\x12"),
-        "Bogus marker length",
+        "libjpeg cannot decode it",
     ),
     "Huffman table": (
         BASELINE[: TABLE + 5] + b"\xff" * 16 + BASELINE[TABLE + 21 :],
-        "Bogus Huffman table definition",
+        "libjpeg cannot decode it",
     ),
 }
 

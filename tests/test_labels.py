@@ -39,122 +39,102 @@ HUGGING_FACE = (
 UNKNOWN = (
     "Validation images must be of the classes of the training images, such as "
     "n01440764, n01440801, n01440838 and 1 more; found {}. Line i of synset_labels.txt "
-    "is the synset of the i-th validation image; README, step 2, says where to get it."
+    "is for the i-th image (README, step 2)."
 )
 
 
-def differ(one: str, other: str, wrong: int, first: int, path: str, says: str) -> str:
+def differ(one: str, other: str, wrong: int, path: str, says: str) -> str:
     x, y = says.split()
     return (
-        f"The {one} and the {other} of {wrong} of 4 validation images say different "
-        f"classes, such as image {first}, RAW/{path}: its {one} says {x}, its {other} "
-        f"{y}. "
+        f"The {one} and the {other} of {wrong} of 4 validation images disagree: "
+        f"RAW/{path} is {x} by its {one}, {y} by its {other}. "
     )
 
 
-def stray(found: str, it: str = "it") -> str:
+def stray(found: str) -> str:
     return (
         "Classes must be named like n01440764, as most are, or have validation images; "
-        f"found {found}. Move {it} out of RAW/train."
+        f"move these out of RAW/train: {found}."
     )
 
 
-def miscounted(labels: str, images: str) -> str:
-    return f"RAW/synset_labels.txt has {labels} for {images}; they must be equal in number."
-
-
-def misnumbered(i: int, name: str) -> str:
+def misplaced(labels: str, images: str, image: str = "") -> str:
+    but = f", but image {image}" * bool(image)
     return (
-        "Line i of RAW/synset_labels.txt must be of image number i; image "
-        f"{i} in the order of names is {name}."
+        f"RAW/synset_labels.txt has {labels} for {images} validation images; line i must "
+        f"be of number i{but}. If folders or names say all, remove it. {TO_DECIDE}"
     )
 
 
-def unreadable(reason: str) -> str:
-    return (
-        f"Cannot read RAW/synset_labels.txt: {reason}. It must hold the synset of each "
-        "validation image, a line each, in the order of their names."
-    )
+def bad_line(number: int, found: str) -> str:
+    rule = "must be a single synset such as n01440764"
+    return f"Line {number} of RAW/synset_labels.txt {rule}; found {found}."
 
 
 REFUSED = {
     "cp -r train/n01440838 'train/n01440838 copy'": stray("n01440838 copy"),
     "mkdir train/{tmp,new}; echo >train/tmp/1.JPEG; echo >train/new/1.JPEG": stray(
-        "new, tmp", "them"
+        "new, tmp"
     ),
     "cd train; tar -cf 'n01440838 (1).tar' -C n01440838 .; for s in n*[0-9]; do "
     "tar -cf $s.tar -C $s .; rm -r $s; done": stray("n01440838 (1)"),
     "sed -i 2s/.*/tench/ *.txt": UNKNOWN.format("tench"),
-    f"rm validation/{V[2]}; sed -i 4d *.txt": (
-        f"{misnumbered(2, V[3])} There is no number 2. {TO_DECIDE}"
+    f"rm validation/{V[2]}; sed -i 4d *.txt": misplaced(
+        "3 labels", "3", f"2 is {V[3]}"
     ),
     "cd validation; for i in 1 2 3 4; do mv *0$i.JPEG ILSVRC2012_val_$((3*i)).JPEG; "
-    "done": (
-        f"{misnumbered(1, VAL + '12.JPEG')} There is no number 1, 2, 4. Without leading "
-        f"zeros, names sort wrongly: 1, 10, 2. {TO_DECIDE}"
-    ),
+    "done": misplaced("4 labels", "4", f"1 is {VAL}12.JPEG"),
     "cd validation; rename() { mv *$1.JPEG ILSVRC2012_val_0000050$1.JPEG; }; "
-    "for i in 1 2 3 4; do rename $i; done": (
-        f"{misnumbered(1, VAL + '00000501.JPEG')} There is no number 1, 2, 3 and 1 "
-        f"more. {TO_DECIDE}"
+    "for i in 1 2 3 4; do rename $i; done": misplaced(
+        "4 labels", "4", f"1 is {VAL}00000501.JPEG"
     ),
-    f"rm validation/{V[2]}": (
-        f"{miscounted('4 labels', '3 validation images')} There is no number 2. "
-        f"{TO_DECIDE}"
-    ),
+    f"rm validation/{V[2]}": misplaced("4 labels", "3", f"2 is {V[3]}"),
     f"cd validation; mv {V[3]} x.jpg": (
-        f"{miscounted('4 labels', '3 validation images')} There is no number 3. 1 "
-        f"image skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ} {TO_DECIDE}"
+        f"{misplaced('4 labels', '3', f'3 is {V[4]}')}\n"
+        f"1 image skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ}"
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}": (
-        f"{miscounted('4 labels', '3 validation images')} There is no number 3. 1 "
-        f"image skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ} "
-        f"{TO_DECIDE}"
+        f"{misplaced('4 labels', '3', f'3 is {V[4]}')}\n"
+        f"1 image skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
     ),
-    f"{INTO_FOLDERS} sed -i 3d ../*.txt": (
-        f"{miscounted('3 labels', '4 validation images')} If folders and names are "
-        "right, remove the label file; it is not needed."
-    ),
+    f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 labels", "4"),
     f"{INTO_FOLDERS} sed -i 3s/.*/{D}/ ../*.txt": (
-        differ("folder", "line", 1, 3, f"validation/{C}/{V[3]}", f"{C} {D}")
+        differ("folder", "line", 1, f"validation/{C}/{V[3]}", f"{C} {D}")
         + f"Correct it. {TO_DECIDE}"
     ),
     f"{HUGGING_FACE} sed -i 1s/.*/{B}/ ../*.txt": (
-        differ("name", "line", 1, 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {B}")
+        differ("name", "line", 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {B}")
         + f"Correct it. {TO_DECIDE}"
     ),
     f"{HUGGING_FACE} mkdir {A} {B} {C}; mv *_{A}.J* {A}; mv *_{C}.J* {C}; mv *_n* {B}; "
     "rm ../*.txt": (
         differ(
-            "folder", "name", 1, 4, f"validation/{B}/{VAL}00000004_{D}.JPEG", f"{B} {D}"
+            "folder", "name", 1, f"validation/{B}/{VAL}00000004_{D}.JPEG", f"{B} {D}"
         )
         + f"Correct it. {TO_DECIDE}"
     ),
     f"{INTO_FOLDERS} cp {A}/* {B}; rm ../*.txt": (
-        f"Each validation image must be there once; RAW/validation/{A}/{V[1]} and "
-        f"RAW/validation/{B}/{V[1]} are both number 1 (1 such pair). Remove the wrong "
-        "one."
+        f"RAW/validation/{A}/{V[1]} and RAW/validation/{B}/{V[1]} are both number 1. "
+        "Remove the wrong one."
     ),
-    "echo >validation/ILSVRC2012_test_00000001.JPEG; echo n01440764 >>*.txt": (
-        "validation/ must not hold images of the test set; found "
-        "RAW/validation/ILSVRC2012_test_00000001.JPEG. Move them out of it.\n"
-        f"{misnumbered(2, V[1])} {TO_DECIDE}"
+    "echo >validation/ILSVRC2012_test_00000001.JPEG; echo n01440764 >>*.txt": misplaced(
+        "5 labels", "5", f"2 is {V[1]}"
     ),
     f"printf '{VAL}0000000%d {A}\\n' 1 2 4 >*.txt": (
-        "Each validation image must have a line in RAW/synset_labels.txt; 1 of 4 have "
-        f"none: {VAL}00000003."
+        f"RAW/synset_labels.txt has no line of 1 of 4 validation images: {V[3]}."
     ),
     f"printf '%s\\n' 'a {A}' 'a {B}' 'b {A}' >*.txt": (
         "Line 2 of RAW/synset_labels.txt must be a file name and a synset, one for "
         f"each name; found 'a {B}'."
     ),
-    "iconv -t utf-16le *.txt >x; mv x *.txt": unreadable("it is not text in UTF-8"),
-    "printf '\\n \\n<!DOCTYPE html>' >*.txt": unreadable(
-        "it is a web page; download the file itself"
+    "iconv -t utf-16le *.txt >x; mv x *.txt": bad_line(
+        1, repr("\0".join(A + " ")[:-1])
     ),
-    "mv *.txt synset_labels.txt.txt; touch imagenet_2012_labels notes": unreadable(
-        "No such file or directory; found imagenet_2012_labels, synset_labels.txt.txt "
-        "there"
+    "printf '\\n \\n<!DOCTYPE html>' >*.txt": bad_line(1, "''"),
+    "printf '<!DOCTYPE html>\\n<html>\\n<p>' >*.txt": bad_line(1, "'<!DOCTYPE html>'"),
+    "mv *.txt synset_labels.txt.txt": (
+        "Cannot read RAW/synset_labels.txt: No such file or directory. Line i of "
+        "synset_labels.txt is for the i-th image (README, step 2)."
     ),
 }
 
@@ -172,21 +152,18 @@ def test_what_contradicts_a_label_is_refused(raw: Path, commands: str) -> None:
 
 
 def only(split: str, found: str, count: str = "1 of 5") -> str:
-    return f"{count} synsets have {split} images only: {found}."
+    return f"There are only {split} images of {count} synsets: {found}."
 
 
 def misnamed(count: str, name: str, folder: str = A) -> str:
     return (
-        f"{count} training images are named for another class than that of their "
-        f"folder, which was taken: such as RAW/train/{folder}/{name}, in {folder}."
+        f"The folder decides against the name of {count} training images, such as "
+        f"RAW/train/{folder}/{name}, in {folder}."
     )
 
 
-RANK = "A label is the rank of a class among the names as text, not a number in them: "
-NUMBERS = (
-    "Line i of RAW/synset_labels.txt is taken for the i-th name in the order of text, "
-    "but the numbers in the names do not follow one another: line {} is for {}."
-)
+RANK = "Labels are ranks of names as text: class {} has label 1."
+NUMBERS = "Line {} of RAW/synset_labels.txt is taken for {}: names sort as text."
 LINES = [A, B, C, D]
 BY_NAME = "i=0; for s in $(<*.txt); do i=$((i+1)); echo {}; done >x; mv x *.txt"
 EVERY = BY_NAME.format(f"{VAL}$(printf %08d $i){{}}$s{{}}")
@@ -207,16 +184,14 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{HUGGING_FACE} sort -r ../*.txt >x; mv x ../*.txt": (
         LINES,
         [
-            differ(
-                "name", "line", 4, 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {D}"
-            )
+            differ("name", "line", 4, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {D}")
             + "The name decides."
         ],
     ),
     f"{INTO_FOLDERS} cd ..; {EVERY.format(' ', '')}; sed -i s/{B}/{A}/ *.txt": (
         [A, A, C, D],
         [
-            differ("line", "folder", 1, 2, f"validation/{B}/{V[2]}", f"{A} {B}")
+            differ("line", "folder", 1, f"validation/{B}/{V[2]}", f"{A} {B}")
             + "The line decides.",
             only("training", f"{B} (label 2)", "1 of 4"),
         ],
@@ -230,7 +205,6 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
                 "folder",
                 "name",
                 4,
-                1,
                 f"validation/cat/{VAL}00000001_{A}.JPEG",
                 f"cat {A}",
             )
@@ -256,7 +230,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} {RENAME.format('val_$((i+=4)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [NUMBERS.format(1 + 1, "val_16.JPEG")],
+        [NUMBERS.format(2, "val_16.JPEG")],
     ),
     f"{TEN} {RENAME.format('$((i+=7))-x.JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
@@ -271,12 +245,12 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} rm *; mkdir {{0..10}} ../train; for d in *; do echo >$d/1.JPEG; done; "
     "cp -r * ../train": (
         [str(i) for i in sorted(map(str, range(11)))],
-        [f"{RANK}label 3 is class 10."],
+        [RANK.format("0")],
     ),
     f"{TEN} rm *; mkdir 00{{0..9}} ../train; for d in *; do echo >$d/1.JPEG; done; "
     "cp -r * ../train": (
         [f"00{i}" for i in range(10)],
-        [f"{RANK}label 1 is class 000."],
+        [RANK.format("000")],
     ),
     f"{TEN} rm *; mkdir cat dog ../train; for d in *; do echo >$d/0001.JPEG; done; "
     "cp -r * ../train": (["cat", "dog"], []),
@@ -301,9 +275,11 @@ def test_folders_in_a_tar_decide_as_they_do_extracted(
     found = script.read_dataset(str(packed))
     assert [image.synset for image in found.validation] == LINES
     (warning,) = found.warnings
-    assert warning.endswith(f"its folder says {A}, its line {D}. The folder decides.")
+    assert warning.endswith(
+        f"is {A} by its folder, {D} by its line. The folder decides."
+    )
     (packed / "synset_labels.txt").write_text(f"{A}\n{C}\n{C}\n{D}")
-    with pytest.raises(script.InvalidInputError, match="its folder says n01440801"):
+    with pytest.raises(script.InvalidInputError, match="n01440801 by its folder"):
         script.read_dataset(str(packed))
 
 
@@ -328,10 +304,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return raw
 
 
-NOT_ITS_LABELS = (
-    "These are ImageNet's 50,000 validation images and its classes, but not its labels: "
-    "some are wrong or swapped."
-)
+NOT_ITS_LABELS = "These are ImageNet's validation images and classes, not its labels."
 SWAPPED = [*LABELS.split()]
 SWAPPED[7], SWAPPED[8] = SWAPPED[8], SWAPPED[7]
 BOTH_COLUMNS = [f"{VAL}{i:08d} {synset}" for i, synset in enumerate(SWAPPED, 1)]

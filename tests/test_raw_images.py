@@ -127,7 +127,7 @@ def test_labels_are_read(tmp_path: Path, content: bytes, mark: bytes) -> None:
         pytest.param(b"n01\n\nn02\n", "2", "''", id="empty line"),
         pytest.param(b"n01\n \t\nn02\n", "2", "''", id="spaces"),
         pytest.param(b"n01\nn02 tench\n", "2", "'n02 tench'", id="two words"),
-        pytest.param(b"a b\nc\n\nd e\n", "1", "'a b' (3 such lines)", id="several"),
+        pytest.param(b"a b\nc\n\nd e\n", "1", "'a b'", id="several"),
         pytest.param(b"a\n" + b"word " * 100, "2", repr("word " * 12), id="long line"),
         pytest.param(b"n01\n" * 1_233 + b"\nn02", "1,234", "''", id="late line"),
     ],
@@ -155,10 +155,7 @@ BOTH = "there. Both splits are required; README, step 2, says in which layouts."
 NO_IMAGES = "No images match RAW/train/*/*.JPEG. Found"
 SEVERAL = "n01440764, n01440801, n01440838 and"
 UNKNOWN = "Validation images must be of the classes of the training images, such as "
-HINT = (
-    "Line i of synset_labels.txt is the synset of the i-th validation image; README, "
-    "step 2, says where to get it."
-)
+HINT = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
 EACH = (
     "Each class must be a directory or a tar, not a file or a broken link: "
     "RAW/train/n01440838."
@@ -174,8 +171,7 @@ READ = (
 REFUSALS = {
     **{
         f"rm synset_labels.txt; {command}": (
-            f"Cannot read RAW/synset_labels.txt: {reason}. It must hold the synset of "
-            "each validation image, a line each, in the order of their names."
+            f"Cannot read RAW/synset_labels.txt: {reason}. {HINT}"
         )
         for command, reason in (
             ("", "No such file or directory"),
@@ -184,18 +180,24 @@ REFUSALS = {
         )
     },
     "printf '\\xff\\xfen\\0' >synset_labels.txt": (  # as PowerShell's `>` writes
-        "Cannot read RAW/synset_labels.txt: it is not text in UTF-8. It must hold the "
-        "synset of each validation image, a line each, in the order of their names."
+        "Line 1 of RAW/synset_labels.txt must be a single synset such as n01440764; "
+        r"found '\udcff\udcfen\x00'."
     ),
     **{
         command: (
-            f"RAW/synset_labels.txt has {labels} for {images} validation images; they "
-            f"must be equal in number. {TWO_COLUMNS}"
+            f"RAW/synset_labels.txt has {labels} for {images} validation images; line i "
+            f"must be of number i{other}. If folders or names say all, remove it. "
+            f"{TWO_COLUMNS}"
         )
-        for command, labels, images in (
-            (": >synset_labels.txt", "0 labels", "4"),
-            ("seq 3 >synset_labels.txt", "3 labels", "4"),
-            ("seq 1 >s*; touch validation/{5..1001}.JPEG", "1 label", "1,001"),
+        for command, labels, images, other in (
+            (": >synset_labels.txt", "0 labels", "4", ""),
+            ("seq 3 >synset_labels.txt", "3 labels", "4", ""),
+            (
+                "seq 1 >s*; touch validation/{5..1001}.JPEG",
+                "1 label",
+                "1,001",
+                ", but image 998 is ILSVRC2012_val_00000001.JPEG",
+            ),
         )
     },
     "rm -r train": (
@@ -237,9 +239,9 @@ REFUSALS = {
     ),
     "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
     "sed -i 3s/.*/n01440875/ ../synset_labels.txt": (
-        "The folder and the line of 1 of 4 validation images say different classes, "
-        "such as image 3, RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG: its "
-        f"folder says n01440838, its line n01440875. Correct it. {TWO_COLUMNS}"
+        "The folder and the line of 1 of 4 validation images disagree: RAW/validation/"
+        "n01440838/ILSVRC2012_val_00000003.JPEG is n01440838 by its folder, n01440875 "
+        f"by its line. Correct it. {TWO_COLUMNS}"
     ),
     "cd train; rm -r n01440838; ln -s nothing n01440838": EACH,
     "cd train; rm -r n01440838; ln -s n01440838 n01440838": EACH,
@@ -332,11 +334,11 @@ WARNINGS = {
         "1 image skipped (1 *.png)", "ILSVRC2012_img_train.tar/d.png"
     ),
     f": >{IMAGE}; ln -sf nowhere validation/ILSVRC2012_val_00000001.JPEG": (
-        f"2 images are empty (zero bytes or dangling links), such as RAW/{IMAGE}; "
-        "their shards will not be written."
+        f"2 images of zero bytes or without its file, such as RAW/{IMAGE}: no shard "
+        "with one will be written."
     ),
     "sed -i 1s/.*/n00000001/ synset_labels.txt": (
-        "1 of 5 synsets have validation images only: n00000001 (label 1)."
+        "There are only validation images of 1 of 5 synsets: n00000001 (label 1)."
     ),
 }
 FEW = ("--training_shards=2", "--validation_shards=2")
@@ -424,7 +426,7 @@ def test_empty_shards_are_counted(
     assert sum(not shard.images for shard in plan) == num_empty
     noun = "shard" if num_shards == 1 else "shards"
     expected = (
-        f"{num_empty:,} of {num_shards:,} training {noun} will be empty, given "
-        f"{num_images} training images; a smaller --training_shards avoids that."
+        f"{num_empty:,} of {num_shards:,} training {noun} will be empty; a smaller "
+        "--training_shards avoids that."
     )
     assert found == [expected] * bool(num_empty)
