@@ -1,4 +1,4 @@
-"""Section 6: all shards, written by any number of processes."""
+"""All shards, written by any number of processes."""
 
 import contextlib
 import fcntl

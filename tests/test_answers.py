@@ -1,4 +1,4 @@
-"""Section 9: what answers of Cloud Storage, and of what leads to it, mean."""
+"""What answers of Cloud Storage, and of what leads to it, mean."""
 
 import datetime
 import json
@@ -700,10 +700,19 @@ def test_identity_is_waited_for_when_it_comes_late(tmp_path: Path, status: int) 
 
 
 def test_machine_is_googles_when_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GCE_METADATA_HOST", "K_SERVICE", "CLOUD_RUN_JOB"):
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv("NO_GCE_CHECK", raising=False)
-        assert script._is_googles_machine()
-        monkeypatch.setenv("NO_GCE_CHECK", "true")
-        assert not script._is_googles_machine()
-        monkeypatch.delenv(name)
+    """By its maker's name, or by a variable that only Google's machines have."""
+    names = "GCE_METADATA_HOST", "K_SERVICE", "CLOUD_RUN_JOB", "KUBERNETES_SERVICE_HOST"
+    for name in (*names, "NO_GCE_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def is_googles(product: str, variable: str = "") -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "read_text", lambda path: product)
+            patch.setenv(variable or "OTHER", "x")
+            return script._is_googles_machine()
+
+    assert not is_googles("")
+    assert is_googles("Google Compute Engine")
+    assert [is_googles("", name) for name in names] == [True] * len(names)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    assert not is_googles("Google Compute Engine")

@@ -1,4 +1,4 @@
-"""Section 8: disks that are small, full or far, and what a run asks of them."""
+"""Disks that are small, full or far, and what a run asks of them."""
 
 import contextlib
 import errno

@@ -193,6 +193,7 @@ def test_process_throws_away_what_is_uploaded(monkeypatch: pytest.MonkeyPatch) -
             blob.upload_from_file(
                 io.BytesIO(data), checksum=None, crc32c_checksum_value=crc32c_of(data)
             )
+        assert bucket.blob(f"{len(SMALL)}").download_as_bytes(checksum=None) == b""
         listed = {blob.name: (blob.size, blob.crc32c) for blob in bucket.list_blobs()}
         process.kill()
     assert listed == {f"{len(d)}": (len(d), crc32c_of(d)) for d in (b"", SMALL, LARGE)}

@@ -1,4 +1,4 @@
-"""Section 4: the nine features of a record."""
+"""The nine features of a record."""
 
 import os
 

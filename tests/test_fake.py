@@ -1,4 +1,4 @@
-"""Appendix E: the fake ImageNet, if you have no ImageNet yet."""
+"""The fake ImageNet, if you have no ImageNet yet."""
 
 import collections
 import io

@@ -1,4 +1,4 @@
-"""Section 7: Cloud Storage, by the real client over HTTP."""
+"""Cloud Storage, by the real client over HTTP."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Section 3: one image, read ahead, checked and repaired.
+"""One image, read ahead, checked and repaired.
 
 What the reference does is the measure: it decodes each image completely.
 """

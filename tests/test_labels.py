@@ -1,4 +1,4 @@
-"""Section 3: which class an image is of, and what contradicts it.
+"""Which class an image is of, and what contradicts it.
 
 `imagenet_validation_labels.txt.xz` is the public list of ImageNet's validation labels,
 from https://github.com/tensorflow/models (Apache License 2.0).

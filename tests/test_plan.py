@@ -1,4 +1,4 @@
-"""Section 2: which image goes into which shard."""
+"""Which image goes into which shard."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Section 1: what is in the raw directory, and what is wrong with it."""
+"""What is in the raw directory, and what is wrong with it."""
 
 import itertools
 import os

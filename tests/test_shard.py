@@ -1,4 +1,4 @@
-"""Section 5: one shard, complete or absent, and its stamp."""
+"""One shard, complete or absent, and its stamp."""
 
 import base64
 import dataclasses

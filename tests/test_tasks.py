@@ -207,16 +207,19 @@ def test_task_ends_well_when_it_has_no_shards(
 
 
 def test_manifest_is_whole_when_tasks_write_it_at_once(tmp_path: Path) -> None:
-    """Two tasks that end together both write manifest.json, the same bytes."""
+    """Two tasks that end together both write manifest.json, the same bytes.
+
+    Whoever reads it meanwhile finds all of it.
+    """
     path = tmp_path / "manifest.json"
     text = "x" * 100_000
 
     def write(_: int) -> None:
         imagenet_to_gcs.write_text(str(path), text)
+        assert path.read_text() == text
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(write, range(200)))  # raises what a thread raised
-    assert path.read_text() == text
     assert os.listdir(tmp_path) == ["manifest.json"]
 
 

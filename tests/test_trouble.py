@@ -1,4 +1,4 @@
-"""Sections 5, 7 and 11: disk, machine and caller fail, and each is called by its name.
+"""Disk, machine and caller fail, and each is called by its name.
 
 Each test ends in the exact words, and in no traceback.
 """

@@ -1,4 +1,4 @@
-"""Section 8: worker processes, wherever they run and however they die."""
+"""Worker processes, wherever they run and however they die."""
 
 import contextlib
 import os
