@@ -1775,19 +1775,14 @@ def _crc32c_text(crc32c: int) -> str:
 # 7. One shard: written completely or not at all, with a stamp that describes it
 
 
-WRITE_BUFFER_BYTES = 2**20
-READ_BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**20  # read or written at once
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some FUSE file systems
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stamp:
-    """What is known of a finished shard, in the scratch directory or in the bucket.
-
-    A hidden JSON file beside the shard holds it; an object's metadata, the digest and
-    crc32c.
-    """
+    """What is known of a finished shard: a hidden JSON file beside it, or metadata."""
 
     digest: str  # `Shard.digest()` of what it was made of; empty if unknown
     num_examples: int
@@ -1817,32 +1812,25 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
     problems: list[str] = []
     unreadable: list[str] = []
     num_repaired = 0
-    with open(temporary_path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
+    with open(temporary_path, "wb", buffering=BLOCK_BYTES) as file:
         records = RecordWriter(file)
         for opened in open_ahead(shard.images):
             try:
                 encoded = encode_image(opened.read())
                 example = make_example(opened.image, encoded)
             except Exception as error:  # noqa: BLE001  # it concerns one image
-                problem = problem_of(opened.image, error)
-                problems += problem.args
-                unreadable += problem.unreadable
+                bad_image = problem_of(opened.image, error)
+                problems += bad_image.args
+                unreadable += bad_image.unreadable
                 if len(unreadable) == UNREADABLE_IMAGES:
                     break
-                continue
-            if not problems:
+            else:
                 records.write(example)
                 num_repaired += encoded.repaired
     if problems:
         raise BadImagesError(*problems, unreadable=unreadable)
-    return Stamp(
-        shard.digest(),
-        len(shard.images),
-        records.num_bytes,
-        _crc32c_text(records.crc32c),
-        num_repaired,
-        shard.fingerprint(),
-    )
+    written = records.num_bytes, _crc32c_text(records.crc32c), num_repaired
+    return Stamp(shard.digest(), len(shard.images), *written, shard.fingerprint())
 
 
 def write_shard(
@@ -1853,11 +1841,8 @@ def write_shard(
 ) -> Stamp:
     """Writes a shard and then its stamp, without which the shard does not count.
 
-    The calling thread flushes, names and stamps the file; a worker only fills it.
-
-    Args:
-      write: `write_records`, here or in a worker process.
-      durable: Whether the shard must survive a loss of power.
+    `write` fills the file, here or in a worker process; this thread flushes it, if it
+    must be durable, which is to survive a loss of power, then names and stamps it.
     """
     path = shard_path(shard, scratch_dir)
     with _complete_or_absent(path, durable) as temporary_path:
@@ -1949,33 +1934,25 @@ def is_as_stamped(path: str, stamp: Stamp) -> bool:
     return False
 
 
-def read_crc32c(path: str) -> str:
-    """Reads a file for its crc32c, as in `Stamp`."""
-    crc32c = 0
-    with trying_to("read", path), open_file(path) as file:
-        while block := file.read(READ_BLOCK_BYTES):
-            crc32c = google_crc32c.extend(crc32c, block)
-    return _crc32c_text(crc32c)
-
-
 def measure(path: str) -> Stamp:
     """Reads a file to make its stamp; returns the one beside it if that matches."""
-    crc32c = read_crc32c(path)
-    found = Stamp("", 0, os.path.getsize(path), crc32c)
+    num_bytes = crc32c = 0
+    with trying_to("read", path), open_file(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            num_bytes += len(block)
+            crc32c = google_crc32c.extend(crc32c, block)
+    found = Stamp("", 0, num_bytes, _crc32c_text(crc32c))
     stamp = read_stamp(path)
     return stamp if stamp and stamp.same_bytes(found) else found
 
 
-def check_undamaged(path: str, stamp: Stamp) -> None:
-    """Stops the run if a shard no longer has its bytes; the next run rewrites it."""
-    if read_crc32c(path) != stamp.crc32c:
+def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
+    """Stops the run if a shard no longer has its bytes; has the next run rewrite it."""
+    if not measure(path).same_bytes(stamp):
         with trying_to("write", path):
-            os.utime(path)  # now it is not as stamped, so the next run rewrites it
-        raise MachineError(
-            f"{path} has changed since it was written. Rerun the same command to write "
-            "it again.",
-            may_pass=True,
-        )
+            os.utime(path)  # now it is not as stamped
+        problem = f"{path} has changed since it was written. Rerun to write it again."
+        raise MachineError(problem, may_pass=True)
 
 
 # ---------------------------------------------------------------------------------
@@ -2519,7 +2496,7 @@ class Destination:
                     is_short = type(error) is ValueError
                     if not seconds or not (is_short or said.facts & _SENT_AGAIN):
                         raise
-                    check_undamaged(path, stamp)
+                    invalidate_if_damaged(path, stamp)
                     again = f"Uploading {name} again in {_duration(seconds)}"
                     logging.warning(f"{again}: {said.words}.")
                     self._pause(seconds)
@@ -3228,7 +3205,7 @@ def _check_earlier(
     say = lambda: f"Checked {number:,} of {_count(len(shards), 'earlier shard')}."
     with reporting(say):
         for number, shard in enumerate(shards):
-            check_undamaged(shard_path(shard, scratch_dir), stamps[shard.name])
+            invalidate_if_damaged(shard_path(shard, scratch_dir), stamps[shard.name])
 
 
 def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> None:
