@@ -11,8 +11,9 @@ uploads and throws their bytes away, until it is killed.
 It does what a client of the real service could notice: a chunk sent twice is stored
 once, a finished upload still answers with its object (both follow a lost connection),
 a session can be cancelled (499), a wrong crc32c is refused (400), a listing comes in
-pages of 1,000 objects, and errors carry the JSON that the client takes its message from. It also issues tokens, as Google's token endpoint,
-the metadata server of a VM and the impersonation of a service account do.
+pages of 1,000 objects, and errors carry the JSON that the client takes its message
+from. It also issues tokens, as Google's token endpoint, the metadata server of a VM and
+the impersonation of a service account do.
 
 NOTE: permissions are not checked: inject a `Status`.
 """
@@ -427,6 +428,13 @@ class Emulator:
         with self._lock:
             self._injections.clear()
             self._wrong_content.clear()
+
+    def has_struck(self) -> bool:
+        """Tells whether each fault injected so far has struck as often as it was to."""
+        with self._lock:
+            return all(
+                i.num_seen >= i.at - 1 + (i.times or 1) for i in self._injections
+            )
 
     def objects(self) -> dict[str, bytes]:
         """Returns the content of each object."""

@@ -281,6 +281,7 @@ def test_lines_are_plain_on_a_terminal_that_is_dumb(
     raw: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
     printed = on_terminal(raw, tmp_path, emulator, 80, TERM="dumb")
+    assert "The data set is complete" in printed
     for line in printed.splitlines():
         assert re.match(r"20\d\d-\d\d-\d\d ", line), line
         assert line.isprintable()

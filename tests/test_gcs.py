@@ -14,6 +14,7 @@ import contract
 import pytest
 from command import Finished, run_code, run_command
 from emulator import Emulator, Status, crc32c_of
+from processes import contents
 
 import imagenet_to_gcs as script
 
@@ -536,7 +537,7 @@ def test_finished_set_of_other_raw_data_is_never_replaced(
         remove = f"gcloud storage rm {place}/manifest.json"
         for name, data in objects.items():
             emulator.put(name, data)
-    before = emulator.objects()
+    before = emulator.objects(), contents(scratch)
     finished = upload(raw, emulator)
     assert (finished.status, finished.errors) == (
         1,
@@ -547,7 +548,7 @@ def test_finished_set_of_other_raw_data_is_never_replaced(
             )
         ],
     )
-    assert emulator.objects() == before
+    assert (emulator.objects(), contents(scratch)) == before
 
 
 @pytest.mark.parametrize("junk", [b"", b"junk", b"[1]", b'{"labels":5,"examples":[]}'])

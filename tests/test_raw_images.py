@@ -237,12 +237,6 @@ REFUSALS = {
     "sed -i 4s/.*/n01440876/ synset_labels.txt": (
         f"{UNKNOWN}{SEVERAL} 997 more; found n01440876. {HINT}"
     ),
-    "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
-    "sed -i 3s/.*/n01440875/ ../synset_labels.txt": (
-        "The folder and the line of 1 of 4 validation images disagree: RAW/validation/"
-        "n01440838/ILSVRC2012_val_00000003.JPEG is n01440838 by its folder, n01440875 "
-        f"by its line. Correct it. {TWO_COLUMNS}"
-    ),
     "cd train; rm -r n01440838; ln -s nothing n01440838": EACH,
     "cd train; rm -r n01440838; ln -s n01440838 n01440838": EACH,
     "cd train; rm -r n01440838; touch n01440838": EACH,

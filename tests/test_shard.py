@@ -10,6 +10,7 @@ from pathlib import Path
 import contract
 import google_crc32c
 import pytest
+from processes import copy_tree
 
 import imagenet_to_gcs as script
 
@@ -109,14 +110,16 @@ def test_stamp_says_what_the_shard_is(mixed_raw: Path, tmp_path: Path) -> None:
 def test_stamps_hold_the_same_bytes_whatever_they_were_written_for(
     mixed_raw: Path, tmp_path: Path
 ) -> None:
-    first, second = plan(mixed_raw)[:2]
+    raw = copy_tree(mixed_raw, tmp_path / "raw")
+    first, second = plan(raw)[:2]
     written = script.write_shard(first, str(tmp_path / "a"))
     again = script.write_shard(first, str(tmp_path / "b"))
     os.utime(first.images[0].path)
-    touched = script.write_shard(plan(mixed_raw)[0], str(tmp_path / "c"))
+    touched = script.write_shard(plan(raw)[0], str(tmp_path / "c"))
     other = script.write_shard(second, str(tmp_path / "a"))
     assert written.same_bytes(again)
     assert written.same_bytes(touched)
+    assert written.fingerprint != touched.fingerprint
     assert not written.same_bytes(other)
     paths = [path_of(first, tmp_path / name) for name in "abc"]
     assert len({path.read_bytes() for path in paths}) == 1

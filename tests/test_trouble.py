@@ -15,7 +15,6 @@ from pathlib import Path
 
 import contract
 import pytest
-import tars
 from command import SCRIPT, UPLOAD, Finished, environment, run_code, run_command
 from emulator import Emulator, Status
 from processes import Run, small_disk, started, unprivileged, wait_for
@@ -36,7 +35,7 @@ FAILING = r"""
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-/* From the fifth image of a process on, $FAILING (open or read) fails with $ERROR. */
+/* After five calls in a process for images, $FAILING (open or read) fails: $ERROR. */
 static int failing(const char *call, const char *path) {
   static int calls;
   const char *end = strrchr(path, '.');
@@ -164,17 +163,6 @@ def test_few_unreadable_images_are_named_as_bad_images_are(many: Path) -> None:
     assert done.errors == said
 
 
-def test_tar_that_changes_is_named_once(raw: Path, tmp_path: Path) -> None:
-    raw = tars.lay_out(raw, tmp_path / "other", "whole_tar", "flat")
-    tar = raw / "ILSVRC2012_img_train.tar"
-    with started(*flags(raw)) as run:
-        wait_for(lambda: "Writing " in run.output(), run)
-        tar.touch()
-        error = only_error(run.finish(), status=75)
-    changed = "has changed since the run began. Rerun the same command to resume."
-    assert error == f"{tar} {changed}"
-
-
 def test_many_bad_images_are_counted() -> None:
     problems = [f"Cannot decode {i:04d}: the file is empty." for i in range(1003)]
     said = script._first(problems)
@@ -250,21 +238,6 @@ def test_lost_working_directory_is_named(tmp_path: Path) -> None:
     done = in_shell(f"cd {tmp_path}; mkdir x; cd x; rmdir ../x; exec {relative}")
     said = "The working directory no longer exists: change to another (cd)."
     assert only_error(done) == said
-
-
-def test_another_run_is_waited_for(raw: Path) -> None:
-    """75 is the system's "try again later"."""
-    scratch = raw.parent / "scratch"
-    with started(*flags(raw)) as run:
-        wait_for(run.output, run)  # it has its lock before it says what it found
-        os.kill(run.pid, signal.SIGSTOP)
-        done = run_command(*flags(raw))
-        os.kill(run.pid, signal.SIGCONT)
-        assert run.finish().status == 0
-    assert only_error(done, 75) == (
-        f"Another run is writing to {scratch}: wait until it ends, or choose another "
-        "--local_scratch_dir."
-    )
 
 
 @pytest.mark.parametrize("make", ["true", "mkdir fake"], ids=["new", "empty"])
@@ -358,7 +331,7 @@ def test_warnings_neither_stop_an_upload_nor_show(
 # ------------------------------------------------------------------- as a library
 
 
-def test_outage_while_planning_is_the_service_s(raw: Path, emulator: Emulator) -> None:
+def test_refusal_while_planning_is_the_service_s(raw: Path, emulator: Emulator) -> None:
     emulator.inject(Status(403, "No access."), kind="session", at=1, times=None)
     code = """if True:
         import sys
@@ -392,7 +365,7 @@ def test_argument_of_another_type_is_named(
     assert str(caught.value) == f"{field} must be of type {wanted}; found {value!r}."
 
 
-def test_records_must_be_a_list(tmp_path: Path) -> None:
+def test_records_must_be_a_list_of_files(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="Records must be a list of paths; found 'x'"):
         script.upload_to_gcs("x", [], "gs://bucket/x", "project")
     missing = tmp_path / "x"
