@@ -246,7 +246,7 @@ def test_block_in_a_new_shell(
     assert "--project= " not in "".join(calls(programs))
 
 
-def test_download_is_started_once_and_checked(tmp_path: Path) -> None:
+def test_download_is_started_and_checked(tmp_path: Path) -> None:
     """With a `wget` that only notes how it was called, and tars that are damaged."""
     write_settings(tmp_path)
     programs = stand_ins(tmp_path, "wget")
@@ -267,6 +267,29 @@ def test_download_is_started_once_and_checked(tmp_path: Path) -> None:
 
 def shows(path: Path, text: bytes) -> bool:
     return text in path.read_bytes()
+
+
+def test_second_paste_of_the_download_only_watches(tmp_path: Path) -> None:
+    """While one runs: here, a process of that name that sleeps."""
+    write_settings(tmp_path)
+    programs = stand_ins(tmp_path, "wget")
+    (tmp_path / "wget.log").write_text("It runs.\n")
+    output = tmp_path / "output"
+    text = block("bash", "TRAINING_LINK")
+    with subprocess.Popen(["bash", "-c", "exec -a wget sleep 100"]) as download:
+        (tmp_path / "wget.pid").write_text(str(download.pid))
+        with output.open("wb") as file:
+            shell = subprocess.Popen(
+                ["bash", "-c", f"{text}:"],
+                env=environment(with_path({"HOME": str(tmp_path)}, programs)),
+                stdout=file,
+                stderr=file,
+            )
+        try:
+            wait_for(functools.partial(shows, output, b"It runs."))
+        finally:
+            download.kill()
+    assert (shell.wait(), calls(programs)) == (0, [])
 
 
 def test_second_paste_of_the_start_only_watches(tmp_path: Path) -> None:
