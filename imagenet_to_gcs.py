@@ -321,6 +321,7 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 PARALLEL_UPLOADS = 8  # the client's connection pool holds 10
 WAITING_SHARDS = 16  # that may wait for the network before a worker has to wait
+NAMED_IMAGES = 1000  # of those that cannot be used
 
 
 def run(
@@ -335,69 +336,52 @@ def run(
     """Writes the shards that are missing and uploads those that the bucket lacks.
 
     Args:
-      gcs_project: As --project; the others are as the flags of the same names.
-      client: To use for the upload instead of a new one.
+      client: To use instead of a new one; the others are as the flags.
       **more: Other fields of `Options`.
 
     Raises:
       BadImagesError: A RunError; all but the shards of these images are done.
-      InvalidInputError: A ValueError: what must be fixed; nothing was done.
+      InvalidInputError: A ValueError: what must be fixed before a shard is written.
       RunError: What stopped the run; finished shards are kept.
     """
     with as_a_guest():
         upload = gcs_upload, gcs_project, gcs_output_path
         options = Options(raw_data_dir, *upload, local_scratch_dir, client, **more)
         if options.dry_run:
-            if options.fake_imagenet:
-                make_fake_imagenet(options, None)
-            log_intent(plan_job(options))
+            plan_job(options)
             return
         # The pool imports TensorFlow while images are listed.
-        with contextlib.closing(Pool(options.workers)) as pool, _locked(options):
-            if options.fake_imagenet:
-                make_fake_imagenet(options, pool)
-            job = plan_job(options)
-            log_intent(job)
-            carry_out(job, pool)
+        with _locked(options), contextlib.closing(Pool(options.workers)) as pool:
+            carry_out(plan_job(options, pool), pool)
 
 
-def plan_job(options: Options) -> Job:
-    """Reads, plans and checks all that can be checked before the first image."""
-    problems: list[str] = []
-    dataset = Dataset()  # stays empty if its listing fails; the rest is checked, too
-    destination = failure = None
-    stopping = threading.Event()
-    background = concurrent.futures.ThreadPoolExecutor(1)
-    with _closing(background, stopping):
-        opened = background.submit(_open_destination, options, stopping)
-        with _collecting(problems):
-            dataset = _find_dataset(options)
-        try:
-            destination = opened.result()
-        except (InvalidInputError, RunError) as error:
-            failure = error
+def plan_job(options: Options, pool: Pool | None = None) -> Job:
+    """Plans, checks all that can be checked before the first image, and says so."""
+    dataset, destination = _find_dataset(options, pool), None
+    if options.gcs_upload:
+        path = GcsPath.parse(options.gcs_output_path or "")
+        stopping = pool.stopping if pool else None
+        destination = Destination(path, options.gcs_project, options.client, stopping)
+        destination.list_objects()
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
     objects = destination.objects if destination else None
     work = find_work(shards, options.scratch_dir, objects, options.is_own)
-    job = Job(options, dataset.synsets, shards, destination, work, stopping)
-    try:
-        if destination and work.left:
-            destination.check_access(work.left[0])
-    except (InvalidInputError, RunError) as error:
-        failure = error
-    problems += _finished_problems(job)
-    problems += [*_scratch_problems(job), *_bucket_problems(job)]
-    if problems:
-        raise InvalidInputError(*problems, *(failure.args if failure else ()))
-    if failure:
-        raise failure
+    job = Job(options, dataset.synsets, shards, destination, work)
+    checks = _finished_problems, _scratch_problems, _bucket_problems
+    if problems := [problem for check in checks for problem in check(job)]:
+        raise InvalidInputError(*problems)
+    if destination and work.left:
+        destination.check_access(work.left[0])
+    log_intent(job)
     return job
 
 
-def _find_dataset(options: Options) -> Dataset:
+def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
     """Lists the raw directory and says what it holds."""
-    if options.dry_run and options.fake_imagenet and not has_fake(options):
-        return planned_fake(options)
+    if options.fake_imagenet:
+        make_fake_imagenet(options, pool)
+        if not has_fake(options):  # a dry run
+            return planned_fake(options)
     with reporting(lambda: f"Still listing {options.raw_dir}."):
         dataset = read_dataset(options.raw_dir)
     num_classes = len({image.synset for image in dataset.training})
@@ -415,18 +399,6 @@ def _find_dataset(options: Options) -> Dataset:
     return dataset
 
 
-def _open_destination(
-    options: Options, stopping: threading.Event
-) -> Destination | None:
-    """Lists what the bucket holds; None without an upload."""
-    if not options.gcs_upload:
-        return None
-    path = GcsPath.parse(options.gcs_output_path or "")
-    destination = Destination(path, options.gcs_project, options.client, stopping)
-    destination.list_objects()
-    return destination
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run, with all that is known before its first image.
@@ -434,7 +406,6 @@ class Job:
     Attributes:
       shards: The whole plan, including the shards of other tasks.
       destination: None to write the shards only.
-      stopping: Set when the run fails, for its threads to end.
     """
 
     options: Options
@@ -442,7 +413,6 @@ class Job:
     shards: list[Shard]
     destination: Destination | None
     work: Work
-    stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
     def num_missing(self) -> int:
@@ -481,58 +451,47 @@ class Work:
     @property
     def left(self) -> list[str]:
         """Names of this task's shards that are not finished."""
-        uploads = (shard for shard, _ in self.to_upload)
-        return [shard.name for shard in (*self.to_write, *uploads)]
+        return [shard.name for shard, _ in self.in_turn()]
 
     def in_turn(self) -> list[tuple[Shard, Stamp | None]]:
         """What is left to write, and to upload with its stamp; so that neither waits."""
-        shards: list[tuple[Shard, Stamp | None]] = [(s, None) for s in self.to_write]
-        for i, upload in enumerate(self.to_upload):
-            shards.insert(2 * i, upload)
-        return shards
+        to_write = ((shard, None) for shard in self.to_write)
+        pairs = itertools.zip_longest(self.to_upload, to_write)
+        return [each for pair in pairs for each in pair if each]
 
 
 def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
-    options, work = job.options, job.work
-    own = options.share(job.shards)
-    num_done = len(own) - len(work.left)
-    found = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
-    if strangers := _strangers(found, job.shards):
+    options, work, own = job.options, job.work, job.options.share(job.shards)
+    files = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
+    if strangers := _strangers(files, job.shards):
         logging.warning(
             f"{options.scratch_dir} also holds {_count(len(strangers), 'shard')} of "
             f"another plan: {_some(strangers)}. Remove what you do not need."
         )
     if options.task_count > 1:
         logging.info(
-            f"Task {options.task:,} of {options.task_count:,}. Over all tasks, "
-            f"{job.num_missing:,} of {_count(len(job.shards), 'shard')} are still "
-            "missing."
+            f"Task {options.task:,} of {options.task_count:,}. All tasks have yet to "
+            f"finish {job.num_missing:,} of {_count(len(job.shards), 'shard')}."
         )
     if work.differing:
         logging.warning(f"{_difference(job, work)}.")
-    if not work.left:
-        logging.info(
-            f"Nothing to do: {_count(len(own), 'shard')} are up to date in {job.place}."
-        )
-    elif num_done or work.to_upload:
-        line = f"Resuming: {num_done:,} of {_count(len(own), 'shard')} are up to date"
-        if work.to_upload:
-            line += f"; {len(work.to_upload):,} need only be uploaded"
-        logging.info(f"{line}.")
+    num_done = len(own) - len(work.left)
+    found = f"{num_done:,} of {_count(len(own), 'shard')} up to date in {job.place}"
+    if work.to_upload:
+        found += f", and {len(work.to_upload):,} to upload in {options.scratch_dir}"
+    if num_done or work.to_upload or not work.left:
+        verb = "Resuming" if work.left else "Nothing to do"
+        logging.info(f"{verb}: found {found}.")
     if work.to_write:
+        num_images = sum(len(shard.images) for shard in work.to_write)
         num_bytes = sum(shard.estimated_bytes for shard in work.to_write)
         then = f", and from there to {job.place}" if job.destination else ""
         logging.info(
             f"{'Would write' if options.dry_run else 'Writing'} "
-            f"{_shards_of_images(work.to_write)} ({_size(num_bytes)}) to "
-            f"{options.scratch_dir}{then}."
+            f"{_count(len(work.to_write), 'shard')} of {_count(num_images, 'image')} "
+            f"({_size(num_bytes)}) to {options.scratch_dir}{then}."
         )
-
-
-def _shards_of_images(shards: Sequence[Shard]) -> str:
-    num_images = sum(len(shard.images) for shard in shards)
-    return f"{_count(len(shards), 'shard')} of {_count(num_images, 'image')}"
 
 
 def carry_out(job: Job, pool: Pool) -> None:
@@ -543,24 +502,85 @@ def carry_out(job: Job, pool: Pool) -> None:
     if not job.options.keep_local_shards:
         for path in _uploaded_before(job):
             remove(path)
-    progress = Progress(job)
     if job.work.left:
         try:
-            with reporting(progress.line):
-                write_and_upload(job, progress, pool)
+            write_and_upload(job, pool)
         except RunError:
-            if job.work.done or job.work.to_upload or progress.written.shards:
-                logging.info("Finished shards are kept.")
+            logging.info("Finished shards are kept.")
             raise
-        _log_done(job, progress)
-    if progress.bad_images:
-        bad = _count(len(progress.bad_images), "image")
-        words = "are unusable; their shards were not written. Replace them"
-        if len(progress.bad_images) == 1:
-            words = "is unusable; its shard was not written. Replace it"
-        logging.info(f"{bad} {words} and rerun the same command.")
-        raise BadImagesError(*_first(sorted(progress.bad_images)))
     _finish(job)
+
+
+def write_and_upload(job: Job, pool: Pool) -> None:
+    """Takes each shard all the way, in a thread of its own.
+
+    There are `num_workers` + 16 threads, so no more shards than that are on their way
+    at any time, however slow the network is. Bad images do not stop the others.
+    """
+    progress, uploads = Progress(job), threading.Semaphore(PARALLEL_UPLOADS)
+    take = functools.partial(_take_shard, job, pool, progress, uploads)
+    bad_images: list[str] = []
+    unreadable: list[str] = []
+    size = job.options.workers + WAITING_SHARDS
+    threads = concurrent.futures.ThreadPoolExecutor(size)
+    with reporting(progress.line), _finishing(threads, pool.stopping):
+        futures = [threads.submit(take, *each) for each in job.work.in_turn()]
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                future.result()
+            except BadImagesError as error:
+                bad_images += error.args
+                unreadable += error.unreadable
+                check_readable(unreadable, job.options.raw_dir)
+    progress.log_done()
+    if bad_images:
+        images = _count(len(bad_images), "unusable image")
+        logging.info(f"Some shards were not written. Replace {images} and rerun.")
+        raise BadImagesError(*sorted(bad_images)[:NAMED_IMAGES])
+
+
+def _take_shard(
+    job: Job,
+    pool: Pool,
+    progress: Progress,
+    uploads: threading.Semaphore,
+    shard: Shard,
+    stamp: Stamp | None,
+) -> None:
+    """Takes a shard from its images, or from the disk if it has a stamp, to its end."""
+    scratch_dir, is_kept = job.options.scratch_dir, job.options.keep_local_shards
+    if not stamp:
+        announce(shard.images[:FIRST_IMAGES])
+        write = functools.partial(pool.call, write_records)
+        stamp = write_shard(shard, scratch_dir, write, durable=is_kept)
+        progress.writing.stamps.append(stamp)
+    if job.destination:
+        path = shard_path(shard, scratch_dir)
+        with uploads:
+            if not job.destination.upload(path, stamp, progress.sent):
+                return
+        progress.uploading.stamps.append(stamp)
+        if not is_kept:
+            remove(path)
+    job.work.done[shard.name] = stamp
+
+
+@contextlib.contextmanager
+def _finishing(
+    threads: concurrent.futures.Executor, stopping: threading.Event | None = None
+) -> Iterator[None]:
+    """Waits for threads to finish; on an error, cancels what has not begun.
+
+    After a signal, the command does not wait: its end ends the threads as well.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if stopping:
+            stopping.set()
+        threads.shutdown(wait=not isinstance(error, Stopped), cancel_futures=True)
+        raise
+    threads.shutdown()
 
 
 def _finish(job: Job) -> None:
@@ -580,10 +600,8 @@ def _finish(job: Job) -> None:
         raise RunError(f"{_difference(job, work)}. Rerun all tasks on equal ones.")
     if work.differing != job.work.differing:
         logging.warning(f"{_difference(job, work)}.")
-    logging.info(
-        f"This task is done; {_count(missing, 'shard')} of other tasks are still "
-        "missing."
-    )
+    missing_shards = _count(missing, "shard")
+    logging.info(f"This task is done; others have yet to finish {missing_shards}.")
 
 
 def _difference(job: Job, work: Work) -> str:
@@ -593,99 +611,6 @@ def _difference(job: Job, work: Work) -> str:
         f"({_some(work.differing)}) of other images than here: the machines' raw "
         "directories differ, unless a task is still replacing them"
     )
-
-
-def _first(problems: list[str], most: int = 1000) -> list[str]:
-    """The first of many problems, and a line that counts the others."""
-    more = [f"{_count(len(problems) - most, 'more image')} cannot be used."]
-    return [*problems[:most], *more] if len(problems) > most else problems
-
-
-def write_and_upload(job: Job, progress: Progress, pool: Pool) -> None:
-    """Takes each shard all the way from its images to the bucket, in its own thread.
-
-    There are `num_workers` + 16 threads, so no more shards than that are on their way
-    at any time, however slow the network is. Bad images do not stop the others.
-    """
-    options, destination = job.options, job.destination
-    is_kept = options.keep_local_shards
-    uploads = threading.Semaphore(PARALLEL_UPLOADS)
-    unreadable: list[str] = []
-    begun = threading.Semaphore(2 * options.workers)  # a call, and the next
-
-    def write(shard: Shard, temporary_path: str) -> Stamp:
-        with begun:
-            if job.stopping.is_set():
-                raise concurrent.futures.CancelledError
-            written: Stamp = pool.call(write_records, shard, temporary_path)
-            return written
-
-    def take(shard: Shard, stamp: Stamp | None) -> None:
-        path = shard_path(shard, options.scratch_dir)
-        if not stamp:
-            announce(shard.images[:FIRST_IMAGES])
-            stamp = write_shard(shard, options.scratch_dir, write, durable=is_kept)
-            progress.wrote(shard, stamp)
-        if destination:
-            with uploads:
-                if not destination.upload(path, stamp, progress.sent):
-                    return
-            progress.sent(0, num_shards=1)
-            if not is_kept:
-                remove(path)
-        job.work.done[shard.name] = stamp
-
-    threads = concurrent.futures.ThreadPoolExecutor(options.workers + WAITING_SHARDS)
-    with _closing(threads, job.stopping):
-        futures = [threads.submit(take, *each) for each in job.work.in_turn()]
-        for future in concurrent.futures.as_completed(futures):
-            try:
-                future.result()
-            except BadImagesError as error:
-                progress.bad_images.extend(error.args)
-                unreadable += error.unreadable
-                check_readable(unreadable, options.raw_dir)
-
-
-@contextlib.contextmanager
-def _closing(
-    pool: concurrent.futures.Executor, stopping: threading.Event | None = None
-) -> Iterator[None]:
-    """Waits for a pool to finish; on an error, cancels what has not begun.
-
-    After a signal, the command does not wait: its end ends the threads as well.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if stopping:
-            stopping.set()
-        is_ending = isinstance(error, Stopped)
-        pool.shutdown(wait=not is_ending, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _log_done(job: Job, progress: Progress) -> None:
-    seconds, written, uploaded = progress.seconds(), progress.written, progress.uploaded
-    if progress.to_write.shards:
-        logging.info(
-            f"Wrote {written.shards:,} of {_count(progress.to_write.shards, 'shard')} "
-            f"({_count(written.images, 'image')}, {_size(written.num_bytes)}) to "
-            f"{job.options.scratch_dir} in {_duration(seconds)}, "
-            f"{written.images / seconds:,.0f} images/s, "
-            f"{_size(written.num_bytes / seconds)}/s."
-        )
-    if progress.repaired:
-        images = _count(progress.repaired, "PNG or CMYK image")
-        logging.info(f"Encoded {images} again as RGB JPEG.")
-    if job.destination and progress.to_upload.shards:
-        logging.info(
-            f"Uploaded {uploaded.shards:,} of "
-            f"{_count(progress.to_upload.shards, 'shard')} "
-            f"({_size(uploaded.num_bytes)}) to {job.destination.path} in "
-            f"{_duration(seconds)}."
-        )
 
 
 # ---------------------------------------------------------------------------------
@@ -1454,25 +1379,23 @@ def plan_shards(
     training_shards: int = TRAINING_SHARDS,
     validation_shards: int = VALIDATION_SHARDS,
 ) -> list[Shard]:
-    """Cuts both splits into shards, the training images shuffled with seed 0."""
+    """Cuts both splits into shards, the training images shuffled with seed 0.
+
+    Each shard has ceil(n / num_shards) images, but for the last ones, which can be
+    empty: 5 images in 4 shards are 2, 2, 1, 0.
+    """
     training = list(dataset.training)
     random.Random(0).shuffle(training)
-    return [
-        *_cut(TRAINING_DIRECTORY, training, training_shards),
-        *_cut(VALIDATION_DIRECTORY, dataset.validation, validation_shards),
-    ]
-
-
-def _cut(split: str, images: Sequence[RawImage], num_shards: int) -> list[Shard]:
-    """Cuts n images into chunks of ceil(n / num_shards); the last ones can be empty.
-
-    5 images in 4 shards: 2, 2, 1, 0.
-    """
-    size = images_per_shard(len(images), num_shards)
-    return [
-        Shard(split, i, num_shards, tuple(images[i * size : (i + 1) * size]))
-        for i in range(num_shards)
-    ]
+    shards = []
+    for split, images, num_shards in (
+        (TRAINING_DIRECTORY, training, training_shards),
+        (VALIDATION_DIRECTORY, dataset.validation, validation_shards),
+    ):
+        size = images_per_shard(len(images), num_shards)
+        for i in range(num_shards):
+            chunk = tuple(images[i * size : (i + 1) * size])
+            shards.append(Shard(split, i, num_shards, chunk))
+    return shards
 
 
 def images_per_shard(num_images: int, num_shards: int) -> int:
@@ -1718,9 +1641,9 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
 def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
 
-    Protobuf's map would otherwise be written in an order that changes from run to run.
-    Filling a new `Example` in place is three times as fast as composing one of parts;
-    one that is reused keeps the memory of every JPEG.
+    Otherwise the order of protobuf's map would change from run to run. Filling a new
+    `Example` in place is three times as fast as composing one of parts; one that is
+    reused keeps the memory of every JPEG.
     """
     import tensorflow as tf
 
@@ -1735,8 +1658,7 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     feature["image/format"].bytes_list.value.append(b"JPEG")
     feature["image/filename"].bytes_list.value.append(os.fsencode(image.filename))
     feature["image/encoded"].bytes_list.value.append(encoded.jpeg)
-    serialized: bytes = example.SerializeToString(deterministic=True)
-    return serialized
+    return bytes(example.SerializeToString(deterministic=True))
 
 
 class RecordWriter:
@@ -1745,7 +1667,7 @@ class RecordWriter:
     A record is its length (8 bytes, little-endian), the masked crc32c of these 8
     bytes, the data, and the masked crc32c of the data
     (https://www.tensorflow.org/tutorials/load_data/tfrecord). TensorFlow's own writer
-    does not report the file's checksum, so all 147 GB would have to be reread.
+    does not tell the file's checksum.
     """
 
     def __init__(self, file: BinaryIO):
@@ -1959,49 +1881,53 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # 8. Processes that write shards, and the line that says how far they are
 
 
-IS_VERBOSE = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0"  # shows TensorFlow's log
-LAST_WORDS_BYTES = 4096
+# The run starts a helper, which imports TensorFlow, forks the workers and waits:
+#
+#                         the run      the helper   a worker
+#   stdin                 writes       reads        reads
+#   stderr                reads        writes       writes
+#   a socket per worker   one end                   the other end
+#
+# Nothing is ever written to that stdin. The run closes it to end the processes, as the
+# system does if the run is killed: a thread in each of them sees that and exits.
+#
+# When a worker dies, its socket closes, which the thread sees that awaits its answer.
+# The helper then dies of the same signal, or with the same exit status, from which the
+# run knows the cause. If the helper alone is killed, the workers go on.
+
+LAST_WORDS_BYTES = 2**16
 # Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
 # and what libjpeg says of each skeleton.
 NOISE = re.compile(
-    r"\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
+    r"$|\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
 )
 TOO_MANY = re.compile(r"pthread_create\(\) failed|start new thread|BlockingIOError: ")
 IMPORT_FAILED = 88  # exit status of the helper if it cannot import TensorFlow
 
 
 class Pool:
-    """Processes that make calls for the threads of the run, one at a time each.
-
-    A helper imports TensorFlow while images are listed, forks the workers, and dies
-    like the first of them that dies. All end when their stdin is closed, by any end.
-    """
+    """Processes that make calls for the threads of the run, one at a time each."""
 
     def __init__(self, num_workers: int):
         if not os.path.exists(__file__):
-            problem = "The script must be a file, for its worker processes read it, too"
-            raise InvalidInputError(f"{problem}; it comes from {__file__}.")
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._words = b""  # the last that the processes wrote to stderr
-        self._cause: RunError | None = None  # why they died
-        self._ending = threading.Lock()
-        with contextlib.ExitStack() as stack, trying_to("start", "a process"):
+            raise InvalidInputError(f"The script must be a file; found {__file__}.")
+        self.stopping = threading.Event()  # set when the run fails: no more calls
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # sockets, as files
+        self._words = b"\n"  # the last that the processes wrote to stderr
+        try:
             pairs = [socket.socketpair() for _ in range(num_workers)]
-            for end in itertools.chain(*pairs):
-                stack.enter_context(end)
-            try:
-                self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
-            except BlockingIOError as error:
-                raise MachineError(TOO_MANY_THREADS) from error
-            for ours, _ in pairs:
-                self._idle.put(ours.makefile("rwb"))
+            self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
+        except BlockingIOError as error:
+            raise MachineError(TOO_MANY_THREADS) from error
+        for ours, theirs in pairs:
+            self._idle.put(ours.makefile("rwb"))
+            theirs.close()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def close(self) -> None:
         """Ends all processes; calls that are under way raise an error."""
-        if self._helper.stdin:
-            self._helper.stdin.close()
+        self._helper.stdin.close()
         self._helper.kill()
         self._helper.wait()
         self._listener.join(timeout=1)  # longer only if a disk holds a worker
@@ -2010,6 +1936,8 @@ class Pool:
         """Calls a function in the next worker that is idle."""
         pipe = self._idle.get()
         try:
+            if self.stopping.is_set():
+                raise concurrent.futures.CancelledError
             pickle.dump(functools.partial(function, *arguments), pipe)
             pipe.flush()
             result, error = pickle.load(pipe)
@@ -2023,45 +1951,33 @@ class Pool:
 
     def _listen(self) -> None:
         """Keeps the last of what the helper and the workers write to stderr."""
-        with self._helper.stderr or open(os.devnull, "rb") as stderr:
+        with self._helper.stderr as stderr:
             while piece := os.read(stderr.fileno(), 2**16):
                 self._words = (self._words + piece)[-LAST_WORDS_BYTES:]
                 time.sleep(0.05)  # else each image would wake this thread
 
-    def _death(self) -> RunError:
-        """Says what a worker or the helper died of: the same to all threads."""
-        with self._ending:
-            if not self._cause:
-                time.sleep(0.2)  # a signal to the whole run may still be on its way
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._helper.wait(timeout=5)
-                self.close()
-                is_cut = len(self._words) == LAST_WORDS_BYTES
-                lines = self._words.decode(errors="replace").splitlines()[is_cut:]
-                self._cause = _cause_of_death(self._helper.returncode, lines)
-        return self._cause
+    def _death(self) -> MachineError:
+        """Ends the processes, and says what the first to die has died of."""
+        time.sleep(0.2)  # a signal to the whole run may still be on its way
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._helper.wait(timeout=5)
+        self.close()
+        return _cause_of_death(self._helper.returncode, self._words)
 
 
-def _start_helper(sockets: list[int]) -> subprocess.Popen[bytes]:
-    """Runs this file, whatever its name, as the same module; see its last lines.
-
-    With runpy, importing TensorFlow takes 0.4 s longer.
-    """
+def _start_helper(sockets: list[int]) -> Any:
+    """Runs this file, whatever its name, as the same module; see its last lines."""
     paths = [path for path in sys.path if os.path.isabs(path)]
-    code = (
-        f"import sys; sys.path[:] = {paths!r}; WORKER_SOCKETS = {sockets!r}; "
-        f"__file__ = {os.path.abspath(__file__)!r}; __name__ = {__name__!r}; "
-        "sys.modules[__name__] = sys.modules['__main__']; "
-        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
-    )
-    level = "0" if IS_VERBOSE else "3"
+    arguments = os.path.abspath(__file__), {"WORKER_SOCKETS": sockets}, __name__
+    code = f"import runpy, sys; sys.path[:] = {paths}; runpy.run_path{arguments}"
+    quiet = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code],  # no warning is a cause of death
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        stderr=None if IS_VERBOSE else subprocess.PIPE,
+        stderr=subprocess.PIPE,
         pass_fds=sockets,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": level},
+        env={**os.environ, **quiet},
         cwd="/",  # the current directory may be gone, which TensorFlow minds
         start_new_session=True,  # which neither Ctrl-C nor hangups reach
     )
@@ -2070,8 +1986,7 @@ def _start_helper(sockets: list[int]) -> subprocess.Popen[bytes]:
 def _fork_workers(sockets: Sequence[int]) -> NoReturn:
     """Imports TensorFlow and forks a worker for each socket; runs in the helper."""
     threading.Thread(target=_end_with_run, daemon=True).start()
-    warnings.simplefilter("ignore")  # a warning is never the cause of death
-    gc.disable()  # or the import would take 1.2 times as long
+    gc.disable()  # or the import would take 1.6 times as long
     try:
         import tensorflow  # noqa: F401
     except BaseException:  # noqa: BLE001
@@ -2079,9 +1994,8 @@ def _fork_workers(sockets: Sequence[int]) -> NoReturn:
         os._exit(IMPORT_FAILED)
     gc.freeze()
     gc.enable()
-    workers = set()
-    for own in sockets:  # a fork after TensorFlow has run anything would hang
-        workers.add(os.fork() or _make_calls(own, {*sockets} - {own}))
+    # A fork after TensorFlow has run anything would hang.
+    workers = {os.fork() or _make_calls(own, {*sockets} - {own}) for own in sockets}
     for each in sockets:
         os.close(each)
     with contextlib.suppress(ChildProcessError):  # all have ended
@@ -2122,25 +2036,25 @@ def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
     os._exit(0)
 
 
-def _cause_of_death(status: int, lines: Sequence[str]) -> RunError:
-    """Puts an exit status and last words into a line."""
-    text = "\n".join(lines)
+def _cause_of_death(status: int, words: bytes) -> MachineError:
+    """Puts an exit status and what was last written to stderr into a line."""
+    text = words.decode(errors="replace")
     if status == -signal.SIGKILL or "failed to map segment" in text:
         cause = "most likely because the machine ran out of memory"
         return MachineError(f"A worker process was killed, {cause}. {FEWER_WORKERS}.")
     if TOO_MANY.search(text):
         return MachineError(TOO_MANY_THREADS)
-    lines = [line for line in lines if line and not NOISE.match(line)]
+    _, *lines = text.splitlines()  # the first may be cut
+    lines = [line for line in lines if not NOISE.match(line)]
     errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
-    words = [signal.Signals(-status).name] if status < 0 else []
-    words += (errors or lines)[-1:]
-    said = ": ".join(words).rstrip(".") or f"exit status {status}"
-    if status == -signal.SIGILL:
-        said += ", as if TensorFlow were built for another processor"
+    said = [signal.Signals(-status).name] if status < 0 else []
+    said += (errors or lines)[-1:]
+    cause = ": ".join(said).rstrip(".") or f"exit status {status}"
     if status == IMPORT_FAILED:
-        said += f". Run: {INSTALL}"
-        return MachineError(f"TensorFlow cannot be imported: {said}.")
-    return MachineError(f"A worker process died: {said}. {FIX_AND_RERUN}")
+        return MachineError(f"TensorFlow cannot be imported: {cause}. Run: {INSTALL}.")
+    if status == -signal.SIGILL:
+        cause += ", as if TensorFlow were built for another processor"
+    return MachineError(f"A worker process died: {cause}. {FIX_AND_RERUN}")
 
 
 LOG_SECONDS = 10.0
@@ -2149,120 +2063,111 @@ SPEED_SECONDS = 30.0
 
 
 @dataclasses.dataclass
-class Tally:
-    """How many shards, images in them and bytes."""
+class Stage:
+    """Writing or uploading: the shards that it has to do, and the stamps of the done."""
 
-    shards: int = 0
-    images: int = 0
-    num_bytes: int = 0
+    shards: Sequence[Shard]
+    stamps: list[Stamp] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{len(self.stamps):,} of {_count(len(self.shards), 'shard')}"
+
+    @property
+    def num_images(self) -> int:
+        return sum(stamp.num_examples for stamp in self.stamps)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(stamp.num_bytes for stamp in self.stamps)
 
 
 class Progress:
-    """Counts what the threads have done, and says how fast they are.
-
-    Attributes:
-      to_write, to_upload: In all; bytes of a shard are estimated until it is written.
-      written, uploaded: So far; the bytes of `uploaded` are of begun shards, too.
-    """
+    """How far the writing and the upload are, and how fast they go."""
 
     def __init__(self, job: Job):
-        to_write, to_upload = job.work.to_write, job.work.to_upload
-        num_bytes = sum(shard.estimated_bytes for shard in to_write)
-        num_images = sum(len(shard.images) for shard in to_write)
-        self.to_write = Tally(len(to_write), num_images, num_bytes)
-        self.to_upload, self.written, self.uploaded = Tally(), Tally(), Tally()
-        if job.destination:
-            self.to_upload.shards = len(to_write) + len(to_upload)
-            num_bytes += sum(stamp.num_bytes for _, stamp in to_upload)
-            self.to_upload.num_bytes = num_bytes
-        self.repaired = 0  # images that were encoded again
-        self.bad_images: list[str] = []  # a line for each; their shards are not written
-        self._options = job.options
-        self._has_begun = not to_write
-        self._start = time.monotonic()
-        self._history = collections.deque([(0.0, 0, 0, 0)])
+        shards = [shard for shard, _ in job.work.in_turn()]
+        self.writing = Stage(job.work.to_write)
+        self.uploading = Stage(shards if job.destination else [])
+        self._last = self.uploading if job.destination else self.writing
+        self._num_images = sum(len(shard.images) for shard in shards)
+        self._job = job
+        self._sent_bytes = 0  # of shards that are being uploaded, too
         self._lock = threading.Lock()
+        self._start = time.monotonic()
+        self._history = collections.deque([(0.0, 0, 0)])
 
-    def wrote(self, shard: Shard, stamp: Stamp) -> None:
+    def sent(self, num_bytes: int) -> None:
+        """Counts what was uploaded; less than none if it has to be sent again."""
         with self._lock:
-            self.written.shards += 1
-            self.written.images += stamp.num_examples
-            self.written.num_bytes += stamp.num_bytes
-            self.repaired += stamp.num_repaired
-            if self.to_upload.shards:
-                self.to_upload.num_bytes += stamp.num_bytes - shard.estimated_bytes
-
-    def sent(self, num_bytes: int, num_shards: int = 0) -> None:
-        """Counts what has left; less than none if it has to be sent again."""
-        with self._lock:
-            self.uploaded.num_bytes += num_bytes
-            self.uploaded.shards += num_shards
+            self._sent_bytes += num_bytes
 
     def seconds(self) -> float:
         return max(time.monotonic() - self._start, 1e-3)
 
     def line(self) -> str:
         """Says how far the run is, in the order of interest: terminals are narrow."""
-        if not self._has_begun:
-            scratch_dir = pathlib.Path(self._options.scratch_dir)
-            begun = scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
-            self._has_begun = self.written.shards > 0 or any(begun)
-        if not self._has_begun and not self.uploaded.num_bytes:
-            return f"Starting {_count(self._options.workers, 'worker')}."
-        seconds, images, written, sent = self._lately()
-        stages = (
-            (self.written.images, self.to_write.images, images / seconds),
-            (self.uploaded.num_bytes, self.to_upload.num_bytes, sent / seconds),
+        writing, uploading, options = self.writing, self.uploading, self._job.options
+        begun = pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
+        if not (writing.stamps or self._sent_bytes or any(begun)):
+            return f"Starting {_count(options.workers, 'worker')}."
+        share = self._last.num_images / max(self._num_images, 1)
+        parts = [f"{math.floor(100 * share)}%"]
+        if share:
+            parts.append(f"{_duration(self.seconds() * (1 / share - 1))} left")
+        if writing.shards:
+            parts.append(f"{writing} written")
+        if len(uploading.shards) == len(writing.shards):
+            parts.append(f"{len(uploading.stamps):,} uploaded")
+        elif uploading.shards:
+            parts.append(f"{uploading} uploaded")
+        images_per_second, bytes_per_second = self._speeds()
+        if writing.shards:
+            parts.append(f"{images_per_second:,.0f} images/s")
+        return ", ".join([*parts, f"{_size(bytes_per_second)}/s."])
+
+    def _speeds(self) -> tuple[float, float]:
+        """Images written, and bytes uploaded, or else written, a second of late."""
+        num_bytes = (
+            self._sent_bytes if self._job.destination else self.writing.num_bytes
         )
-        shares = [done / total for done, total, _ in stages if total]
-        parts = [f"{math.floor(100 * min(shares, default=1))}%"]
-        with contextlib.suppress(ZeroDivisionError):  # nothing is known of one of them
-            slower = max(self._time_left(*stage) for stage in stages)
-            parts.append(f"{_duration(slower)} left")
-        parts += self._shards_done()
-        if self.to_write.shards:
-            parts.append(f"{images / seconds:,.0f} images/s")
-        num_bytes = sent if self.to_upload.shards else written
-        parts.append(f"{_size(num_bytes / seconds)}/s")
-        return ", ".join(parts) + "."
-
-    def _time_left(self, done: int, total: int, speed: float) -> float:
-        """Seconds, at the speed of late, or that of the whole run if it has stalled."""
-        return (total - done) / (speed or done / self.seconds()) if total > done else 0
-
-    def _shards_done(self) -> Iterator[str]:
-        """Says '5 of 9 shards written', '2 uploaded'."""
-        to_write, to_upload = self.to_write.shards, self.to_upload.shards
-        written, uploaded = f"{self.written.shards:,}", f"{self.uploaded.shards:,}"
-        if to_write:
-            yield f"{written} of {_count(to_write, 'shard')} written"
-        if to_upload and not to_write:
-            yield f"{uploaded} of {_count(to_upload, 'shard')} uploaded"
-        elif to_upload:
-            of_all = f" of {to_upload:,}" * (to_upload != to_write)
-            yield f"{uploaded}{of_all} uploaded"
-
-    def _lately(self) -> list[float]:
-        """Seconds, images and bytes written, and bytes sent since half a minute ago."""
-        done = self.written.images, self.written.num_bytes, self.uploaded.num_bytes
-        now = (self.seconds(), *done)
-        while len(self._history) > 1 and now[0] - self._history[1][0] >= SPEED_SECONDS:
-            self._history.popleft()
+        now = self.seconds(), self.writing.num_images, num_bytes
         self._history.append(now)
-        return [new - old for new, old in zip(now, self._history[0])]
+        while now[0] - self._history[1][0] >= SPEED_SECONDS:
+            self._history.popleft()
+        seconds, *done = (new - old for new, old in zip(now, self._history[0]))
+        return done[0] / seconds, done[1] / seconds
+
+    def log_done(self) -> None:
+        """Says what was written and uploaded, and how fast."""
+        seconds, written, uploaded = self.seconds(), self.writing, self.uploading
+        scratch_dir = self._job.options.scratch_dir
+        stages = (
+            ("Wrote", written, scratch_dir),
+            ("Uploaded", uploaded, self._job.place),
+        )
+        for verb, stage, place in stages:
+            if stage.shards:
+                logging.info(
+                    f"{verb} {stage} ({_count(stage.num_images, 'image')}, "
+                    f"{_size(stage.num_bytes)}) to {place} in {_duration(seconds)}, "
+                    f"{stage.num_images / seconds:,.0f} images/s, "
+                    f"{_size(stage.num_bytes / seconds)}/s."
+                )
+        if repaired := sum(stamp.num_repaired for stamp in written.stamps):
+            images = _count(repaired, "PNG or CMYK image")
+            logging.info(f"Encoded {images} again as RGB JPEG.")
 
 
 @contextlib.contextmanager
 def reporting(say: Callable[[], str]) -> Iterator[None]:
     """Shows progress: a live line on a terminal, else a log line every 10 seconds."""
     is_over = threading.Event()
+    seconds = REDRAW_SECONDS if live_line.is_on else LOG_SECONDS
+    show = live_line.draw if live_line.is_on else logging.info
 
     def report() -> None:
-        while not is_over.wait(REDRAW_SECONDS if live_line.is_on else LOG_SECONDS):
-            if live_line.is_on:
-                live_line.draw(say())
-            else:
-                logging.info(say())
+        while not is_over.wait(seconds):
+            show(say())
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
@@ -2718,7 +2623,7 @@ def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str,
 def _upload_missing(destination: Destination, stamps: Mapping[str, Stamp]) -> None:
     missing = _missing(destination, stamps)
     threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
-    with _closing(threads, destination.stopping):
+    with _finishing(threads, destination.stopping):
         list(threads.map(destination.upload, missing, missing.values()))
 
 
@@ -3874,7 +3779,7 @@ def _draw_all(paths: Sequence[pathlib.Path], num_workers: int, pool: Pool) -> No
     threads = concurrent.futures.ThreadPoolExecutor(2 * num_workers)
     number = 0
     say = lambda: f"Generated {number:,} of {len(paths):,} fake images."
-    with reporting(say), _closing(threads):
+    with reporting(say), _finishing(threads):
         for _ in threads.map(draw, paths, itertools.count()):
             number += 1
 

@@ -167,22 +167,31 @@ def test_progress_is_logged_while_it_runs(
     done = r"\d+%(, \d+ (s|min) left)?, \d+ of {} shards written"
     speed = r"\d+ images/s, [\d.]+ (bytes|KB|MB)/s\.\n"
     assert re.search(f"{done.format(24)}, {speed}", finished.stderr)
-    uploaded = r"\d+ of 44 uploaded"
+    uploaded = r"\d+ of 44 shards uploaded"
     assert re.search(f"{done.format(40)}, {uploaded}, {speed}", finished.stderr)
 
 
-def progress_of(raw: Path, scratch: Path) -> script.Progress:
-    options = script.Options(str(raw), False, None, None, str(scratch))
-    return script.Progress(script.plan_job(options))
+STAMP = script.Stamp("", 1000, 10**8, "")
 
 
-def test_speed_is_that_of_late(
-    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def progress_of(
+    raw: Path, to_write: int, to_upload: int, has_upload: bool = False
+) -> script.Progress:
+    """Makes the progress of a run of so many shards of 1,000 images."""
+    scratch_dir = str(raw / "scratch")
+    options = script.Options(str(raw), False, None, None, scratch_dir, num_workers=1)
+    images = (script.RawImage("/raw", "a.JPEG", "n1", 1, 10**5, 1),) * 1000
+    num_shards = to_write + to_upload
+    shards = [script.Shard("train", i, num_shards, images) for i in range(num_shards)]
+    work = script.Work(shards[:to_write], [(s, STAMP) for s in shards[to_write:]])
+    destination = object.__new__(script.Destination) if has_upload else None
+    return script.Progress(script.Job(options, ("n1",), shards, destination, work))
+
+
+def test_speed_is_that_of_late(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the last half minute, so that a link that stalls is seen."""
-    progress = progress_of(raw, tmp_path)
-    shard = script.Shard("train", 0, 1, ())
-    progress.wrote(shard, script.Stamp("", 1, 10**15, ""))
+    progress = progress_of(raw, 2, 0)
+    progress.writing.stamps.append(STAMP)
     assert ", 0 bytes/s" not in progress.line()
     monkeypatch.setattr(script, "SPEED_SECONDS", 0.1)
     for _ in range(3):
@@ -191,66 +200,53 @@ def test_speed_is_that_of_late(
     assert ", 0 images/s, 0 bytes/s" in line
 
 
-ALL = script.Tally(1152, 1_331_167, 147 * 10**9)
-SHARDS_DONE = "423 of 1,152 shards written, 400 uploaded"
-
-
 @pytest.mark.parametrize(
     ("to_write", "to_upload", "written", "uploaded", "expected"),
     [
         pytest.param(
-            *(ALL, ALL, script.Tally(423, 500_000, 55 * 10**9)),
-            script.Tally(400, 0, 53 * 10**9),
-            f"36%, 30 min left, {SHARDS_DONE}, 500 images/s, 53.0 MB/s.",
-            id="the network is slower",
+            *(1200, 0, 423, 400),
+            "33%, 33 min left, 423 of 1,200 shards written, 400 uploaded, 423 images/s, "
+            "40.0 MB/s.",
+            id="all are uploaded, too",
         ),
         pytest.param(
-            *(ALL, ALL, script.Tally(423, 400_000, 55 * 10**9)),
-            script.Tally(400, 0, 53 * 10**9),
-            f"30%, 39 min left, {SHARDS_DONE}, 400 images/s, 53.0 MB/s.",
-            id="the workers are slower",
-        ),
-        pytest.param(
-            *(script.Tally(10, 1000, 10**6), script.Tally(30, 0, 3 * 10**6)),
-            *(script.Tally(5, 600, 10**6), script.Tally(12, 0, 15 * 10**5)),
-            "50%, 17 min left, 5 of 10 shards written, 12 of 30 uploaded, 1 images/s, "
-            "1.5 KB/s.",
+            *(10, 20, 5, 12),
+            "40%, 25 min left, 5 of 10 shards written, 12 of 30 shards uploaded, "
+            "5 images/s, 1.2 MB/s.",
             id="some need only be uploaded",
         ),
         pytest.param(
-            *(script.Tally(), script.Tally(3, 0, 3000)),
-            *(script.Tally(), script.Tally(2, 0, 2000)),
-            "66%, 8 min left, 2 of 3 shards uploaded, 2 bytes/s.",
+            *(0, 3, 0, 2),
+            "66%, 8 min left, 2 of 3 shards uploaded, 200.0 KB/s.",
             id="all need only be uploaded",
         ),
         pytest.param(
-            *(script.Tally(2, 10, 1000), script.Tally()),
-            *(script.Tally(1, 5, 500), script.Tally()),
-            "50%, 17 min left, 1 of 2 shards written, 0 images/s, 0 bytes/s.",
+            *(2, 0, 1, None),
+            "50%, 17 min left, 1 of 2 shards written, 1 images/s, 100.0 KB/s.",
             id="without an upload",
         ),
         pytest.param(
-            *(script.Tally(2, 10, 1000), script.Tally(2, 0, 1000)),
-            *(script.Tally(1, 5, 500), script.Tally()),
-            "0%, 1 of 2 shards written, 0 uploaded, 0 images/s, 0 bytes/s.",
+            *(2, 0, 1, 0),
+            "0%, 1 of 2 shards written, 0 uploaded, 1 images/s, 0 bytes/s.",
             id="nothing is uploaded yet",
         ),
+        pytest.param(*(2, 0, 0, None), "Starting 1 worker.", id="nothing has begun"),
     ],
 )
 def test_line_says_what_is_left_before_how_fast_it_is(
     raw: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    to_write: script.Tally,
-    to_upload: script.Tally,
-    written: script.Tally,
-    uploaded: script.Tally,
+    to_write: int,
+    to_upload: int,
+    written: int,
+    uploaded: int | None,
     expected: str,
 ) -> None:
-    """After 1,000 s: the time left, and the percent, are of what is slower."""
-    progress = progress_of(raw, tmp_path)
-    progress.to_write, progress.to_upload = to_write, to_upload
-    progress.written, progress.uploaded = written, uploaded
+    """After 1,000 s; the time left, and the percent, are of the last thing to do."""
+    progress = progress_of(raw, to_write, to_upload, uploaded is not None)
+    progress.writing.stamps += [STAMP] * written
+    progress.uploading.stamps += [STAMP] * (uploaded or 0)
+    progress.sent((uploaded or 0) * STAMP.num_bytes)
     monkeypatch.setattr(progress, "seconds", lambda: 1000.0)
     assert progress.line() == expected
 

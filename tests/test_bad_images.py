@@ -69,7 +69,7 @@ def test_bad_images_are_all_named_and_only_their_shards_are_missing(
         shutil.copy2(tmp_path / path.name, path)
     done = run_command(*flags, env=emulator.environment)
     assert done.status == 0, done.stderr
-    assert any("46 of 50 shards are up to date" in line for line in done.lines)
+    assert any("46 of 50 shards up to date" in line for line in done.lines)
     after = identities(scratch)
     assert {n for n in after if after[n] != before.get(n)} == set(bad_shards)
     assert sorted(uploads(emulator)[46:-1]) == sorted(bad_shards)

@@ -149,7 +149,7 @@ def test_run_finishes_when_killed_20_times(large: Data, tmp_path: Path) -> None:
     assert len(before) < len(undisturbed), "nothing is left to do"
     done = run_command(*large.flags(scratch, *LOCAL))
     assert done.status == 0, done.stderr
-    assert done.says(f"{len(before)} of 120 shards are up to date")
+    assert done.says(f"{len(before)} of 120 shards up to date")
     assert not done.says("upload"), "nothing is uploaded without a bucket"
     assert contents(scratch) == undisturbed
     assert finished(scratch).items() >= before.items()
@@ -532,7 +532,9 @@ def test_run_says_in_a_line_that_nothing_is_left_to_do(
     done = run_command(*small.flags(small.scratch, *LOCAL, *more))
     assert done.status == 0, done.stderr
     _found, _layout, line, *complete = done.lines
-    assert line == f"Nothing to do: 12 shards are up to date in {small.scratch}."
+    assert (
+        line == f"Nothing to do: found 12 of 12 shards up to date in {small.scratch}."
+    )
     assert [text.partition(":")[0] for text in complete] == (
         [] if more else ["The data set is complete"]
     )

@@ -163,10 +163,24 @@ def test_few_unreadable_images_are_named_as_bad_images_are(many: Path) -> None:
     assert done.errors == said
 
 
-def test_many_bad_images_are_counted() -> None:
-    problems = [f"Cannot decode {i:04d}: the file is empty." for i in range(1003)]
-    said = script._first(problems)
-    assert said == [*problems[:1000], "3 more images cannot be used."]
+def test_many_bad_images_are_counted(many: Path) -> None:
+    code = f"""if True:
+        import sys
+        import imagenet_to_gcs
+        imagenet_to_gcs.NAMED_IMAGES = 3
+        sys.argv[1:] = {flags(many)}
+        imagenet_to_gcs.app.run(
+            imagenet_to_gcs.main, flags_parser=imagenet_to_gcs.parse_flags
+        )
+    """
+    paths = sorted(many.glob("train/*/*.JPEG"))[:10]
+    for path in paths:
+        path.write_bytes(b"bad")
+    done = run_code(code)
+    assert done.status == 1
+    said = "Some shards were not written. Replace 10 unusable images and rerun."
+    assert said in done.lines, done.stderr
+    assert [str(path) in error for path, error in zip(paths, done.errors)] == [True] * 3
 
 
 # ------------------------------------------------------------------------ limits
