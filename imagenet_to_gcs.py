@@ -65,7 +65,7 @@ Who calls whom, in the order of this file:
         plan_shards          says which image goes where
         find_work            compares this with the disk and the bucket
       carry_out
-        write_and_upload     one shard in each thread: `take`
+        write_and_upload     one shard in each thread: `_take_shard`
           write_shard        write_records fills it, in a worker process
           Destination.upload
         _finish              looks again at all, then writes the manifest
@@ -547,7 +547,7 @@ def _take_shard(
     shard: Shard,
     stamp: Stamp | None,
 ) -> None:
-    """Takes a shard from its images, or from the disk if it has a stamp, to its end."""
+    """Writes a shard, unless its stamp says that it is there, and uploads it."""
     scratch_dir, is_kept = job.options.scratch_dir, job.options.keep_local_shards
     if not stamp:
         announce(shard.images[:FIRST_IMAGES])
@@ -1381,8 +1381,7 @@ def plan_shards(
 ) -> list[Shard]:
     """Cuts both splits into shards, the training images shuffled with seed 0.
 
-    Each shard has ceil(n / num_shards) images, but for the last ones, which can be
-    empty: 5 images in 4 shards are 2, 2, 1, 0.
+    The last shards of a split can be empty: 5 images in 4 shards are 2, 2, 1, 0.
     """
     training = list(dataset.training)
     random.Random(0).shuffle(training)
@@ -1641,9 +1640,8 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
 def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
 
-    Otherwise the order of protobuf's map would change from run to run. Filling a new
-    `Example` in place is three times as fast as composing one of parts; one that is
-    reused keeps the memory of every JPEG.
+    Filling a new one in place is three times as fast as composing one of parts; one
+    that is reused keeps the memory of every JPEG.
     """
     import tensorflow as tf
 
@@ -1658,7 +1656,7 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     feature["image/format"].bytes_list.value.append(b"JPEG")
     feature["image/filename"].bytes_list.value.append(os.fsencode(image.filename))
     feature["image/encoded"].bytes_list.value.append(encoded.jpeg)
-    return bytes(example.SerializeToString(deterministic=True))
+    return bytes(example.SerializeToString(deterministic=True))  # the map's order
 
 
 class RecordWriter:
@@ -2088,8 +2086,7 @@ class Progress:
         shards = [shard for shard, _ in job.work.in_turn()]
         self.writing = Stage(job.work.to_write)
         self.uploading = Stage(shards if job.destination else [])
-        self._last = self.uploading if job.destination else self.writing
-        self._num_images = sum(len(shard.images) for shard in shards)
+        self._all_bytes = sum(shard.estimated_bytes for shard in shards) or 1
         self._job = job
         self._sent_bytes = 0  # of shards that are being uploaded, too
         self._lock = threading.Lock()
@@ -2110,27 +2107,28 @@ class Progress:
         begun = pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
         if not (writing.stamps or self._sent_bytes or any(begun)):
             return f"Starting {_count(options.workers, 'worker')}."
-        share = self._last.num_images / max(self._num_images, 1)
-        parts = [f"{math.floor(100 * share)}%"]
-        if share:
-            parts.append(f"{_duration(self.seconds() * (1 / share - 1))} left")
+        images_per_second, bytes_per_second = self._speeds()
+        left = max(self._all_bytes - self._done_bytes(), 0)
+        parts = [f"{100 - math.ceil(100 * left / self._all_bytes)}%"]
+        if bytes_per_second > 0:
+            parts.append(f"{_duration(left / bytes_per_second)} left")
         if writing.shards:
             parts.append(f"{writing} written")
         if len(uploading.shards) == len(writing.shards):
             parts.append(f"{len(uploading.stamps):,} uploaded")
         elif uploading.shards:
             parts.append(f"{uploading} uploaded")
-        images_per_second, bytes_per_second = self._speeds()
         if writing.shards:
             parts.append(f"{images_per_second:,.0f} images/s")
         return ", ".join([*parts, f"{_size(bytes_per_second)}/s."])
 
+    def _done_bytes(self) -> int:
+        """Bytes of the upload if there is one, of the written shards otherwise."""
+        return self._sent_bytes if self._job.destination else self.writing.num_bytes
+
     def _speeds(self) -> tuple[float, float]:
-        """Images written, and bytes uploaded, or else written, a second of late."""
-        num_bytes = (
-            self._sent_bytes if self._job.destination else self.writing.num_bytes
-        )
-        now = self.seconds(), self.writing.num_images, num_bytes
+        """Images written, and bytes done, a second in the last half minute."""
+        now = self.seconds(), self.writing.num_images, self._done_bytes()
         self._history.append(now)
         while now[0] - self._history[1][0] >= SPEED_SECONDS:
             self._history.popleft()
@@ -2139,13 +2137,11 @@ class Progress:
 
     def log_done(self) -> None:
         """Says what was written and uploaded, and how fast."""
-        seconds, written, uploaded = self.seconds(), self.writing, self.uploading
-        scratch_dir = self._job.options.scratch_dir
-        stages = (
-            ("Wrote", written, scratch_dir),
-            ("Uploaded", uploaded, self._job.place),
-        )
-        for verb, stage, place in stages:
+        seconds = self.seconds()
+        for verb, stage, place in (
+            ("Wrote", self.writing, self._job.options.scratch_dir),
+            ("Uploaded", self.uploading, self._job.place),
+        ):
             if stage.shards:
                 logging.info(
                     f"{verb} {stage} ({_count(stage.num_images, 'image')}, "
@@ -2153,7 +2149,7 @@ class Progress:
                     f"{stage.num_images / seconds:,.0f} images/s, "
                     f"{_size(stage.num_bytes / seconds)}/s."
                 )
-        if repaired := sum(stamp.num_repaired for stamp in written.stamps):
+        if repaired := sum(stamp.num_repaired for stamp in self.writing.stamps):
             images = _count(repaired, "PNG or CMYK image")
             logging.info(f"Encoded {images} again as RGB JPEG.")
 

@@ -180,7 +180,8 @@ def progress_of(
     """Makes the progress of a run of so many shards of 1,000 images."""
     scratch_dir = str(raw / "scratch")
     options = script.Options(str(raw), False, None, None, scratch_dir, num_workers=1)
-    images = (script.RawImage("/raw", "a.JPEG", "n1", 1, 10**5, 1),) * 1000
+    num_bytes = 10**5 - script.RECORD_OVERHEAD
+    images = (script.RawImage("/raw", "a.JPEG", "n1", 1, num_bytes, 1),) * 1000
     num_shards = to_write + to_upload
     shards = [script.Shard("train", i, num_shards, images) for i in range(num_shards)]
     work = script.Work(shards[:to_write], [(s, STAMP) for s in shards[to_write:]])
