@@ -65,13 +65,13 @@ class Run:
                     found.append(int(directory.name))
         return found
 
-    def forkserver(self) -> int | None:
+    def helper(self) -> int | None:
         """The helper process that imports TensorFlow and forks the workers."""
         return next(iter(self._children(self.pid)), None)
 
     def workers(self) -> list[int]:
         """The workers, oldest first; not what TensorFlow starts while imported."""
-        return self._children(self.forkserver() or 0)
+        return self._children(self.helper() or 0)
 
     def _children(self, parent: int) -> list[int]:
         pids = [pid for pid in sorted(self.pids()) if _parent_of(pid) == parent]

@@ -216,7 +216,7 @@ def test_run_leaves_nothing_behind_when_it_is_stopped(
     env = {"TMPDIR": str(temporary), **emulator.environment}
     with started(*flags, env=env) as run:
         is_reached: dict[str, Callable[[], object]] = {
-            "importing": run.forkserver,
+            "importing": run.helper,
             "encoding": lambda: len(finished_shards(scratch)) >= 3,
             "uploading": lambda: "chunk" in kinds(emulator),
         }

@@ -372,7 +372,7 @@ def test_run_goes_on_when_only_the_helper_dies(large: Path, tmp_path: Path) -> N
     raw = shutil.copytree(large, tmp_path / "raw")
     with started(*flags(raw, 100)) as run:
         wait_for(lambda: finished_shards(raw / "scratch"), run)
-        os.kill(run.forkserver() or run.pid, signal.SIGKILL)
+        os.kill(run.helper() or run.pid, signal.SIGKILL)
         done = run.finish()
     assert (done.status, done.errors) == (0, [])
     assert len(finished_shards(raw / "scratch")) == 102
@@ -393,7 +393,7 @@ def test_nothing_is_left_after_a_signal(
     shared = set(Path("/dev/shm").iterdir())
     with started(*flags(raw, 100)) as run:
         if phase == "importing":
-            wait_for(run.forkserver, run)
+            wait_for(run.helper, run)
         else:
             wait_for(lambda: finished_shards(raw / "scratch"), run)
         (os.killpg if to_all else os.kill)(run.pid, signal_number)
