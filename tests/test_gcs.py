@@ -227,8 +227,8 @@ def test_guide_tries_the_access_first_and_needs_no_permission_on_buckets(
 def test_guide_ends_with_what_to_give_the_model(guide: Guide) -> None:
     last = guide.finished.lines[-2:]
     assert re.fullmatch(
-        r"Uploaded 1,152 of 1,152 shards \([\d.]+ KB\) to gs://bucket/data/imagenet in "
-        r"\d+ s\.",
+        r"Uploaded 1,152 of 1,152 shards \(16 images, [\d.]+ KB\) to "
+        r"gs://bucket/data/imagenet in \d+ s, \d+ images/s, [\d.]+ (bytes|KB)/s\.",
         last[0],
     )
     assert re.fullmatch(
