@@ -2006,7 +2006,7 @@ def _fork_workers(sockets: Sequence[int]) -> NoReturn:
 
 
 def _end_with_run() -> None:
-    os.read(0, 1)  # until the run closes it
+    os.read(0, 1)  # waits until the run closes its end
     os._exit(0)
 
 
@@ -2020,7 +2020,7 @@ def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     pipe = socket.socket(fileno=own).makefile("rwb")
-    while pipe.peek(1):  # until the run closes it
+    while pipe.peek(1):  # nothing once the run has closed its end
         call = pickle.load(pipe)
         try:
             answer: Any = call(), None
@@ -2062,7 +2062,7 @@ SPEED_SECONDS = 30.0
 
 @dataclasses.dataclass
 class Stage:
-    """Writing or uploading: the shards that it has to do, and the stamps of the done."""
+    """Writing, or uploading: shards to do, and the stamps of those that are done."""
 
     shards: Sequence[Shard]
     stamps: list[Stamp] = dataclasses.field(default_factory=list)
