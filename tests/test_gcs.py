@@ -225,18 +225,19 @@ def test_guide_tries_the_access_first_and_needs_no_permission_on_buckets(
 
 
 def test_guide_ends_with_what_to_give_the_model(guide: Guide) -> None:
-    last = guide.finished.lines[-2:]
+    uploaded, encoded, complete = guide.finished.lines[-3:]
     assert re.fullmatch(
         r"Uploaded 1,152 of 1,152 shards \(16 images, [\d.]+ KB\) to "
         r"gs://bucket/data/imagenet in \d+ s, \d+ images/s, [\d.]+ (bytes|KB)/s\.",
-        last[0],
+        uploaded,
     )
     assert re.fullmatch(
         r"The data set is complete: 16 images in 1,152 shards \([\d.]+ KB\) in "
         r"gs://bucket/data/imagenet: give the model "
         r"--data_dir=gs://bucket/data/imagenet\.",
-        last[1],
+        complete,
     )
+    assert encoded.startswith("Encoded ")
     warnings = [line for line in guide.finished.lines if line.startswith("WARNING")]
     assert [line for line in warnings if "shards will be empty" not in line] == []
 
