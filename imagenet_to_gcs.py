@@ -367,11 +367,11 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
     objects = destination.objects if destination else None
     work = find_work(shards, options.scratch_dir, objects, options.is_own)
     job = Job(options, dataset.synsets, shards, destination, work)
+    if destination and work.left:
+        destination.check_access(work.left[0])
     checks = _finished_problems, _scratch_problems, _bucket_problems
     if problems := [problem for check in checks for problem in check(job)]:
         raise InvalidInputError(*problems)
-    if destination and work.left:
-        destination.check_access(work.left[0])
     log_intent(job)
     return job
 
