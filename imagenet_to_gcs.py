@@ -348,7 +348,10 @@ def run(
         upload = gcs_upload, gcs_project, gcs_output_path
         options = Options(raw_data_dir, *upload, local_scratch_dir, client, **more)
         if options.dry_run:
-            plan_job(options)
+            if options.fake_imagenet and not has_fake(options):
+                logging.info(f"Would generate a fake ImageNet in {options.raw_dir}.")
+            else:
+                plan_job(options)
             return
         # The pool imports TensorFlow while images are listed.
         with _locked(options), contextlib.closing(Pool(options.workers)) as pool:
@@ -378,10 +381,8 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
 
 def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
     """Lists the raw directory and says what it holds."""
-    if options.fake_imagenet:
+    if options.fake_imagenet and pool:
         make_fake_imagenet(options, pool)
-        if not has_fake(options):  # a dry run
-            return planned_fake(options)
     with reporting(lambda: f"Still listing {options.raw_dir}."):
         dataset = read_dataset(options.raw_dir)
     num_classes = len({image.synset for image in dataset.training})
@@ -391,7 +392,6 @@ def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
         f"{_count(len(dataset.validation), 'validation image')} "
         f"({_size(dataset.num_bytes)}) in {options.raw_dir}."
     )
-    logging.info(f"Layout: {dataset.layout}.")
     if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
         shards = options.training_shards, options.validation_shards
         for line in warnings_about(dataset, *shards):
@@ -615,23 +615,32 @@ def _difference(job: Job, work: Work) -> str:
 
 # ---------------------------------------------------------------------------------
 # 2. Raw images: what is in --raw_data_dir
+#
+# A split is read from the first of these that is there:
+#
+#   validation/*.JPEG
+#   <split>/<synset>/*.JPEG    <split> is train or validation
+#   <split>/<synset>.tar
+#   ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar    beside <split>/ or in it
+#
+# ImageNet's own training tar holds class tars, its validation tar holds images; either
+# may also hold class folders. Images that are not read are warned of.
 
 
 IMAGE_SUFFIX = ".JPEG"
-MAX_IMAGE_BYTES = 2**31 - 1  # a record, which is a protocol buffer, holds no more
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
+# Folders in a tar that are of no class; "" is that of `x.JPEG`
 SPLIT_FOLDERS = ("", *TARS, "val", *(tar.removesuffix(".tar") for tar in TARS.values()))
 OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SYSTEM_NAMES = (  # how names begin that operating systems and network disks leave
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
     *("System Volume Information", "__MACOSX", "lost+found"),
 )
-NOT_AN_IMAGE = "Images must be regular files of less than 2 GiB;"
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
-Fingerprint: TypeAlias = int | tuple[int, int, int]
+TarFingerprint: TypeAlias = tuple[int, int, int]
 
 
 class RawImage(NamedTuple):
@@ -650,7 +659,7 @@ class RawImage(NamedTuple):
     synset: str
     label: int
     num_bytes: int
-    fingerprint: Fingerprint
+    fingerprint: int | TarFingerprint
     offset: int | None = None
 
     @property
@@ -670,7 +679,7 @@ def file_fingerprint(status: os.stat_result) -> int:
     return status.st_mtime_ns // 1000
 
 
-def tar_fingerprint(status: os.stat_result) -> tuple[int, int, int]:
+def tar_fingerprint(status: os.stat_result) -> TarFingerprint:
     """Tells a tar from a later one of the same name: inode, bytes, nanoseconds."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -700,20 +709,6 @@ class Dataset:
     def num_bytes(self) -> int:
         return sum(image.num_bytes for image in self.images)
 
-    @property
-    def layout(self) -> str:
-        training, validation = map(_layout, (self.training, self.validation))
-        return f"training images in {training}, validation images in {validation}"
-
-
-def _layout(images: Sequence[RawImage]) -> str:
-    """Says where images are: 'a directory', '60 directories', 'a tar'."""
-    one, many = "directory", "directories"
-    if images[0].offset is not None:
-        one, many = "tar", "tars"
-    num_sources = len({image.source for image in images})
-    return f"a {one}" if num_sources == 1 else f"{num_sources:,} {many}"
-
 
 def read_dataset(raw_data_dir: str) -> Dataset:
     """Lists and labels all images of a raw directory without reading any.
@@ -723,26 +718,29 @@ def read_dataset(raw_data_dir: str) -> Dataset:
     """
     problems, skipped, beside, warnings = (list[str]() for _ in range(4))
     training, validation = list[RawImage](), list[RawImage]()
-    classes: list[ImageSource] = []
     with _no_garbage_collection():
         with _collecting(problems):
-            classes = find_classes(raw_data_dir, skipped)
-        with _collecting(problems):
-            validation = list_validation(raw_data_dir, beside)
+            validation = list_split(raw_data_dir, VALIDATION_DIRECTORY, beside)
+            validation.sort(key=lambda i: (os.fsencode(i.filename), i.synset))
         with _collecting(problems):
             labels_path = os.path.join(raw_data_dir, LABELS_FILE)
             validation, warnings = label_validation(validation, labels_path, beside)
-        trained = {class_.synset for class_ in classes}
+        with _collecting(problems):
+            training = list_split(raw_data_dir, TRAINING_DIRECTORY, skipped)
+        trained = {image.synset for image in training}
+        if "" in trained:
+            path = next(image.path for image in training if not image.synset)
+            problems.append(f"A folder must name the class of {path}.")
         validated = {image.synset for image in validation} - {""}
         directory = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
-        problems += class_problems(trained, validated, directory)
+        problems += class_problems(trained - {""}, validated, directory)
+        if problems:
+            raise InvalidInputError(*problems)
         synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
-        with _collecting(problems):
-            training = list_training(classes, label_of, skipped)
-    if problems:
-        raise InvalidInputError(*problems)
-    validation = [i._replace(label=label_of[i.synset]) for i in validation]
+        for images in (training, validation):
+            for i, image in enumerate(images):  # in place: a copy would take 150 MB
+                images[i] = RawImage(*image[:3], label_of[image.synset], *image[4:])
     return Dataset(synsets, training, validation, sorted(skipped + beside), warnings)
 
 
@@ -763,124 +761,83 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def find_classes(raw_data_dir: str, skipped: list[str]) -> list[ImageSource]:
-    """Finds the source of each class, in the order of their paths.
+def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawImage]:
+    """Lists the images of a split, sorted by path, without labels.
 
-    Takes the first that exists of: directories `train/<synset>`; tars
-    `train/<synset>.tar`; a tar of such tars, `ILSVRC2012_img_train.tar`. The others
-    must hold nothing that it lacks.
+    Adds the paths of images that are not read to `skipped`.
     """
-    directory, entries, tar = _find_split(raw_data_dir, TRAINING_DIRECTORY)
-    found = _classes_among(entries, skipped)
-    if tar:
-        found += _classes_in_tar(tar, [] if found else skipped)
-    if not found:
-        raise InvalidInputError(_no_images(tar or directory, "*/*"))
-    depth = min(source.depth for source in found)
-    classes = {source.synset: source for source in found if source.depth == depth}
-    if left := [s.place for s in found if not _has_all(classes.get(s.synset), s)]:
-        raise InvalidInputError(
-            "Class tars must all be extracted, or none; these are not, or only in "
-            f"part: {_some(sorted(left))}. Extract these too."
-        )
-    # As paths sort: `a-b/` comes before `a/`.
-    return sorted(classes.values(), key=lambda c: os.fsencode(c.synset + "/"))
-
-
-def _find_split(
-    raw_data_dir: str, split: str
-) -> tuple[ImageSource, list[os.DirEntry[str]], ImageSource | None]:
-    """Finds the directory of a split, what is in it, and a tar beside it or in it."""
     directory = os.path.join(raw_data_dir, split)
     paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
-    tar = next((ImageSource(p, start=0) for p in paths if os.path.exists(p)), None)
-    if not (tar or os.path.exists(directory)):
+    tar = next(map(Tar, filter(os.path.exists, paths)), None)
+    if not tar and not os.path.lexists(directory):
         found = _some(sorted(e.name for e in _scan(raw_data_dir)), 10) or "nothing"
-        if os.path.islink(directory):
-            directory += f" (a link to {os.readlink(directory)})"
         raise InvalidInputError(
             f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
             "there. Both splits are required; README, step 2, says in which layouts."
         )
-    entries = _scan(directory) if os.path.isdir(directory) or not tar else []
-    return ImageSource(directory), entries, tar
+    entries = _scan(directory) if os.path.lexists(directory) else []
+    is_flat = any(has_image_name(entry.name) for entry in entries)
+    if is_flat and split == VALIDATION_DIRECTORY:
+        return Directory(directory).list_images(skipped)
+    directories, class_tars, beside = _find_classes(entries)
+    if directories or class_tars:
+        _check_extracted(directories, class_tars, tar)
+        skipped += beside
+        return list_all([*(directories or class_tars).values()], skipped)
+    return (tar or Directory(directory)).list_images(skipped)
 
 
-def _classes_among(
-    entries: Iterable[os.DirEntry[str]], skipped: list[str]
-) -> list[ImageSource]:
-    """Picks class directories and class tars."""
-    found = []
+def _find_classes(
+    entries: Iterable[os.DirEntry[str]],
+) -> tuple[dict[str, Directory], dict[str, Tar], list[str]]:
+    """Picks class directories and class tars, by synset, and images beside them."""
+    directories, class_tars, beside = {}, {}, []
     for entry in entries:
         name, path = entry.name, entry.path
-        if not _is_visible(name):
-            continue
-        if os.path.isdir(path):
-            found.append(ImageSource(path, name))
-        elif name.endswith(".tar"):
-            if not name.startswith("ILSVRC"):  # a whole split
-                found.append(ImageSource(path, name.removesuffix(".tar"), start=0))
-        elif _looks_like_image(name):
-            skipped.append(path)
-        elif not os.path.exists(path) or re.fullmatch(r"n\d{8}", name):
-            problem = (
-                "Each class must be a directory or a tar, not a file or a broken link"
-            )
-            raise InvalidInputError(f"{problem}: {path}.")
-    return found
+        if _looks_like_image(name):
+            beside.append(path)
+        elif _is_visible(name):
+            with trying_to("read", path, is_input=True):
+                is_directory = stat.S_ISDIR(entry.stat().st_mode)
+            if is_directory:
+                directories[name] = Directory(path, name)
+            elif name.endswith(".tar") and not name.startswith("ILSVRC"):
+                class_tars[name[:-4]] = Tar(path, name[:-4])
+    return directories, class_tars, beside
 
 
-def _classes_in_tar(tar: ImageSource, skipped: list[str]) -> list[ImageSource]:
-    """Finds the class tars or class folders in a tar; their images have a class."""
-    found = {}
-    folders = collections.defaultdict(list)
-    beside: list[str] = []
-    for file in tar.list_members(beside, 0, ".tar", IMAGE_SUFFIX):
-        path, start = file.name, file.offset or 0
-        if path.endswith(".tar"):
-            where = start, start + file.num_bytes, file.fingerprint
-            found[path] = ImageSource(tar.path, file.synset, *where, path)
-        else:
-            folders[os.path.dirname(path)].append(file)
-    parents = {os.path.dirname(path) for path in (*found, *folders)}
-    for path in beside:  # as on disk, a folder without images is of a class, too
-        folder = os.path.dirname(path.removeprefix(f"{tar.path}/"))
-        if folder and os.path.dirname(folder) in parents:
-            folders.setdefault(folder, [])
-    for folder, images in folders.items():
-        synset = images[0].synset if images else os.path.basename(folder)
-        if not synset:
-            raise InvalidInputError(_no_images(tar, "*/*"))
-        found[folder] = ImageSource(
-            tar.path, synset, start=0, inside=folder, images=images
+def _check_extracted(
+    directories: Mapping[str, Directory],
+    class_tars: Mapping[str, Tar],
+    whole: Tar | None,
+) -> None:
+    """Refuses tars beside what was extracted of them if they hold more than that."""
+    packed = {*class_tars}
+    if whole and whole.path.endswith(TRAINING_TAR):
+        packed |= {each.synset for part in whole.list_contents([]) for each in part}
+    left = packed.difference(directories or class_tars)
+    for synset in directories.keys() & class_tars.keys():
+        names = {entry.name for entry in _scan(directories[synset].path)}
+        # Not of those in the training tar: that would take long.
+        if any(i.filename not in names for i in class_tars[synset].list_images([])):
+            left.add(synset)
+    if left:
+        raise InvalidInputError(
+            "Class tars must all be extracted, or none; these are not, or only in "
+            f"part: {_some(sorted(left))}. Extract these too."
         )
-    skipped += beside
-    return [*found.values()]
 
 
-def _has_all(chosen: ImageSource | None, source: ImageSource) -> bool:
-    """Compares file names, but not with the training tar's: that would take long."""
-    if not chosen or source.depth in (chosen.depth, 2):
-        return bool(chosen)
-    packed, found = ({i.filename for i in s.list_images([])} for s in (source, chosen))
-    return packed <= found
-
-
-def list_training(
-    classes: Sequence[ImageSource], label_of: Mapping[str, int], skipped: list[str]
-) -> list[RawImage]:
-    """Lists the images of all classes, sorted by path."""
-    images: list[RawImage] = []
-    problems: list[str] = []
+def list_all(classes: Iterable[Directory | Tar], skipped: list[str]) -> list[RawImage]:
+    """Lists the images of classes, sorted by path."""
+    # As paths sort: `a-b/` comes before `a/`.
+    in_order = sorted(classes, key=lambda class_: os.fsencode(class_.synset + "/"))
+    images, problems = list[RawImage](), list[str]()
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
-        found = [
-            threads.submit(c.list_images, skipped, label_of[c.synset]) for c in classes
-        ]
-    for class_, listed in zip(classes, found, strict=True):
+        listings = [threads.submit(c.list_images, skipped) for c in in_order]
+    for listing in listings:
         with _collecting(problems):
-            if not listed.result():
-                raise InvalidInputError(_no_images(class_))
-            images += listed.result()
+            images += listing.result()
     if num_more := len(problems[3:]):
         problems[3:] = [f"{_count(num_more, 'more class')} cannot be listed."]
     if problems:
@@ -888,181 +845,143 @@ def list_training(
     return images
 
 
-def list_validation(raw_data_dir: str, skipped: list[str]) -> list[RawImage]:
-    """Lists the validation images, sorted by name, from the first place that has any:
+@dataclasses.dataclass(frozen=True)
+class Directory:
+    """A directory of images, of one class if it has a synset."""
 
-    `validation/*.JPEG`, `validation/<synset>/*.JPEG`, `ILSVRC2012_img_val.tar`. Only
-    those in class folders, also of the tar, have a synset already; none has a label.
-    """
-    directory, entries, tar = _find_split(raw_data_dir, VALIDATION_DIRECTORY)
-    sources = [directory]
-    if not any(_is_named(entry.name) for entry in entries):
-        sources = [c for c in _classes_among(entries, skipped) if not c.depth]
-    images = [image for source in sources for image in source.list_images(skipped)]
-    if tar and not images:
-        images = tar.list_images(skipped)
-    if not images:
-        raise InvalidInputError(_no_images(tar or directory))
-    return sorted(images, key=lambda i: (os.fsencode(i.filename), i.synset))
+    path: str
+    synset: str = ""
+
+    def list_images(self, skipped: list[str]) -> list[RawImage]:
+        """Lists `*.JPEG` by name; adds the paths of other images to `skipped`.
+
+        Hidden files, as the `._x.JPEG` that a Mac leaves, are neither.
+        """
+        images, others = list[RawImage](), list[str]()
+        for entry in _scan(self.path):
+            if not has_image_name(entry.name):
+                others += _images_below(entry)
+                continue
+            size = fingerprint = 0  # a dangling link; `warnings_about` counts it
+            try:
+                status = entry.stat()
+                size, fingerprint = status.st_size, file_fingerprint(status)
+            except OSError as error:
+                if not entry.is_symlink():
+                    raise refusal("read", entry.path, error) from error
+            about = self.synset, 0, size, fingerprint
+            images.append(RawImage(self.path, entry.name, *about))
+        if not images:
+            raise _no_images(self.path, others)
+        skipped += others
+        return _by_name(images)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageSource:
-    """A directory or tar with images of one class, or of the validation split.
+@dataclasses.dataclass(frozen=True)
+class Tar:
+    """A tar of images, of one class if it has a synset.
 
     Attributes:
-      path: The directory, the tar, or the tar that holds the tar.
-      synset: Class of all its images; empty if they are of many classes.
-      start, end: Of the tar in the file, in bytes. A directory has neither, a tar has
-        a start, a tar inside a tar has both.
-      fingerprint: Of the tar that holds it, when it was found there.
-      inside: Path of a class tar or class folder in the tar.
-      images: Those of a class folder in a tar, which were listed with the others.
+      start, end: Where it is in the file `path`, if it is a class tar in another tar.
+      fingerprint: Of the file when the class tar was found in it.
     """
 
     path: str
     synset: str = ""
-    start: int | None = None
+    start: int = 0
     end: int | None = None
-    fingerprint: Fingerprint | None = None
-    inside: str = ""
-    images: Sequence[RawImage] = ()
+    fingerprint: TarFingerprint | None = None
 
     @property
     def place(self) -> str:
-        return f"{self.path}/{self.inside}" if self.inside else self.path
+        return f"{self.path}/{self.synset}.tar" if self.start else self.path
 
-    @property
-    def depth(self) -> int:
-        """How packed it is: 0 for a directory, 1 for a tar, 2 for a class in a tar."""
-        return (self.start is not None) + bool(self.inside)
+    def list_images(self, skipped: list[str]) -> list[RawImage]:
+        """Lists `*.JPEG` by path, also in class tars; else as `Directory` does."""
+        others: list[str] = []
+        images, class_tars = self.list_contents(others)
+        images += list_all(class_tars, others)
+        if not images:
+            raise _no_images(self.place, others)
+        skipped += others
+        return images
 
-    def list_images(self, skipped: list[str], label: int = 0) -> list[RawImage]:
-        """Lists `*.JPEG` by name, without hidden files (`._x.JPEG`, left by a Mac).
-
-        Paths of other images are added to `skipped`.
-        """
-        images: Iterable[RawImage]
-        if self.inside and not self.end:
-            images = (image._replace(label=label) for image in self.images)
-        elif self.depth:
-            images = self.list_members(skipped, label)
-        else:
-            images = self._list_directory(skipped, label)
-        # Alike in all locales, and faster than `os.fsencode`.
-        how = sys.getfilesystemencoding(), "surrogateescape"
-        return sorted(images, key=lambda image: image.name.encode(*how))
-
-    def _list_directory(self, skipped: list[str], label: int) -> Iterator[RawImage]:
-        source, synset = self.path, self.synset
-        for entry in _scan(source):
-            name = entry.name
-            if not _is_named(name):
-                skipped += filter(_looks_like_image, _files_at(entry.path))
-                continue
-            try:
-                status = entry.stat()
-                size, fingerprint = status.st_size, file_fingerprint(status)
-                if size > MAX_IMAGE_BYTES or not stat.S_ISREG(status.st_mode):
-                    raise InvalidInputError(f"{NOT_AN_IMAGE} {entry.path} is not.")
-            except OSError as error:
-                if not entry.is_symlink():
-                    raise refusal("read", entry.path, error) from error
-                size = fingerprint = 0  # a dangling link; `warnings_about` counts it
-            yield RawImage(source, name, synset, label, size, fingerprint)
-
-    def list_members(
-        self, skipped: list[str], label: int = 0, *suffixes: str
-    ) -> Iterator[RawImage]:
-        """Lists the images of a tar, or, as `RawImage` too, the class tars in it."""
-        fingerprint, members = list_tar(self)
-        classes: dict[str, tuple[str, str] | None] = {}
-        for path, (offset, size) in members.items():
+    def list_contents(self, skipped: list[str]) -> tuple[list[RawImage], list[Tar]]:
+        """Lists the images and the class tars in it."""
+        images, class_tars = list[RawImage](), list[Tar]()
+        examples: dict[str | int, str] = {}  # by folder or depth, of which one may be
+        is_visible = functools.cache(_is_visible_in_tar)
+        synset_of = functools.cache(self._synset_of)
+        fingerprint, files = list_tar(self)
+        for path, (offset, size) in files.items():
             folder, _, name = path.rpartition("/")
-            if not _is_named(name, suffixes or IMAGE_SUFFIX):
-                if _looks_like_image(name) and self._class_at(folder):
-                    skipped.append(f"{self.path}/{path}")
+            if not is_visible(folder):
                 continue
-            key = path if name.endswith(".tar") else folder
-            if key not in classes:
-                classes[key] = self._class_at(key)
-            if not (class_ := classes[key]):
+            if has_image_name(name):
+                about = synset_of(folder), 0, size, fingerprint, offset
+                images.append(RawImage(self.path, path, *about))
+            elif name.endswith(".tar") and _is_visible(name):
+                where = offset, offset + size, fingerprint
+                class_tars.append(Tar(self.path, self.synset or name[:-4], *where))
+            else:
+                skipped += [f"{self.path}/{path}"] * _looks_like_image(name)
                 continue
-            if size > MAX_IMAGE_BYTES and key == folder:
-                raise InvalidInputError(f"{NOT_AN_IMAGE} {self.path}/{path} is not.")
-            yield RawImage(self.path, path, class_[0], label, size, fingerprint, offset)
-        patterns = sorted({class_[1] for class_ in classes.values() if class_})
-        if len(patterns) > 1:
+            examples.setdefault(folder if self.synset else path.count("/"), path)
+        if len(examples) > 1:
             raise InvalidInputError(
-                "A tar must hold images in one folder, in one folder for each class, "
-                f"side by side, or as class tars; {self.place} holds "
-                f"{_some(patterns)}. Extract it, and move the images of each class to "
-                f"{TRAINING_DIRECTORY}/<class>/, or {VALIDATION_DIRECTORY}/<class>/."
+                "What a tar holds must be in one folder, or in class folders side by "
+                f"side; {self.place} holds {_some(sorted(examples.values()))}. Extract it."
             )
+        return _by_name(images), class_tars
 
-    def _class_at(self, path: str) -> tuple[str, str] | None:
-        """Says which class a folder or class tar in a tar is, and which pattern fits.
+    def _synset_of(self, folder: str) -> str:
+        """The class of the images in a folder; `val/x.JPEG` has none, as `x.JPEG`."""
+        name = os.path.basename(folder)
+        return self.synset or ("" if name in SPLIT_FOLDERS else name)
 
-        The class is that of the tar, or else the folder's name. Images that lie in no
-        folder, or in one named for a split, have none: `val/x.JPEG` is as `x.JPEG`.
-        """
-        if not all(map(_is_visible, path.split("/"))):
-            return None
-        parent, _, name = path.rpartition("/")
-        if path.endswith(".tar"):
-            synset, pattern = name.removesuffix(".tar"), f"{parent}/*.tar"
-        elif self.synset or name in SPLIT_FOLDERS:
-            synset, pattern = self.synset, f"{path}/*{IMAGE_SUFFIX}"
-        else:
-            synset, pattern = name, f"{parent}/*/*{IMAGE_SUFFIX}"
-        return synset, pattern.lstrip("/")
+
+def _by_name(images: Iterable[RawImage]) -> list[RawImage]:
+    """Sorts images by the bytes of their names, so alike in all locales."""
+    how = sys.getfilesystemencoding(), "surrogateescape"  # faster than `os.fsencode`
+    return sorted(images, key=lambda image: image.name.encode(*how))
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
     with trying_to("list", directory, True), os.scandir(directory) as entries:
-        found = list(entries)
-    if not os.access(directory, os.X_OK, effective_ids=True):
-        raise InvalidInputError(f"Cannot enter {directory}: Permission denied.")
-    return found
+        return [*entries]
 
 
-def _is_named(name: str, suffix: str | tuple[str, ...] = IMAGE_SUFFIX) -> bool:
-    return name.endswith(suffix) and name[0] != "."
+def has_image_name(name: str) -> bool:
+    """Whether a file is read as an image."""
+    return name.endswith(IMAGE_SUFFIX) and name[0] != "."
 
 
 def _is_visible(name: str) -> bool:
-    return not os.path.basename(name).startswith(SYSTEM_NAMES)
+    return not name.startswith(SYSTEM_NAMES)
+
+
+def _is_visible_in_tar(path: str) -> bool:
+    return all(map(_is_visible, path.split("/")))
 
 
 def _looks_like_image(name: str) -> bool:
     return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
 
 
-def _files_at(path: str) -> list[str]:
-    """Lists a file, or all files below a directory, without system directories."""
-    if not _is_visible(path):
-        return []
-    if not os.path.isdir(path):
-        return [path]
-    files = []
-    for place, directories, names in os.walk(path):
+def _images_below(entry: os.DirEntry[str]) -> list[str]:
+    """Lists what looks like an image: the entry itself, or below it."""
+    if not entry.is_dir():
+        return [entry.path] if _looks_like_image(entry.name) else []
+    found = []
+    for place, directories, names in os.walk(entry.path):
         directories[:] = filter(_is_visible, directories)
-        files += [f"{place}/{name}" for name in names]
-    return files
+        found += [f"{place}/{name}" for name in names if _looks_like_image(name)]
+    return found if _is_visible(entry.name) else []
 
 
-def _no_images(source: ImageSource, below: str = "*") -> str:
-    """Describes a directory or tar without images with what is in it instead."""
-    files = [*list_tar(source)[1]] if source.depth else _files_at(source.path)
-    if source.inside and not source.end:
-        files = [path for path in files if os.path.dirname(path) == source.inside]
-    names = sorted(map(os.path.basename, files))
-    found = f"Found {_some(names) or 'nothing'} there."
-    if images := [path for path in files if _looks_like_image(path)]:
-        found = _describe_skipped(images)
-    packed = source.depth or any(name.endswith(".tar") for name in names)
-    remedy = " Extract the tar, as README says in step 2." if packed else ""
-    return f"No images match {source.place}/{below}{IMAGE_SUFFIX}. {found}{remedy}"
+def _no_images(place: str, skipped: Sequence[str]) -> InvalidInputError:
+    found = f" {_describe_skipped(skipped)}" if skipped else ""
+    return InvalidInputError(f"No images match {place}/*{IMAGE_SUFFIX}.{found}")
 
 
 def _describe_skipped(paths: Sequence[str]) -> str:
@@ -3558,35 +3477,32 @@ PLAIN_HEADER = re.compile(
     re.DOTALL,
 )
 Place: TypeAlias = tuple[int, int]  # a file's offset and size
-Members: TypeAlias = dict[str, Place | tarfile.TarInfo]
 
 
-def list_tar(source: ImageSource) -> tuple[Fingerprint, dict[str, Place]]:
+def list_tar(tar: Tar) -> tuple[TarFingerprint, dict[str, Place]]:
     """Lists the files in a tar by normalized name, and tells its fingerprint.
 
-    As in extracting, a link is its target under another name, and a later member
+    As in extracting, a hard link is its target under another name, and a later member
     replaces an earlier one of the same name.
     """
     try:
-        with open_file(source.path) as file:
+        with open_file(tar.path) as file:
             # Reading ahead between far headers makes a listing 1.2 times slower.
             with contextlib.suppress(OSError):  # not everywhere possible
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            fingerprint = tar_fingerprint(os.fstat(file.fileno()))
-            if source.fingerprint not in (None, fingerprint):
-                raise ValueError("it has changed since the run began")
-            end = fingerprint[1] if source.end is None else source.end
-            members = _read_headers(file.fileno(), source.start or 0, end)
-            return fingerprint, _resolve_links(members)
+            # If the file is another by now, reading its images will tell.
+            fingerprint = tar.fingerprint or tar_fingerprint(os.fstat(file.fileno()))
+            end = fingerprint[1] if tar.end is None else tar.end
+            return fingerprint, _read_headers(file.fileno(), tar.start, end)
     except OSError as error:
-        raise refusal("list the tar", source.place, error) from error
+        raise refusal("list the tar", tar.place, error) from error
     except ValueError as error:
-        problem = f"Cannot list the tar {source.place}: {error}."
+        problem = f"Cannot list the tar {tar.place}: {error}."
         raise InvalidInputError(problem) from error
 
 
-def _read_headers(descriptor: int, position: int, end: int) -> Members:
-    found: Members = {}
+def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
+    found: dict[str, Place] = {}
     while position + tarfile.BLOCKSIZE <= end:
         header = os.pread(descriptor, tarfile.BLOCKSIZE, position)
         if plain := _plain_file(header):
@@ -3594,13 +3510,15 @@ def _read_headers(descriptor: int, position: int, end: int) -> Members:
             offset = position + tarfile.BLOCKSIZE
             found[_normalized(name)] = offset, size
         elif any(header) and (member := _read_member(descriptor, position, end)):
-            name = _normalized(member.name)
+            name, target = _normalized(member.name), _normalized(member.linkname)
             offset = position + member.offset_data
             size = 0 if member.type in b"123456" else member.size  # links and so on
-            if member.islnk():
-                found[name] = found.get(_normalized(member.linkname), member)
-            else:
-                found[name] = (offset, size) if member.isreg() else member
+            if member.isreg():
+                found[name] = offset, size
+            elif member.islnk() and target in found:
+                found[name] = found[target]
+            elif member.issym() or name.endswith((IMAGE_SUFFIX, ".tar")):
+                raise ValueError(f"{name} in it is no plain file; extract it instead")
         else:
             break
         position = offset + size + -size % tarfile.BLOCKSIZE
@@ -3647,29 +3565,8 @@ def _read_member(descriptor: int, position: int, end: int) -> tarfile.TarInfo | 
 
 
 def _normalized(name: str) -> str:
-    return os.path.normpath(name).lstrip("/") if "/" in name else name
-
-
-def _resolve_links(found: Members) -> dict[str, Place]:
-    """Replaces symbolic links with their targets; refuses images that are no files."""
-    files = {}
-    for name in found:
-        if file := _follow(name, found):
-            files[name] = file
-        elif _is_visible(name) and name.endswith((IMAGE_SUFFIX, ".tar")):
-            problem = "is neither a plain file nor a link to one in it"
-            raise ValueError(f"{name} in it {problem}; extract it instead")
-    return files
-
-
-def _follow(name: str, found: Members, most: int = 40) -> Place | None:
-    """Follows symbolic links to a file, as many of them as Linux does."""
-    member = None if name.startswith("../") else found.get(name)
-    if isinstance(member, tarfile.TarInfo):
-        target = os.path.join(os.path.dirname(name), member.linkname)
-        is_link = member.issym() and most
-        return _follow(_normalized(target), found, most - 1) if is_link else None
-    return member
+    """The path to which a member is extracted."""
+    return os.path.normpath(f"/{name}").lstrip("/") if "/" in name else name
 
 
 def _check_end(descriptor: int, position: int, end: int) -> None:
@@ -3684,11 +3581,8 @@ def _check_end(descriptor: int, position: int, end: int) -> None:
             raise ValueError(problem)
     if len(rest) < tarfile.BLOCKSIZE:
         problem = "it is cut short"
-    elif any(rest[: tarfile.BLOCKSIZE]):
-        problem = f"it is damaged, or not a tar, at byte {position:,}"
     elif any(rest) or len(rest) > MAX_TAR_FILLING:
-        where = f"empty at byte {position:,}, before its end"
-        problem = f"it is damaged, or several tars in one: {where}"
+        problem = f"it is damaged, or not one tar, at byte {position:,}"
     else:
         return
     raise ValueError(f"{problem}. Download it again, and compare its checksum")
@@ -3700,12 +3594,11 @@ def _check_end(descriptor: int, position: int, end: int) -> None:
 
 FAKE_TRAINING_IMAGES = 2048
 FAKE_VALIDATION_IMAGES = 256
-FAKE_IMAGE_BYTES = 100_000  # at most
 FAKE_SYNSETS = tuple(f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS))
 FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 
 
-def make_fake_imagenet(options: Options, pool: Pool | None) -> None:
+def make_fake_imagenet(options: Options, pool: Pool) -> None:
     """Generates 2,048 training and 256 validation images of 1,000 synsets.
 
     They leave none of the 1,024 and 128 shards empty. The synsets, from n90000000 on,
@@ -3715,51 +3608,32 @@ def make_fake_imagenet(options: Options, pool: Pool | None) -> None:
     if has_fake(options):
         return
     root = pathlib.Path(options.raw_dir)
-    num_images = FAKE_TRAINING_IMAGES + FAKE_VALIDATION_IMAGES
-    where, needed = ("--raw_data_dir", root), num_images * FAKE_IMAGE_BYTES
-    problems = room_problems(*where, needed, "fake images")
-    found = _found_in(options)
-    if found and FAKE_MARK not in found:
-        problems.append(
-            f"--raw_data_dir={options.raw_data_dir} must be empty or missing for "
-            "--fake_imagenet; it contains "
-            f"{_some(sorted(found))}. Choose another directory."
-        )
-    if problems:
-        raise InvalidInputError(*problems)
-    verb = "Generating" if pool else "Would generate"
-    logging.info(f"{verb} {_count(num_images, 'fake image')} in {root}.")
-    if not pool:
-        return
+    paths = [*_fake_paths(root)]
+    logging.info(f"Generating {_count(len(paths), 'fake image')} in {root}.")
     with trying_to("write", root, is_input=True):
         root.mkdir(parents=True, exist_ok=True)
         (root / FAKE_MARK).touch()
-    _draw_all([*_fake_paths(root)], options.workers, pool)
+    draw = functools.partial(pool.call, draw_fake_image)
+    threads = concurrent.futures.ThreadPoolExecutor(2 * options.workers)
+    with _finishing(threads):
+        for _ in threads.map(draw, paths, itertools.count()):
+            pass  # an error of one is raised
     labels = "".join(f"{synset}\n" for synset in FAKE_SYNSETS[:FAKE_VALIDATION_IMAGES])
     write_text(str(root / LABELS_FILE), labels)  # last: all is there
 
 
 def has_fake(options: Options) -> bool:
-    """Whether the raw directory is a fake already, and a whole one."""
-    return {LABELS_FILE, FAKE_MARK} <= _found_in(options)
-
-
-def _found_in(options: Options) -> set[str]:
-    """Names in the raw directory, without the shards."""
-    root, scratch_dir = options.raw_dir, options.scratch_dir
-    scratch_name = os.path.relpath(scratch_dir, root).split(os.sep)[0]
+    """Whether the raw directory holds a whole fake; refuses one with anything else."""
+    root = options.raw_dir
     found = {entry.name for entry in _scan(root)} if os.path.isdir(root) else set()
-    return found - {scratch_name}
-
-
-def planned_fake(options: Options) -> Dataset:
-    """The fake that a dry run does not generate; no image will be larger."""
-    images = [
-        RawImage(str(path.parent), path.name, "", 0, FAKE_IMAGE_BYTES, 0)
-        for path in _fake_paths(pathlib.Path(options.raw_dir))
-    ]
-    validation = images[FAKE_TRAINING_IMAGES:]
-    return Dataset(FAKE_SYNSETS, images[:FAKE_TRAINING_IMAGES], validation)
+    found.discard(os.path.relpath(options.scratch_dir, root).split(os.sep)[0])
+    if found and FAKE_MARK not in found:
+        raise InvalidInputError(
+            f"--raw_data_dir={options.raw_data_dir} must be empty or missing for "
+            f"--fake_imagenet; it contains {_some(sorted(found))}. Choose another "
+            "directory."
+        )
+    return LABELS_FILE in found
 
 
 def _fake_paths(root: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -3768,16 +3642,6 @@ def _fake_paths(root: pathlib.Path) -> Iterator[pathlib.Path]:
         yield root / TRAINING_DIRECTORY / synset / f"{synset}_{number}.JPEG"
     for i in range(1, FAKE_VALIDATION_IMAGES + 1):
         yield root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i:08d}.JPEG"
-
-
-def _draw_all(paths: Sequence[pathlib.Path], num_workers: int, pool: Pool) -> None:
-    draw = functools.partial(pool.call, draw_fake_image)
-    threads = concurrent.futures.ThreadPoolExecutor(2 * num_workers)
-    number = 0
-    say = lambda: f"Generated {number:,} of {len(paths):,} fake images."
-    with reporting(say), _finishing(threads):
-        for _ in threads.map(draw, paths, itertools.count()):
-            number += 1
 
 
 def draw_fake_image(path: pathlib.Path, seed: int) -> None:

@@ -84,10 +84,6 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
             rf"\({size(mixed_raw, '**/*.JPEG')}\) in {mixed_raw}\."
         ),
         (
-            r"Layout: training images in 7 directories, validation images "
-            r"in a directory\."
-        ),
-        (
             r"WARNING: 2 of 9 training shards will be empty; a smaller "
             r"--training_shards avoids that\."
         ),

@@ -2,7 +2,6 @@
 
 import collections
 import io
-import re
 from pathlib import Path
 
 import contract
@@ -81,7 +80,6 @@ GENERATE = """if True:
     logging.set_verbosity(logging.INFO)
     imagenet_to_gcs.FAKE_TRAINING_IMAGES = 20
     imagenet_to_gcs.FAKE_VALIDATION_IMAGES = 4
-    imagenet_to_gcs.LOG_SECONDS = 0.001
     raw = pathlib.Path(sys.argv[1])
     (raw / "shards").mkdir(parents=True)
     (raw / "shards" / ".lock").touch()
@@ -113,7 +111,6 @@ def test_fake_is_the_same_however_often_it_is_interrupted(
     """With any number of workers; it may contain the scratch directory already."""
     done = run_code(GENERATE, str(tmp_path / "raw"))
     assert done.stdout == "27 True\n", done.stderr
-    assert re.search(r"Generated \d+ of 24 fake images\.", done.stderr)
     name = "train/n90000000/n90000000_0.JPEG"
     image = (tmp_path / "raw" / name).read_bytes()
     assert image == (fake[1] / name).read_bytes()
@@ -145,19 +142,6 @@ def test_fake_is_refused_when_the_directory_contains_something_else(
     )
     assert (done.status, done.errors) == (1, [error])
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-
-
-def test_fake_is_refused_when_the_disk_is_too_small(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 10**6) as disk:
-        raw = disk / "new" / "raw"
-        flags = ("--fake_imagenet", f"--raw_data_dir={raw}", "--nogcs_upload")
-        done = run_command(*flags)
-        assert list(disk.iterdir()) == [disk / "new"]
-    error = (
-        f"230.4 MB are needed in {raw}; 1.0 MB are free. Make room for the fake "
-        "images, or choose another --raw_data_dir."
-    )
-    assert (done.status, done.errors) == (1, [error])
 
 
 def test_fake_image_is_named_when_it_cannot_be_written(tmp_path: Path) -> None:

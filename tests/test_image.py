@@ -258,8 +258,8 @@ def test_memory_is_bounded_when_an_image_is_made_to_take_much(tmp_path: Path) ->
 
 def listed(source: Path) -> list[script.RawImage]:
     """Lists the images of a directory or a tar."""
-    start = None if source.is_dir() else 0
-    return script.ImageSource(str(source), "n1", start).list_images([])
+    kind = script.Directory if source.is_dir() else script.Tar
+    return kind(str(source), "n1").list_images([])
 
 
 def read(images: list[script.RawImage]) -> list[bytes]:
