@@ -43,19 +43,18 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
     image/filename             bytes  n01440764_18.JPEG
     image/encoded              bytes  the file; a PNG or CMYK JPEG as RGB JPEG
 
-The same raw directory gives the same bytes on every machine, with any number
-of workers, however often the run was interrupted. To resume, rerun the command.
+The same raw directory gives the same bytes, with any number of workers, however
+often the run was interrupted. To resume, rerun the command.
 
 Errors have a line per problem; finished shards are kept:
 
-    InvalidInputError   what must be fixed before the run can start
+    InvalidInputError   what must be fixed before a shard can be written
     BadImagesError      images to be replaced; all shards without them are done
     MachineError        what this machine lacks: a disk, memory, open files
     ServiceError        what Cloud Storage, or the way to it, refused
 
-Exit status: 0 if all is done; 1 if something must be fixed; 75 if the same
-command can succeed later, as when the service did not answer or another run is
-writing; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+Exit status: 0 if all is done; 1 if something must be fixed; 75 if the same command
+can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 
 Who calls whom, in the order of this file:
 
@@ -92,7 +91,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import enum
 import errno
 import fcntl
 import functools
@@ -175,8 +173,7 @@ DEFINE_bool("version", False, "Print the version and exit.")
 
 INHERITED_FLAGS = """
   --flagfile: A file with flags, one a line.
-  --verbosity: -1 logs only warnings and errors.
-    (default: '0')
+  --verbosity: -1 logs only warnings and errors. (default: '0')
   --help: Print this manual and exit."""
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Fix this and rerun the same command."
@@ -199,7 +196,7 @@ MACHINE_ERRORS = LIMITS | dict.fromkeys(DISK_ERRORS, f"{DISK_FAILS}. {FIX_AND_RE
 
 
 class InvalidInputError(ValueError):
-    """What must be fixed in the input, one line an argument; nothing was done."""
+    """What must be fixed before a shard can be written, one line an argument."""
 
     def __str__(self) -> str:
         return "\n".join(self.args)
@@ -309,6 +306,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def escaped(text: str) -> str:
+    """Escapes line breaks and all else that a terminal does not print as it is."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _some(names: Sequence[str], most: int = 3) -> str:
     """Names the first few of many: 'a, b, c and 97 more'."""
     rest = len(names) - most
@@ -344,7 +346,7 @@ def run(
       InvalidInputError: A ValueError: what must be fixed before a shard is written.
       RunError: What stopped the run; finished shards are kept.
     """
-    with as_a_guest():
+    with contained():
         upload = gcs_upload, gcs_project, gcs_output_path
         options = Options(raw_data_dir, *upload, local_scratch_dir, client, **more)
         if options.dry_run:
@@ -354,7 +356,7 @@ def run(
                 plan_job(options)
             return
         # The pool imports TensorFlow while images are listed.
-        with _locked(options), contextlib.closing(Pool(options.workers)) as pool:
+        with locked(options), contextlib.closing(Pool(options.workers)) as pool:
             carry_out(plan_job(options, pool), pool)
 
 
@@ -1631,8 +1633,10 @@ class Stamp:
     fingerprint: str = ""  # `Shard.fingerprint()`; none for an object
     mtime_ns: int = 0  # when the file was last modified; 0 for an object
 
-    def same_bytes(self, other: Stamp) -> bool:
-        return (self.num_bytes, self.crc32c) == (other.num_bytes, other.crc32c)
+    def same_bytes(self, other: Stamp | None) -> bool:
+        """Compares bytes by number and checksum."""
+        own = self.num_bytes, self.crc32c
+        return other is not None and own == (other.num_bytes, other.crc32c)
 
 
 def shard_path(shard: Shard, scratch_dir: str) -> str:
@@ -2128,11 +2132,11 @@ CHUNK_TIMEOUT = (120, 300)
 REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
-RETRY_SECONDS = (1, 4, 16, 60)  # before a file is uploaded again from its start
+RESTART_DELAYS = (1, 4, 16, 60)  # before a lost upload begins anew
 WARNING_SECONDS = 10
 # Otherwise the client asks for the bucket's metadata, in a thread of its own.
 NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
-QUIET_LOGGERS = ("google", "urllib3")
+QUIET_LOGGERS = ("google", "urllib3")  # they warn of each retry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2152,39 +2156,31 @@ class GcsPath:
     @classmethod
     def parse(cls, text: str) -> GcsPath:
         """Parses `gs://bucket` or `gs://bucket/directory`; a final `/` may follow."""
-        match = re.fullmatch(r"(?s)gs://([^/]*)(/?.*)", text)
-        # https://cloud.google.com/storage/docs/buckets#naming
-        is_bucket = r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"
-        if not match:
+        bucket, _, path = text.removeprefix("gs://").partition("/")
+        directory = path.removesuffix("/")
+        # What is legal in Cloud Storage, or nearly so, but never meant.
+        strange = [c for c in text if c in "*?#[]" or not c.isprintable()]
+        parts = directory.split("/") if path else []
+        strange += [part or "//" for part in parts if part in ("", ".", "..")]
+        found = ", ".join(map(repr, dict.fromkeys(strange)))
+        found += "a final blank" if text.endswith(" ") and not found else ""
+        if not text.startswith("gs://"):
             problem = "must start with gs://, as in gs://bucket/directory."
-        elif found := _strange_parts(text, match[2]):
-            problem = f"must not contain {found}. "
-            problem += "Readers would not find the data set, or take it for a pattern."
-        elif not re.fullmatch(is_bucket, match[1]):
+        elif found:
+            problem = f"must not contain {found}: readers would not find the data set."
+        # https://cloud.google.com/storage/docs/buckets#naming
+        elif not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
             problem = (
                 "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, "
+                f"'-', '_' and '.'; found {bucket!r}."
             )
-            problem += f"'-', '_' and '.'; found {match[1]!r}."
         else:
-            return cls(match[1], match[2].strip("/"))
-        unseen = rf"{CONTROL_CHARACTERS}|[\ud800-\udfff]"
-        shown = re.sub(unseen, lambda match: repr(match[0])[1:-1], text)
-        raise InvalidInputError(f"--gcs_output_path={shown} {problem}")
+            return cls(bucket, directory)
+        raise InvalidInputError(f"--gcs_output_path={escaped(text)} {problem}")
 
     def name_of(self, filename: str) -> str:
         """Names a file of the directory as the bucket does: `directory/filename`."""
         return f"{self.directory}/{filename}".lstrip("/")
-
-
-def _strange_parts(text: str, path: str) -> str:
-    """Names what is legal in Cloud Storage, or nearly so, but never meant."""
-    found = re.findall(rf"{CONTROL_CHARACTERS}|[\ud800-\udfff*?#\[\]]", text)
-    found += ["//"] * ("//" in path)
-    found += [part for part in path.split("/") if part in (".", "..")]
-    named = [repr(part) for part in dict.fromkeys(found)]
-    if text[-1].isspace() and text[-1] not in found:
-        named.append(f"{text[-1]!r} at its end")
-    return ", ".join(named)
 
 
 class Destination:
@@ -2207,37 +2203,19 @@ class Destination:
         client: Any = None,
         stopping: threading.Event | None = None,
     ):
-        for library in QUIET_LOGGERS:  # they warn of each retry
+        for library in QUIET_LOGGERS:
             python_logging.getLogger(library).setLevel(python_logging.ERROR)
-
         self.path = path
         self.objects: dict[str, Stamp] = {}
         self.is_listed = True
         self.passed_over: list[str] = []
         self.stopping = stopping or threading.Event()
+        self._project = project
         self._next_warning = 0.0
-        self._payer = project
         with self._explained():
-            self._client = client or self._persist(
-                REQUEST_SECONDS, _new_client, project
-            )
-        self._payer = project or self._client.project
-        self._bucket = self._client.bucket(path.bucket)
-
-    def check_access(self, filename: str) -> None:
-        """Starts an upload, which needs the permission; the service forgets it."""
-
-        def start(**options: Any) -> None:
-            self._blob(filename).create_resumable_upload_session(**options)
-
-        self._ask(filename, start, self._is_taken)
-
-    def _blob(self, filename: str, **options: Any) -> Any:
-        return self._bucket.blob(self.path.name_of(filename), **options)
-
-    def _is_taken(self, said: Answer) -> bool:
-        """Whether an upload is refused only because such an object is there, unseen."""
-        return not self.is_listed and {"403", "storage.objects.delete"} <= said.facts
+            self.client = client or self._persist(REQUEST_SECONDS, _new_client, project)
+        self._project = project or self.client.project
+        self._bucket = self.client.bucket(path.bucket)
 
     def list_objects(self) -> dict[str, Stamp]:
         """Lists the destination by base name; nothing if that is not permitted.
@@ -2246,13 +2224,11 @@ class Destination:
         """
 
         def list_all(**options: Any) -> dict[str, Stamp]:
-            prefix = self.path.name_of("")
-            blobs = self._client.list_blobs(
-                self._bucket, prefix=prefix, delimiter="/", **options
-            )
+            where = {"prefix": self.path.name_of(""), "delimiter": "/"}
+            blobs = self.client.list_blobs(self._bucket, **where, **options)
             return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
 
-        found = self._ask("", list_all, lambda said: "denied" in said.facts)
+        found = self._ask("", list_all, lambda said: said.meaning()[0] == DENIED)
         is_refused = isinstance(found, Answer)
         if is_refused and self.is_listed:
             logging.warning(
@@ -2262,36 +2238,51 @@ class Destination:
         self.is_listed, self.objects = not is_refused, {} if is_refused else found
         return self.objects
 
-    def read(self, filename: str, max_bytes: int = 2**24) -> str:
+    def missing(self, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
+        """Picks the files, given by path, whose bytes the last listing did not find."""
+        there = {path: self.objects.get(os.path.basename(path)) for path in stamps}
+        return {
+            p: stamp for p, stamp in stamps.items() if not stamp.same_bytes(there[p])
+        }
+
+    def check_access(self, filename: str) -> None:
+        """Starts an upload, which needs the permission; the service forgets it."""
+
+        def start(**options: Any) -> None:
+            self._blob(filename).create_resumable_upload_session(**options)
+
+        self._ask(filename, start, self._is_taken)
+
+    def read(self, filename: str) -> str:
         """Reads a small object; empty if there is none, or reading is not permitted."""
         if self.is_listed and filename not in self.objects:
             return ""
 
-        download = functools.partial(
-            self._blob(filename).download_as_bytes, end=max_bytes, checksum=None
-        )
-        # An empty object has no bytes from 0 on: 416.
-        data = self._ask(
-            filename, download, lambda said: said.status in (403, 404, 416)
-        )
-        return "" if isinstance(data, Answer) else str(data, "utf-8", "replace")
+        def download(**options: Any) -> str:
+            # At most 16 MiB, for anybody may have put it there; so, no checksum.
+            options |= {"end": 2**24, "checksum": None}
+            data = self._blob(filename).download_as_bytes(**options)
+            return str(data, "utf-8", "replace")
+
+        harmless = (403, 404, 416)  # an empty object has no bytes from 0 on: 416
+        text = self._ask(filename, download, lambda said: said.status in harmless)
+        return text if isinstance(text, str) else ""
 
     def delete(self, filename: str) -> None:
         """Deletes an object; without a listing, that may be refused."""
-        if self.is_listed and filename not in self.objects:
-            return
-        harmless = (404,) if self.is_listed else (403, 404)
-        blob = self._blob(filename)
-        self._ask(filename, blob.delete, lambda said: said.status in harmless)
+        if not self.is_listed or filename in self.objects:
+            harmless = (404,) if self.is_listed else (403, 404)
+            delete = self._blob(filename).delete
+            self._ask(filename, delete, lambda said: said.status in harmless)
 
     def upload(
         self, path: str, stamp: Stamp, sent: Callable[[int], None] = lambda _: None
     ) -> bool:
         """Uploads a file; False if it was passed over.
 
-        The client retries single requests, but neither a lost upload (404 or 410) nor
-        an answer that does not match. `sent` is told at each piece how many more bytes
-        have left; after a fault, less than none.
+        The client retries single requests, but neither a lost upload nor an answer
+        that does not match. `sent` is told at each piece how many more bytes have
+        left; after a fault, less than none.
         """
         name, sent_so_far = os.path.basename(path), 0
 
@@ -2302,24 +2293,21 @@ class Destination:
             sent_so_far = position
 
         with self._explained(name):
-            for seconds in (*RETRY_SECONDS, 0):
+            for seconds in (*RESTART_DELAYS, 0):
                 try:
                     self._pause(0)
                     self._upload_once(path, stamp, before_piece)
                     return True
                 except Exception as error:
-                    said = read_answer(error)
+                    said = Answer(error)
                     if self._is_taken(said):
                         break
-                    # A ValueError is the client's word for a bucket that kept less
-                    # than was sent.
-                    is_short = type(error) is ValueError
-                    if not seconds or not (is_short or said.facts & _SENT_AGAIN):
+                    if not (seconds and said.is_lost):
                         raise
-                    invalidate_if_damaged(path, stamp)
-                    again = f"Uploading {name} again in {_duration(seconds)}"
-                    logging.warning(f"{again}: {said.words}.")
-                    self._pause(seconds)
+                invalidate_if_damaged(path, stamp)
+                again = f"Uploading {name} again in {_duration(seconds)}"
+                logging.warning(f"{again}: {said.words}.")
+                self._pause(seconds)
         if not self.passed_over:
             logging.warning(
                 f"Leaving what is already in {self.path}, unseen: neither "
@@ -2328,12 +2316,19 @@ class Destination:
         self.passed_over.append(name)
         return False
 
+    def upload_missing(self, stamps: Mapping[str, Stamp]) -> None:
+        """Uploads the files, given by path, that the last listing did not find."""
+        missing = self.missing(stamps)
+        threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
+        with _finishing(threads, self.stopping):
+            list(threads.map(self.upload, missing, missing.values()))
+
     def check_none_passed_over(self) -> None:
         """Stops the run if nobody knows whether all is as it should be."""
         if self.passed_over:
             raise ServiceError(
-                f"{_some(self.passed_over)} in {self.path} were there already, and "
-                "cannot be compared: the data set is not called complete. Grant "
+                f"There already, and cannot be compared: {_some(self.passed_over)} in "
+                f"{self.path}; the data set is not called complete. Grant "
                 f"roles/storage.objectUser on gs://{self.path.bucket} and rerun."
             )
 
@@ -2343,12 +2338,12 @@ class Destination:
         blob = self._blob(os.path.basename(path), chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         with trying_to("read", path):
-            file = open_file(path)
+            file = _ChunkedFile(path, before_piece)
         with file:
             # If told the size, the client sends a small file in one request, without
             # the checksum by which the service rejects damaged bytes.
             blob.upload_from_file(
-                _ChunkReader(file, before_piece),
+                file,
                 content_type="application/octet-stream",
                 timeout=CHUNK_TIMEOUT,
                 checksum=None,
@@ -2361,6 +2356,14 @@ class Destination:
                 f"the bucket holds {stored.num_bytes:,} bytes of crc32c "
                 f"{stored.crc32c}, not {stamp.num_bytes:,} of {stamp.crc32c}"
             )
+
+    def _blob(self, filename: str, **options: Any) -> Any:
+        return self._bucket.blob(self.path.name_of(filename), **options)
+
+    def _is_taken(self, said: Answer) -> bool:
+        """Whether an upload is refused only because such an object is there, unseen."""
+        is_refused = said.status == 403 and "storage.objects.delete" in said.codes
+        return is_refused and not self.is_listed
 
     def _ask(
         self,
@@ -2378,12 +2381,13 @@ class Destination:
                     patiently = self._patiently(REQUEST_SECONDS)
                     return request(timeout=TIMEOUT, retry=patiently)
                 except Exception as error:
-                    said = read_answer(error)
+                    said = Answer(error)
                     if is_excused(said):
                         return said
-                    if not (may_pay and {"400", "required"} <= said.facts):
+                    must_pay = said.status == 400 and "required" in said.codes
+                    if not (may_pay and must_pay):
                         raise
-                self._bucket = self._client.bucket(self.path.bucket, self._payer)
+                self._bucket = self.client.bucket(self.path.bucket, self._project)
 
     def _pause(self, seconds: float) -> None:
         """Waits, or raises if the run is stopping."""
@@ -2405,7 +2409,7 @@ class Destination:
             except Exception as error:
                 now = time.monotonic()
                 end = min(end, now + seconds)
-                said = read_answer(error)
+                said = Answer(error)
                 if not said.may_pass or now + delay > end:
                     raise
                 if now >= max(start + WARNING_SECONDS, self._next_warning):
@@ -2416,50 +2420,46 @@ class Destination:
 
     @contextlib.contextmanager
     def _explained(self, filename: str = "") -> Iterator[None]:
-        """Turns any error into one line."""
+        """Turns any error into one line: what failed, whose words, what to do."""
         try:
             yield
         except (RunError, FileNotFoundError, concurrent.futures.CancelledError):
             raise
         except Exception as error:
-            said = read_answer(error)
+            said = Answer(error)
             place = f"{self.path}/{filename}".removesuffix("/")
             bucket = f"gs://{self.path.bucket}"
-            remedy = said.first(_REMEDIES).format(bucket=bucket, project=self._payer)
-            words = "" if "nowhere" in said.facts else f": {said.words}"
-            failure = said.first(_FAILURES).format(place)
-            line = f"{failure}{words}. {remedy}".rstrip()
-            may_pass = said.may_pass or remedy == RERUN
+            failure, remedy = said.meaning()
+            remedy = remedy.format(bucket=bucket, project=self._project)
+            line = f"{failure.format(place)}: {said.words}. {remedy}".rstrip()
+            may_pass = said.may_pass or said.is_lost
             raise ServiceError(line, may_pass=may_pass) from error
 
 
-class _ChunkReader:
-    """A file for the client, which sends whatever has a length and can be iterated.
+class _ChunkedFile(io.FileIO):
+    """A file that the client reads in chunks and sends in pieces."""
 
-    Then a timeout counts for each piece, not for a chunk, which a slow line sends for
-    minutes, and memory holds a piece instead of a chunk.
-    """
+    def __init__(self, path: str, before_piece: Callable[[int], None]):
+        super().__init__(open_regular(path))
+        self.path, self.before_piece = path, before_piece
 
-    def __init__(self, file: BinaryIO, before_piece: Callable[[int], None]):
-        self.file, self.before_piece = file, before_piece
-        self.num_bytes = os.fstat(file.fileno()).st_size
-        self.position = 0
-
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, size: int) -> bytes | _Chunk:
-        start = self.position
-        self.position = min(start + size, self.num_bytes)
+    def read(self, size: int = -1) -> Any:  # type: ignore[override]
+        start, num_bytes = self.tell(), os.fstat(self.fileno()).st_size
+        end = self.seek(min(start + size, num_bytes))
         # Of an empty body that can be iterated, the client does not say the length.
-        return _Chunk(self, start, self.position) if start < self.position else b""
+        return _Chunk(self, start, end) if start < end else b""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """A part of a file, read anew each time it is sent."""
+    """A part of a file, read anew each time it is sent.
 
-    reader: _ChunkReader
+    The client sends whatever has a length and can be iterated. Then a timeout counts
+    for a piece, not for a chunk, which a slow line sends for minutes; and memory holds
+    a piece only.
+    """
+
+    file: _ChunkedFile
     start: int
     end: int
 
@@ -2467,16 +2467,15 @@ class _Chunk:
         return self.end - self.start
 
     def __iter__(self) -> Iterator[bytes]:
-        file = self.reader.file
         for position in range(self.start, self.end, PIECE_BYTES):
-            self.reader.before_piece(position)
+            self.file.before_piece(position)
             size = min(PIECE_BYTES, self.end - position)
-            with trying_to("read", file.name):  # not the network's fault
-                piece = os.pread(file.fileno(), size, position)
+            with trying_to("read", self.file.path):  # not the network's fault
+                piece = os.pread(self.file.fileno(), size, position)
             if len(piece) < size:
-                raise WrongContentError(f"{file.name} has become shorter")
+                raise WrongContentError(f"{self.file.path} has become shorter")
             yield piece
-        self.reader.before_piece(self.end)
+        self.file.before_piece(self.end)
 
 
 class WrongContentError(Exception):
@@ -2525,176 +2524,6 @@ def _refuse(response: Any, **_: Any) -> None:
         raise requests.HTTPError(response=response)
 
 
-def _missing(destination: Destination, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
-    """Picks the files, given by path, whose bytes the last listing did not find."""
-    missing = {}
-    for path, stamp in stamps.items():
-        there = destination.objects.get(os.path.basename(path))
-        if not (there and there.same_bytes(stamp)):
-            missing[path] = stamp
-    return missing
-
-
-def _upload_missing(destination: Destination, stamps: Mapping[str, Stamp]) -> None:
-    missing = _missing(destination, stamps)
-    threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
-    with _finishing(threads, destination.stopping):
-        list(threads.map(destination.upload, missing, missing.values()))
-
-
-# What failed, by the first fact that is known.
-_FAILURES = {
-    "proxy": "The proxy refuses the way to {}",
-    "credentials": "No credentials for {}",
-    "login": "Cannot log in for {}",
-    "denied": "Access to {} is denied",
-    "bucket": "No bucket for {}",
-    "": "Cloud Storage failed at {}",
-}
-_LOGIN = "un `gcloud auth application-default login`"
-# The first of which all facts are known counts.
-_REMEDIES = {
-    "proxy 407": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
-    "nowhere": f"R{_LOGIN}, or attach a service account to the VM.",
-    "metadata 404": "Attach a service account to this machine.",
-    "passing": RERUN,
-    "proxy": "HTTPS_PROXY and NO_PROXY say which hosts are reached through it.",
-    "socks": "Run: python3 -m pip install 'requests[socks]'",
-    "webpage": "A sign-in page or a proxy may be in the way.",
-    "clock": "Check this machine's clock.",
-    "certificate": "If your network has its own certificate authority, set "
-    "REQUESTS_CA_BUNDLE to the file of its certificate.",
-    "bundle": "REQUESTS_CA_BUNDLE must name a file of certificates (PEM).",
-    "invalid_grant": f"As a person, r{_LOGIN} again; with a key, check this machine's "
-    "clock, and that account and key still exist.",
-    "vpcServiceControlsUniqueIdentifier": "",
-    "metadata iam.serviceAccounts.getAccessToken": "Grant "
-    "roles/iam.workloadIdentityUser on that service account to the Kubernetes service "
-    "account of the pod.",
-    "iam.serviceAccounts.getAccessToken": "Grant roles/iam.serviceAccountTokenCreator "
-    "on that service account to the account that impersonates it.",
-    "denied serviceusage.services": "Grant roles/serviceusage.serviceUsageConsumer on "
-    "the project to the account of this run.",
-    "denied forbidden storage.objects": "Grant roles/storage.objectUser on {bucket} to "
-    "the account of this run.",
-    "denied insufficientPermissions": "Stop the VM and run: gcloud compute instances "
-    "set-service-account NAME --scopes=cloud-platform",
-    "bucket": "Create it: gcloud storage buckets create {bucket} --project={project} "
-    "--location=LOCATION",
-    "again": RERUN,
-}
-_SENT_AGAIN = {"passing", "again"}
-_RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What an error means."""
-
-    status: int  # of HTTP; 0 if no answer came
-    facts: frozenset[str]  # what machines wrote, as reasons; what `_conclude` adds
-    words: str  # for people, in one line without final period
-
-    @property
-    def may_pass(self) -> bool:
-        """Whether the same request may succeed later."""
-        return "passing" in self.facts
-
-    def first(self, table: Mapping[str, str]) -> str:
-        """Looks up the first entry of which all facts are known; empty if none is."""
-        fit = (key for key in table if self.facts.issuperset(key.split()))
-        return table.get(next(fit, "none"), "")
-
-
-def read_answer(error: BaseException) -> Answer:
-    """Reads what an error of the client or of `google.auth` says, whatever the body."""
-    chain = list(_chain(error))
-    response = _response(chain)
-    texts = [_body(response), *(text for each in chain for text in each.args)]
-    document = next(filter(None, map(_parsed, texts)), None)
-    is_page = any(str(text).lstrip()[:1] == "<" for text in texts[:2])
-    status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
-    if response is None:  # google.auth may hand on no more than the text
-        status = next(_find(document, "code", int), 0)
-    oauth = (next(_find(document, key), "") for key in ("error", "error_description"))
-    words = next(_find(document, "message"), "") or ": ".join(filter(None, oauth))
-    if status:
-        phrase = http.client.responses.get(status, "") if status >= 300 else ""
-        words = words or (texts[0] if re.match("[^\\W\\d]", texts[0]) else "") or phrase
-        words = words or f"with {'a web page' if is_page else 'what is not understood'}"
-        words = words if words.startswith(str(status)) else f"{status} {words}"
-    words = words or ("a web page came back" if is_page else _words_of(chain))
-    words = " ".join(words.split()).rstrip(".")
-    if tunnel := re.match(r"Tunnel connection failed: (\d{3})", str(texts[-1])):
-        status = int(tunnel[1])  # http.client says it nowhere else
-    facts = {"", str(status), *_find(document, "error"), *_find(document, "reason")}
-    for token in re.findall(r"[A-Za-z]+(?:\.[A-Za-z]+){2,}|\w+UniqueIdentifier", words):
-        facts |= {token, token.rpartition(".")[0]}
-    facts.add("page" if is_page else "json" if document else "")
-    facts.add("session" if "upload_id=" in str(getattr(response, "url", "")) else "")
-    # https://cloud.google.com/compute/docs/metadata/querying-metadata
-    is_metadata = "Metadata-Flavor" in (getattr(response, "headers", None) or ())
-    facts.add("metadata" if is_metadata else "")
-    _conclude(chain, status, facts)
-    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    if path and facts & {"credentials", "login"}:
-        words += f" (GOOGLE_APPLICATION_CREDENTIALS={path})"
-    return Answer(status, frozenset(facts), words)
-
-
-def _conclude(chain: Sequence[BaseException], status: int, facts: set[str]) -> None:
-    """Adds to the facts what follows from types of errors, the status and reasons."""
-    from google.auth import exceptions
-    from requests import exceptions as http_errors
-
-    facts_of_types: dict[Any, str] = {
-        (http_errors.ProxyError, http_errors.InvalidProxyURL): "proxy",
-        http_errors.InvalidSchema: "socks",
-        (http_errors.ConnectionError, http_errors.ChunkedEncodingError): "network",
-        (http_errors.Timeout, exceptions.TransportError): "network",
-        ssl.SSLCertVerificationError: "certificate",
-        exceptions.GoogleAuthError: "login",
-        exceptions.DefaultCredentialsError: "credentials",
-        WrongContentError: "again",
-    }
-    cause = chain[-1]
-    for kinds, fact in facts_of_types.items():
-        facts |= {fact for each in chain if isinstance(each, kinds)}
-    facts.add({401: "login", 407: "proxy"}.get(status, ""))
-    if getattr(cause, "verify_code", 0) in (9, 10):  # not valid yet, or no longer
-        facts.add("clock")
-    has_bundle = type(cause) is OSError and os.environ.get("REQUESTS_CA_BUNDLE")
-    if has_bundle or getattr(cause, "library", "") in ("X509", "PEM"):
-        facts.add("bundle")
-    is_default = type(cause) is exceptions.DefaultCredentialsError
-    if is_default and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-        facts.add("nowhere")
-    if _passes(chain, status, facts):
-        facts.add("passing")
-    elif "page" in facts:
-        facts.add("webpage")
-    elif status == 403 and not facts & {"login", "proxy"}:
-        facts.add("denied")
-    elif status == 404 and "json" in facts and not facts & {"proxy", "session"}:
-        facts.add("bucket")
-    if "session" in facts and status in (200, 308, 400, 404, 410):
-        facts.add("again")
-
-
-def _passes(chain: Sequence[BaseException], status: int, facts: set[str]) -> bool:
-    """Whether the same request may succeed later."""
-    is_late = "nowhere" in facts or (status == 404 and "metadata" in facts)
-    is_plain = getattr(chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"  # no TLS
-    return bool(
-        status in (408, 429, 500, 502, 503, 504)
-        or any(getattr(each, "retryable", False) for each in chain)
-        or (status == 403 and facts & _RATES)
-        or (is_late and _is_googles_machine())
-        or (not (status or is_plain or facts & {"certificate", "bundle"}))
-        and "network" in facts
-    )
-
-
 def _is_googles_machine() -> bool:
     """Whether this machine says that it is Google's, whose identity can come late."""
     if os.environ.get("NO_GCE_CHECK") == "true":
@@ -2704,69 +2533,195 @@ def _is_googles_machine() -> bool:
     return product.startswith("Google") or any(os.environ.get(name) for name in names)
 
 
+# What an answer means: types, statuses and what machines wrote decide; words are for
+# people.
+
+KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
+RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
+LOG_IN = "un `gcloud auth application-default login`"
+DENIED, FAILED = "Access to {} is denied", "Cloud Storage failed at {}"
+# What helps, by the permission, the reason or the error of OAuth in the answer
+REMEDIES = {
+    "invalid_grant": f"As a person, r{LOG_IN} again; with a key, check this machine's "
+    "clock, and that account and key still exist.",
+    "iam.serviceAccounts": "Grant roles/iam.serviceAccountTokenCreator on that service "
+    "account to the account that impersonates it.",
+    "insufficientPermissions": "Stop the VM and run: gcloud compute instances "
+    "set-service-account NAME --scopes=cloud-platform",
+    "serviceusage.services": "Grant roles/serviceusage.serviceUsageConsumer on the "
+    "project to the account of this run.",
+    "storage.objects": "Grant roles/storage.objectUser on {bucket} to the account of "
+    "this run.",
+}
+BIND = (
+    "Grant roles/iam.workloadIdentityUser on that service account to the Kubernetes "
+    "service account of the pod."
+)
+AUTHORITY = (
+    "Check this machine's clock. If your network has its own certificate authority, "
+    "REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate."
+)
+
+
+class Answer:
+    """What an error of the client or of `google.auth` says, whatever the body.
+
+    Attributes:
+      status: Of HTTP; 0 if no answer came.
+      codes: Its reasons and errors of OAuth; permissions that it names, and their kinds.
+      words: In one line, without a final period.
+    """
+
+    def __init__(self, error: BaseException):
+        from google.auth.exceptions import GoogleAuthError
+
+        self._chain = chain = list(_chain(error))
+        parts = [p for e in chain for p in (getattr(e, "response", None), *e.args)]
+        answers = (part for part in parts if hasattr(part, "headers"))
+        response: Any = next(answers, None)
+        body = ""
+        with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
+            data = response.data if hasattr(response, "data") else response.content
+            body = bytes(data).decode(errors="replace")
+        self._is_json = body.lstrip()[:1] in ("{", "[")
+        self._is_page = any(str(t).lstrip()[:1] == "<" for t in (body, *error.args[:1]))
+        self._is_session = "upload_id=" in str(getattr(response, "url", ""))
+        # https://cloud.google.com/compute/docs/metadata/querying-metadata
+        self._is_metadata = "Metadata-Flavor" in getattr(response, "headers", ())
+        # http.client says the status of a proxy nowhere else.
+        tunnel = re.match(r"Tunnel connection failed: (\d{3})", str(chain[-1]))
+        statuses = (getattr(response, name, 0) for name in ("status_code", "status"))
+        # google.auth may hand on no more than the text.
+        code = re.search(r'"code"\s*:\s*(\d{3})\b', "" if response else str(error.args))
+        told = tunnel or code
+        self.status = int(told[1]) if told else next(filter(None, statuses), 0)
+
+        keys = "message", "reason", "error", "error_description"
+        found = [[s for p in (body, *parts) for s in _strings(p, key)] for key in keys]
+        messages, reasons, oauth, descriptions = found
+        words = "".join(messages[:1]) or ": ".join(oauth[:1] + descriptions[:1])
+        if status := self.status:
+            plain = body if re.match(r"[^\W\d]", body) else ""
+            phrase = http.client.responses.get(status, "") if status >= 300 else ""
+            odd = "with a web page" if self._is_page else "with what is not understood"
+            words = f"{status} {words or plain or phrase or odd}"
+        words = words or ("a web page came back" if self._is_page else _words_of(chain))
+        self.words = " ".join(words.split()).rstrip(".")
+        if (key := os.environ.get(KEY_FILE)) and self._is_a(GoogleAuthError):
+            self.words += f" ({KEY_FILE}={key})"
+        permissions = re.findall(r"(([A-Za-z]+(?:\.[A-Za-z]+)+)\.[A-Za-z]+)", words)
+        self.codes = {*reasons, *oauth, *itertools.chain(*permissions)}
+
+    def _is_a(self, *kinds: type) -> bool:
+        return any(isinstance(each, kinds) for each in self._chain)
+
+    @functools.cached_property
+    def may_pass(self) -> bool:
+        """Whether the same request may succeed later."""
+        from google.auth.exceptions import TransportError
+        from requests import exceptions as lines
+
+        lost = lines.ConnectionError, lines.ChunkedEncodingError, lines.Timeout
+        is_plain = getattr(self._chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"
+        is_final = self.status or is_plain or self._is_of_certificates
+        return bool(
+            self.status in (408, 429, 500, 502, 503, 504)
+            or (self.status == 403 and self.codes & RATES)
+            or any(getattr(each, "retryable", False) for each in self._chain)
+            or (self._lacks_identity and _is_googles_machine())
+            or (self._is_a(*lost, TransportError) and not is_final)
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether an upload is lost, but may succeed from its beginning."""
+        # A ValueError is the client's word for a bucket that kept less than was sent.
+        is_other = self._is_a(WrongContentError) or type(self._chain[0]) is ValueError
+        is_over = self.status in (200, 308, 400, 404, 410)
+        return is_other or (self._is_session and is_over)
+
+    @property
+    def _is_of_certificates(self) -> bool:
+        cause = self._chain[-1]
+        is_refused = isinstance(cause, ssl.SSLCertVerificationError)
+        is_unread = getattr(cause, "library", "") in ("X509", "PEM")
+        return is_refused or is_unread or (type(cause) is OSError and not cause.errno)
+
+    @property
+    def _lacks_identity(self) -> bool:
+        """Whether nothing is there to log in with, or not yet, as on a new machine."""
+        from google.auth.exceptions import DefaultCredentialsError
+
+        is_default = type(self._chain[-1]) is DefaultCredentialsError
+        is_unset = not os.environ.get(KEY_FILE)
+        return (is_default and is_unset) or (self._is_metadata and self.status == 404)
+
+    def meaning(self) -> tuple[str, str]:
+        """Says what failed, with {} for the place, and what helps, if that is known."""
+        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+        from requests.exceptions import InvalidProxyURL, InvalidSchema, ProxyError
+
+        status, rerun = self.status, RERUN if self.may_pass else ""
+        remedy = next((REMEDIES[code] for code in REMEDIES if code in self.codes), "")
+        if status == 407 or self._is_a(ProxyError, InvalidProxyURL):
+            hosts = "HTTPS_PROXY and NO_PROXY say which hosts are reached through it."
+            password = "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
+            helps = password if status == 407 else rerun or hosts
+            return "The proxy refuses the way to {}", helps
+        if self._is_a(DefaultCredentialsError):
+            log_in = f"R{LOG_IN}, or attach a service account to the VM."
+            return "No credentials for {}", log_in if self._lacks_identity else rerun
+        if status == 401 or self._is_a(GoogleAuthError):
+            if self._is_metadata and remedy:
+                remedy = BIND
+            if self._lacks_identity:
+                remedy = "Attach a service account to this machine."
+            return "Cannot log in for {}", remedy or rerun
+        if self.may_pass:
+            return FAILED, RERUN
+        if self._is_page:
+            return FAILED, "A sign-in page or a proxy may be in the way."
+        if status == 403:
+            return DENIED, remedy
+        if status == 404 and self._is_json and not self._is_session:
+            create = "gcloud storage buckets create {bucket} --project={project}"
+            return "No bucket for {}", f"Create it: {create} --location=LOCATION"
+        if self._is_a(InvalidSchema):
+            return FAILED, "Run: python3 -m pip install 'requests[socks]'"
+        if self._is_of_certificates:
+            return FAILED, AUTHORITY
+        return FAILED, RERUN if self.is_lost else ""
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those within it, outermost first; libraries nest them variously."""
     while error is not None:
         yield error
-        # As google.api_core, urllib3, requests and google.auth, and `raise from` do.
-        wrapped = [getattr(error, name, None) for name in ("cause", "reason")]
-        wrapped += [*error.args, error.__cause__]
-        error = next((e for e in wrapped if isinstance(e, BaseException)), None)
+        # As urllib3, requests and google.auth, and `raise from` do.
+        within = [getattr(error, "reason", None), *error.args, error.__cause__]
+        error = next((e for e in within if isinstance(e, BaseException)), None)
 
 
-def _response(chain: Sequence[BaseException]) -> Any:
-    """Finds the answer that an error is about; None if there was none."""
-    import requests
-    from google.auth import transport
-
-    kinds = (requests.Response, transport.Response)
-    parts = (part for e in chain for part in (getattr(e, "response", None), *e.args))
-    return next((part for part in parts if isinstance(part, kinds)), None)
-
-
-def _body(response: Any) -> str:
-    """Reads the text of an answer; empty if it cannot be decoded."""
-    with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
-        data = response.data if hasattr(response, "data") else response.content
-        return bytes(data).decode(errors="replace")
-    return ""
-
-
-def _parsed(text: Any) -> Any:
-    """Parses a JSON object or list; None for anything else."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        value = text if isinstance(text, dict) else json.loads(text)
-        return value if isinstance(value, (dict, list)) else None
-    return None
-
-
-def _find(value: Any, key: str, kind: type = str, depth: int = 8) -> Iterator[Any]:
-    """Finds what is of a kind and under a key, wherever it is."""
-    if isinstance(value, dict) and isinstance(value.get(key), kind):
-        yield value[key]
-    within = value.values() if isinstance(value, dict) else value
-    if depth and isinstance(value, (dict, list)):
-        for each in within:
-            yield from _find(each, key, kind, depth - 1)
+def _strings(text: Any, key: str) -> list[str]:
+    """Finds the strings under a key, however odd the JSON around them, or cut short."""
+    json_text = json.dumps(text) if isinstance(text, dict) else str(text)
+    literals = re.findall(
+        rf'"{key}"\s*:\s*("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{{4}})*")', json_text
+    )
+    return [json.loads(each, strict=False) for each in literals]
 
 
 def _words_of(chain: Sequence[BaseException]) -> str:
-    """What the innermost error with words for people says, and of which host."""
-    from google.auth import exceptions
-    from requests import RequestException
+    """What the innermost error of a line or a login says, and of which host."""
+    from google.auth.exceptions import GoogleAuthError
 
-    of_python = (AttributeError, LookupError, TypeError, ValueError)
-    of_library = (OSError, exceptions.GoogleAuthError, RequestException)
     text = "what came back is not understood"
-    for error in reversed(chain):
-        is_odd = isinstance(error, of_python) and not isinstance(error, of_library)
-        if not (is_odd or isinstance(error, json.JSONDecodeError)):
-            names = "verify_message", "strerror"
-            said = [getattr(error, name, "") for name in names] + [*error.args[:1]]
-            text = str(next(filter(None, said), ""))
+    spoken = OSError, GoogleAuthError, WrongContentError  # not errors of Python's own
+    for error in filter(lambda each: isinstance(each, spoken), chain):
+        if not isinstance(error, json.JSONDecodeError):
+            text = str(getattr(error, "strerror", "") or next(iter(error.args), ""))
             text = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", text)
             text = text if text.strip() else "the answer is empty"
-            break
     requests = [getattr(error, "request", None) for error in chain]
     for request in filter(None, requests):
         return f"cannot reach {urllib.parse.urlsplit(request.url).hostname} ({text})"
@@ -2791,53 +2746,32 @@ def find_work(
     """
     work = Work()
     for shard in shards:
-        case, stamp = _case_of(shard, scratch_dir, objects, is_own(shard))
-        if stamp and case is Case.DONE:
-            work.done[shard.name] = stamp
-        elif stamp and case is Case.TO_UPLOAD:
-            work.to_upload.append((shard, stamp))
-        elif is_own(shard):
-            work.to_write.append(shard)
-        elif case is Case.DIFFERENT:
-            work.differing.append(shard.name)
-    return work
-
-
-class Case(enum.Enum):
-    """What is known of a shard before anything is done about it."""
-
-    ABSENT = "neither here nor in the bucket, or not as it was written"
-    DIFFERENT = "made of other images"
-    TOUCHED = "made of these images, but one was modified since"
-    TO_UPLOAD = "finished here, but not in the bucket"
-    DONE = "finished where it is wanted"
-
-
-def _case_of(
-    shard: Shard, scratch_dir: str, objects: Mapping[str, Stamp] | None, is_own: bool
-) -> tuple[Case, Stamp | None]:
-    """Finds the case of a shard and, if it is finished, its stamp."""
-    path = shard_path(shard, scratch_dir)
-    # What was last written here, even if the file is gone (--nokeep_local_shards). Of
-    # others' shards, the bucket alone decides, if there is one.
-    here = read_stamp(path) if is_own or objects is None else None
-    there = (objects or {}).get(shard.name)
-    digest = shard.digest() if here or there else ""
-    if here and here.digest in (digest, ""):  # none: the stamp is unreadable
+        path, own = shard_path(shard, scratch_dir), is_own(shard)
+        # What was last written here, even if the file is gone (--nokeep_local_shards).
+        # Of others' shards, the bucket alone decides, if there is one.
+        here = read_stamp(path) if own or objects is None else None
+        there = (objects or {}).get(shard.name)
+        digest = shard.digest() if here or there else ""
+        known = here if here and here.digest in (digest, "") else None  # or unreadable
         # Before all else, for the bucket's copy is no newer. Of others' shards, times
         # say nothing, because other machines may have other copies of the images.
-        if is_own and here.fingerprint != shard.fingerprint():
-            return Case.TOUCHED, None
-        # Its bytes, not its images: another TensorFlow encodes some in another way.
-        if there and there.same_bytes(here):
-            return Case.DONE, there
-        if is_as_stamped(path, here):  # its bytes are not read again
-            return (Case.DONE if objects is None else Case.TO_UPLOAD), here
-    elif there and there.digest == digest:  # another machine, or directory, wrote it
-        return Case.DONE, there
-    found = there or (here if os.path.exists(path) else None)
-    is_different = found and found.digest not in (digest, "")
-    return (Case.DIFFERENT if is_different else Case.ABSENT), None
+        if own and known and known.fingerprint != shard.fingerprint():
+            work.to_write.append(shard)  # an image was touched
+        # By bytes where they are known: another TensorFlow encodes some in another way.
+        elif there and (there.same_bytes(known) if known else there.digest == digest):
+            work.done[shard.name] = there
+        elif known and is_as_stamped(path, known):  # its bytes are not read again
+            if objects is None:
+                work.done[shard.name] = known
+            else:
+                work.to_upload.append((shard, known))
+        elif own:
+            work.to_write.append(shard)  # absent, or of other images, or changed
+        else:
+            found = there or (here if os.path.exists(path) else None)
+            if found and found.digest not in (digest, ""):
+                work.differing.append(shard.name)
+    return work
 
 
 def _strangers(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
@@ -2847,68 +2781,60 @@ def _strangers(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
     return sorted(n for n in filenames if pattern.match(n) and n not in planned)
 
 
-def _stranger_problem(path: GcsPath, names: Sequence[str]) -> str:
-    """Says that models would read other objects, too, and how to delete just those."""
-    globs = set()
-    for name in names:
-        match = re.fullmatch(r"(\w+-)(\d{5})(-of-(\d{5}))", name)
-        # No * for an index beyond the count: it could match this run's shards.
-        is_shard = match and int(match[2]) < int(match[4])
-        globs.add(f"{match[1]}*{match[3]}" if match and is_shard else name)
-    remedy = "Delete them"
-    if len(globs) <= 10:
-        objects = " ".join(shlex.quote(f"{path}/{glob}") for glob in sorted(globs))
-        remedy += f" (gcloud storage rm {objects})"
-    return (
-        f"{path} contains train-* or validation-* objects from elsewhere, which models "
-        f"would also read: {_some(sorted(names))}. {remedy}, or choose another "
-        "directory."
-    )
-
-
 def _bucket_problems(job: Job) -> Iterator[str]:
-    """Says what in the bucket should not be there, or cannot be replaced."""
+    """Says what in the bucket should not be there, or cannot be seen."""
     if not job.destination:
         return
     if job.options.task_count > 1 and not job.destination.is_listed:
         yield f"--task_count needs the permission to list {job.destination.path}."
-    if strangers := _strangers(job.destination.objects, job.shards):
-        yield _stranger_problem(job.destination.path, strangers)
+    names = _strangers(job.destination.objects, job.shards)
+    globs = set()
+    for name in names:
+        match = re.fullmatch(r"(\w+-)(\d{5})(-of-(\d{5}))", name)
+        # No * for an index beyond the count: it could match this run's shards.
+        is_shard = match and match[2] < match[4]
+        globs.add(f"{match[1]}*{match[3]}" if match and is_shard else name)
+    paths = sorted(f"{job.destination.path}/{glob}" for glob in globs)
+    remove = f" ({shlex.join(['gcloud', 'storage', 'rm', *paths])})"
+    if names:
+        yield (
+            f"{job.destination.path} contains train-* or validation-* objects from "
+            f"elsewhere, which models would also read: {_some(names)}. Delete "
+            f"them{remove if len(paths) <= 10 else ''}, or choose another directory."
+        )
 
 
 def _finished_problems(job: Job) -> Iterator[str]:
     """Says which finished data sets, of other raw data, this run would replace."""
-    if not job.synsets:
-        return
     scratch_dir, destination = job.options.scratch_dir, job.destination
+    found: list[tuple[object, str, list[str]]] = []
     if any(pathlib.Path(scratch_dir).glob("*/*-of-*")):
-        remove = shlex.join(["rm", job.manifest_path])
-        yield from _other_set(job, read_text(job.manifest_path), scratch_dir, remove)
+        text = read_text(job.manifest_path)
+        found.append((scratch_dir, text, ["rm", job.manifest_path]))
     if destination and job.num_missing:
-        path = f"{destination.path}/{MANIFEST_FILE}"
-        remove = shlex.join(["gcloud", "storage", "rm", path])
-        text = destination.read(MANIFEST_FILE)
-        yield from _other_set(job, text, destination.path, remove)
+        remove = ["gcloud", "storage", "rm", f"{destination.path}/{MANIFEST_FILE}"]
+        found.append((destination.path, destination.read(MANIFEST_FILE), remove))
+    for place, text, remove in found if job.synsets else ():
+        if differences := list(_differences(text, _contents(job))):
+            yield (
+                f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
+                f"says {'; '.join(differences)}). Choose another directory or, to "
+                f"replace it, run: {shlex.join(remove)}"
+            )
 
 
-def _other_set(job: Job, text: str, place: object, remove: str) -> Iterator[str]:
+def _differences(text: str, contents: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Compares a manifest with the plan; one that cannot be read vouches for nothing."""
-    found = _parsed(text)
-    contents: Any = found if isinstance(found, dict) else {}
-    differences = []
-    for key, planned in _contents(job).items():
-        there = contents.get(key)
-        for name in sorted({**there, **planned}) if isinstance(there, dict) else ():
-            if there.get(name) != planned.get(name):
-                say = f"{key} {name}: {there.get(name)}, not {planned.get(name)}"
-                differences.append(say)
-                break
-    if differences:
-        yield (
-            f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
-            f"says {'; '.join(differences)}). Choose another directory or, to replace "
-            f"it, run: {remove}"
-        )
+    manifest: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        manifest = json.loads(text)
+    for key, planned in contents.items():
+        there = manifest.get(key) if isinstance(manifest, dict) else None
+        there = there if isinstance(there, dict) else planned
+        names = sorted({**there, **planned})
+        differ = [name for name in names if there.get(name) != planned.get(name)]
+        for name in differ[:1]:
+            yield f"{key} {name}: {there.get(name)}, not {planned.get(name)}"
 
 
 def _scratch_problems(job: Job) -> list[str]:
@@ -2926,41 +2852,34 @@ def _needed_room(job: Job) -> int:
     An old shard goes only when the new one is whole; `workers` are written at a time.
     """
     options, removed = job.options, 0
-    sizes = [
-        (shard.estimated_bytes, _size_of(shard_path(shard, options.scratch_dir)))
-        for shard in job.work.to_write
-    ]
+    sizes = []
+    for shard in job.work.to_write:
+        path = shard_path(shard, options.scratch_dir)
+        old = os.path.getsize(path) if os.path.exists(path) else 0
+        sizes.append((shard.estimated_bytes, old))
     if not options.keep_local_shards:  # so many are here at a time
         sizes.sort(key=lambda new_old: new_old[0] - new_old[1], reverse=True)
         sizes = sizes[: options.workers + WAITING_SHARDS]
         removed = sum(path.stat().st_size for path in _uploaded_before(job))
-    new, old = ([size[i] for size in sizes] for i in (0, 1))
-    in_hand = [sum(heapq.nlargest(options.workers, each)) for each in (new, old)]
-    return max(sum(new) - sum(old) + in_hand[1], in_hand[0]) - removed
-
-
-def _size_of(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else 0
+    new, old_sizes = ([size[i] for size in sizes] for i in (0, 1))
+    in_hand = [sum(heapq.nlargest(options.workers, each)) for each in (new, old_sizes)]
+    return max(sum(new) - sum(old_sizes) + in_hand[1], in_hand[0]) - removed
 
 
 def _uploaded_before(job: Job) -> list[pathlib.Path]:
     """Lists this task's shards that the bucket holds already and that are here, too."""
-    done = [s for s in job.options.share(job.shards) if s.name in job.work.done]
     found = []
-    for shard in done:
+    for shard in job.options.share(job.shards):
         path = shard_path(shard, job.options.scratch_dir)
-        stamp = read_stamp(path) if os.path.exists(path) else None
+        is_done = shard.name in job.work.done and os.path.exists(path)
+        stamp = read_stamp(path) if is_done else None
         if stamp and stamp.digest == shard.digest():  # else it is another data set's
             found.append(pathlib.Path(path))
     return found
 
 
 def room_problems(
-    flag: str,
-    directory: StrPath,
-    needed: int,
-    what: str,
-    remedy: str = "",
+    flag: str, directory: StrPath, needed: int, what: str, remedy: str = ""
 ) -> list[str]:
     """Says, if so, that a directory's disk has fewer than the needed bytes free."""
     free = shutil.disk_usage(nearest_directory(directory)).free
@@ -3005,27 +2924,20 @@ def _check_finished(job: Job) -> Work:
     objects = destination.objects if destination else None
     work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
     check_none_wrong(work.left, len(options.share(job.shards)), job.place)
-    if destination and (strangers := _strangers(destination.objects, job.shards)):
-        raise RunError(_stranger_problem(destination.path, strangers))
-    # A manifest with this text is of a run that read these bytes, or had uploaded them.
+    if problems := list(_bucket_problems(job)):
+        raise RunError(*problems)
+    # Before the manifest vouches for shards of earlier runs, they are read again; one
+    # with this text is of a run that read these bytes, or had uploaded them.
     is_complete_here = len(work.done) == len(job.shards) and not destination
-    texts = _manifests(job, work.done) if is_complete_here else []
-    if is_complete_here and read_text(job.manifest_path) not in texts:
-        written = {shard.name for shard in job.work.to_write}
+    if is_complete_here and not _is_vouched_for(job, work.done):
+        written, number = {shard.name for shard in job.work.to_write}, 0
         earlier = [shard for shard in job.shards if shard.name not in written]
-        _check_earlier(earlier, work.done, options.scratch_dir)
+        say = lambda: f"Checked {number:,} of {_count(len(earlier), 'earlier shard')}."
+        with reporting(say):
+            for number, shard in enumerate(earlier):
+                path = shard_path(shard, options.scratch_dir)
+                invalidate_if_damaged(path, work.done[shard.name])
     return work
-
-
-def _check_earlier(
-    shards: Sequence[Shard], stamps: Mapping[str, Stamp], scratch_dir: str
-) -> None:
-    """Rereads the shards of earlier runs before the manifest vouches for them."""
-    number = 0
-    say = lambda: f"Checked {number:,} of {_count(len(shards), 'earlier shard')}."
-    with reporting(say):
-        for number, shard in enumerate(shards):
-            invalidate_if_damaged(shard_path(shard, scratch_dir), stamps[shard.name])
 
 
 def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> None:
@@ -3039,6 +2951,15 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
         )
 
 
+def _contents(job: Job) -> dict[str, dict[str, Any]]:
+    """What tells a data set from one of other raw data, as its manifest has it."""
+    examples = collections.Counter[str]()
+    for shard in job.shards:
+        examples[shard.split] += len(shard.images)
+    labels = {str(label): synset for label, synset in enumerate(job.synsets, start=1)}
+    return {"examples": examples, "labels": labels}
+
+
 def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
     """The JSON text that marks a data set as complete, and that of version 2.0.
 
@@ -3046,8 +2967,6 @@ def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
     bytes, and the synset of each label, which the records have only one by one; since
     version 3.0 also whether classes and validation labels are ImageNet-1k's.
     """
-    validation = [s for s in job.shards if s.split == VALIDATION_DIRECTORY]
-    labels = [image.synset for shard in validation for image in shard.images]
     contents = _contents(job)
     facts = {
         "examples": contents["examples"],
@@ -3063,6 +2982,8 @@ def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
             for shard in job.shards
         ],
     }
+    validation = (s for s in job.shards if s.split == VALIDATION_DIRECTORY)
+    labels = [image.synset for shard in validation for image in shard.images]
     imagenet = {
         "classes": has_digest(job.synsets, IMAGENET_CLASSES),
         "validation_labels": has_digest(labels, IMAGENET_LABELS),
@@ -3070,33 +2991,16 @@ def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
     return json_text({**facts, "imagenet_1k": imagenet}), json_text(facts)
 
 
-def _holds(destination: Destination, texts: Iterable[str]) -> bool:
-    """Whether the bucket's manifest is one of these texts."""
-    there = destination.objects.get(MANIFEST_FILE)
-    for data in map(str.encode, texts):
-        crc32c = _crc32c_text(google_crc32c.value(data))
-        if there and there.same_bytes(Stamp("", 0, len(data), crc32c)):
-            return True
-    return False
-
-
-def _contents(job: Job) -> dict[str, dict[str, Any]]:
-    """What tells a data set from one of other raw data, as its manifest has it."""
-    examples = collections.Counter[str]()
-    for shard in job.shards:
-        examples[shard.split] += len(shard.images)
-    labels = {str(label): synset for label, synset in enumerate(job.synsets, start=1)}
-    return {"examples": examples, "labels": labels}
+def _is_vouched_for(job: Job, stamps: Mapping[str, Stamp]) -> bool:
+    return read_text(job.manifest_path) in _manifests(job, stamps)
 
 
 def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
-    texts, path = _manifests(job, stamps), job.manifest_path
-    if read_text(path) not in texts:
-        write_text(path, texts[0])
+    if not _is_vouched_for(job, stamps):
+        write_text(job.manifest_path, _manifests(job, stamps)[0])
     if job.destination:
-        if not _holds(job.destination, texts):
-            _upload_missing(job.destination, {path: measure(path)})
+        job.destination.upload_missing({job.manifest_path: measure(job.manifest_path)})
         job.destination.check_none_passed_over()
     num_images = sum(len(shard.images) for shard in job.shards)
     num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
@@ -3112,10 +3016,6 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
 # 11. The command line, and what else calls
 
 
-# Line breaks, what would reorder the text on a terminal, and what cannot be seen.
-CONTROL_CHARACTERS = (
-    r"[\0-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
-)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 TYPES = dict[str, Any](StrPath=(str, os.PathLike), str=str, int=int, bool=bool)
@@ -3148,7 +3048,8 @@ class Options:
             if not (is_none or isinstance(value, TYPES.get(kind, object))):
                 problem = f"{field.name} must be of type {field.type}; found {value!r}."
                 raise InvalidInputError(problem)
-        problems = [problem for holds, problem in self._checks() if not holds]
+        checks = itertools.chain(self._directory_checks(), self._checks())
+        problems = [problem for holds, problem in checks if not holds]
         if self.gcs_upload and self.gcs_output_path:
             with _collecting(problems):
                 GcsPath.parse(self.gcs_output_path)
@@ -3186,7 +3087,6 @@ class Options:
 
     def _checks(self) -> Iterator[tuple[object, str]]:
         """Pairs what must hold with what to say if it does not."""
-        yield from self._directory_checks()
         local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
         yield self.gcs_project or local, f"--project must be given {instead}."
         path = "--gcs_output_path=gs://bucket/directory"
@@ -3202,24 +3102,22 @@ class Options:
         is_task = 0 <= self.task < max(self.task_count, 1)
         found = f"found {self.task:,} of {self.task_count:,}"
         yield is_task, f"--task_index must be from 0 to --task_count - 1; {found}."
-        packages = {"tensorflow": True, "google.cloud.storage": self.gcs_upload}
-        for name, is_needed in packages.items():
-            is_there = not is_needed
+        for name in ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload:
+            is_there = False
             with contextlib.suppress(ModuleNotFoundError):  # of what is above it
-                is_there = is_there or bool(importlib.util.find_spec(name))
+                is_there = bool(importlib.util.find_spec(name))
             yield is_there, f"The package {name} is missing: run {INSTALL}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
         given, directory = os.fspath(self.raw_data_dir or ""), self.raw_dir
         if self.fake_imagenet and not os.path.lexists(directory):  # it may be missing
             directory = str(nearest_directory(directory))
-        splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
-        if fault := _directory_fault(given, directory):
-            content = "{}/, {}/ and {}".format(*splits, LABELS_FILE)
-            must = f"must be a directory with {content}, but {fault}."
-            yield False, f"--raw_data_dir={given} {must}"
-            if not self.local_scratch_dir:
-                return
+        fault = _directory_fault(given, directory)
+        content = f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}"
+        must = f"must be a directory with {content}, but {fault}."
+        yield not fault, f"--raw_data_dir={given} {must}"
+        if fault and not self.local_scratch_dir:
+            return
         yield given, "--raw_data_dir must name the directory of the raw ImageNet."
         flag = f"--local_scratch_dir={self.local_scratch_dir or self.scratch_dir}"
         place = nearest_directory(self.scratch_dir)
@@ -3229,11 +3127,11 @@ class Options:
         yield fault or writable, f"{flag} must be writable, but {place} is not."
         raw, *taken, scratch = (  # not `resolve`, which fails on a loop of links
             pathlib.Path(os.path.realpath(os.path.join(self.raw_dir, each)))
-            for each in ("", *splits, self.scratch_dir)
+            for each in ("", TRAINING_DIRECTORY, VALIDATION_DIRECTORY, self.scratch_dir)
         )
         is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
-        others = "--raw_data_dir, nor be in its {}/ or {}/".format(*splits)
-        yield is_free, f"{flag} must not be {others}."
+        others = f"nor be in its {TRAINING_DIRECTORY}/ or {VALIDATION_DIRECTORY}/"
+        yield is_free, f"{flag} must not be --raw_data_dir, {others}."
 
 
 def _directory_fault(given: str, path: str) -> str:
@@ -3242,12 +3140,9 @@ def _directory_fault(given: str, path: str) -> str:
         return "it is in Cloud Storage"
     if closed := closed_directory(path):
         return f"{closed} cannot be entered"
-    with (
-        trying_to("enter", path, is_input=True),
-        contextlib.suppress(FileNotFoundError),
-    ):
-        return "" if stat.S_ISDIR(os.stat(path).st_mode) else f"{path} is a file"
-    return f"{path} does not exist"
+    if not os.path.exists(path):
+        return f"{path} does not exist"
+    return "" if os.path.isdir(path) else f"{path} is a file"
 
 
 def absolute(path: StrPath) -> str:
@@ -3264,8 +3159,8 @@ def convert_to_tf_records(
 ) -> tuple[list[str], list[str]]:
     """Writes all shards, as `run` does; returns the paths, in order, of both splits."""
     run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
-    options = Options(raw_data_dir, False, None, None, local_scratch_dir)
-    paths = [shard_path(shard, options.scratch_dir) for shard in plan_shards(Dataset())]
+    scratch_dir = absolute(local_scratch_dir)
+    paths = [shard_path(shard, scratch_dir) for shard in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
 
@@ -3276,7 +3171,12 @@ def upload_to_gcs(
     gcs_project: str | None,
     client: storage.Client | None = None,
 ) -> None:
-    """Uploads the shards that are not there, under base names; raises what `run` does."""
+    """Uploads the shards that are not there, under base names.
+
+    Raises:
+      InvalidInputError: A ValueError: a path that is no file, or none of Cloud Storage.
+      RunError: What stopped the upload; what has arrived stays.
+    """
     for records in training_records, validation_records:
         if isinstance(records, (str, bytes, os.PathLike)):
             raise TypeError(f"Records must be a list of paths; found {records!r}.")
@@ -3284,7 +3184,7 @@ def upload_to_gcs(
     if missing := [path for path in paths if not os.path.isfile(path)]:
         found = f"found none at {_some(missing)}"
         raise InvalidInputError(f"Shards must be files; {found}.")
-    with as_a_guest():
+    with contained():
         path = GcsPath.parse(os.fspath(gcs_output_path))
         destination = Destination(path, gcs_project, client)
         destination.list_objects()
@@ -3292,17 +3192,17 @@ def upload_to_gcs(
         for name in [name for name in names if name not in destination.objects][:1]:
             destination.check_access(name)
         stamps = {path: measure(path) for path in paths}
-        _upload_missing(destination, stamps)
+        destination.upload_missing(stamps)
         destination.list_objects()
         if destination.is_listed:
-            wrong = map(os.path.basename, _missing(destination, stamps))
-            check_none_wrong(list(wrong), len(stamps), destination.path)
+            wrong = [*map(os.path.basename, destination.missing(stamps))]
+            check_none_wrong(wrong, len(stamps), destination.path)
         destination.check_none_passed_over()
 
 
 @contextlib.contextmanager
-def as_a_guest() -> Iterator[None]:
-    """Says what fails in one line, and leaves the caller's process as it was."""
+def contained() -> Iterator[None]:
+    """Leaves the caller's process as it was, and says in one line what fails."""
     with contextlib.ExitStack() as stack:
         for logger in map(python_logging.getLogger, QUIET_LOGGERS):
             stack.callback(logger.setLevel, logger.level)
@@ -3323,7 +3223,7 @@ def as_a_guest() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(options: Options) -> Iterator[None]:
+def locked(options: Options) -> Iterator[None]:
     """Keeps a second run out of the scratch directory, which tasks of a count share."""
     scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
     is_new = not os.path.exists(scratch_dir)
@@ -3371,9 +3271,9 @@ def main(arguments: Sequence[str]) -> None:
     is_terminal = sys.stderr and sys.stderr.isatty()
     live_line.is_on = bool(is_terminal and os.environ.get("TERM") != "dumb")
     try:
-        for signal_number in STOP_SIGNALS:
-            if signal.getsignal(signal_number) != signal.SIG_IGN:  # as nohup SIGHUP
-                signal.signal(signal_number, _raise_stopped)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup SIGHUP
+                signal.signal(number, _raise_stopped)
         if len(arguments) > 1:
             must = f"All arguments must be flags; found {arguments[1]!r}."
             raise InvalidInputError(must, "See --help.")
@@ -3417,13 +3317,13 @@ class Stopped(BaseException):
 
 
 def _ignore_signals() -> None:
-    for signal_number in STOP_SIGNALS:
-        signal.signal(signal_number, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _raise_stopped(signal_number: int, _: object) -> NoReturn:
+def _raise_stopped(number: int, _: object) -> NoReturn:
     _ignore_signals()  # further ones change nothing
-    raise Stopped(signal.Signals(signal_number))
+    raise Stopped(signal.Signals(number))
 
 
 def _exit(status: int, *errors: str) -> NoReturn:
@@ -3441,9 +3341,8 @@ class _LogFormatter(python_logging.Formatter):
     def format(self, record: python_logging.LogRecord) -> str:
         live_line.draw("")
         level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
-        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {level}" + re.sub(
-            CONTROL_CHARACTERS, lambda c: repr(c[0])[1:-1], record.getMessage()
-        )
+        time_of_day = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
+        return f"{time_of_day} {level}{escaped(record.getMessage())}"
 
 
 def _open_closed_streams() -> None:

@@ -31,7 +31,7 @@ def say(step: str, expected: str, play: Callable[[], object]) -> bool:
     try:
         happened = str(play())
     except Exception as error:  # noqa: BLE001  # the transcript says which
-        happened = f"{type(error).__name__}: {script.read_answer(error).words}"
+        happened = f"{type(error).__name__}: {script.Answer(error).words}"
     is_right = expected in happened
     verdict = "as expected" if is_right else f"EXPECTED {expected}"
     print(
@@ -45,7 +45,7 @@ class Play:
 
     def __init__(self, path: str, project: str, directory: str):
         self.destination = script.Destination(script.GcsPath.parse(path), project)
-        self.client: Any = self.destination._client
+        self.client: Any = self.destination.client
         self.bucket = self.client.bucket(self.destination.path.bucket)
         self.small = self.new_file(directory, "train-00000-of-00002", 100_000)
         self.large = self.new_file(directory, "train-00001-of-00002", 12_000_000)

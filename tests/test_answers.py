@@ -276,12 +276,8 @@ def test_login_is_tried_again_when_the_metadata_server_is_busy(
     finished = run_command(*UPLOAD, f"--raw_data_dir={raw}", "--dry_run", env=env)
     assert finished.status == 0, finished.stderr
     warnings = [line for line in finished.lines if "WARNING: Wait" in line]
-    assert re.fullmatch(
-        r"WARNING: Waiting up to 2 min for gs://bucket/imagenet: "
-        r"Failed to retrieve from the Google Compute Engine metadata service\. .* 503\.",
-        warnings[0],
-    )
-    assert not any("http" in line or "{" in line for line in warnings)
+    said = "WARNING: Waiting up to 2 min for gs://bucket/imagenet: 503 Busy."
+    assert set(warnings) == {said}
 
 
 @pytest.mark.parametrize(
@@ -308,6 +304,11 @@ def test_file_of_credentials_is_named_when_it_does_not_work(
 
 # -------------------------------------------------------------------- on the way there
 
+AUTHORITY = (
+    "Check this machine's clock. If your network has its own certificate authority, "
+    "REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate."
+)
+
 
 def test_certificate_is_refused_at_once_when_it_is_not_trusted(
     tmp_path: Path, refuse: Refuse
@@ -318,8 +319,7 @@ def test_certificate_is_refused_at_once_when_it_is_not_trusted(
         line, warnings = refuse(emulator.environment)
     assert re.fullmatch(
         r"Cloud Storage failed at gs://bucket/d/manifest\.json: cannot reach 127\.0\.0\.1 "
-        r"\(self[- ]signed certificate\)\. If your network has its own certificate "
-        r"authority, set REQUESTS_CA_BUNDLE to the file of its certificate\.",
+        rf"\(.*self[- ]signed certificate.*\)\. {re.escape(AUTHORITY)}",
         line,
     )
     assert warnings == []
@@ -332,9 +332,8 @@ def test_proxy_is_said_at_once_when_it_wants_a_password(
     env = {"STORAGE_EMULATOR_HOST": f"https://{host}", "HTTPS_PROXY": emulator.url}
     line, warnings = refuse(env)
     assert line == (
-        f"The proxy refuses the way to gs://bucket/d/manifest.json: cannot reach {host} "
-        "(Tunnel connection failed: 407 Proxy Authentication Required). Set "
-        "HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
+        "The proxy refuses the way to gs://bucket/d/manifest.json: 407 Proxy "
+        "Authentication Required. Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
     )
     assert warnings == []
 
@@ -510,7 +509,7 @@ def test_junk_in_a_listing_is_said_in_a_line(
         (
             {"REQUESTS_CA_BUNDLE": "/no/such"},
             "Cloud Storage failed at gs://bucket/d: Could not find a suitable TLS CA",
-            "REQUESTS_CA_BUNDLE must name a file of certificates (PEM).",
+            AUTHORITY,
         ),
         (
             {"HTTPS_PROXY": "socks5://127.0.0.1:9"},
@@ -538,7 +537,7 @@ def test_file_that_holds_no_certificate_is_named_at_once(
     with Emulator(tls=context) as emulator:
         bundle = {"REQUESTS_CA_BUNDLE": str(tmp_path / "bundle")}
         line, warnings = refuse({**emulator.environment, **bundle})
-    assert line.endswith("REQUESTS_CA_BUNDLE must name a file of certificates (PEM).")
+    assert line.endswith(AUTHORITY)
     assert warnings == []
 
 
@@ -547,10 +546,7 @@ def test_proxy_that_refuses_is_named(refuse: Refuse, status: int) -> None:
     with serving(always(status, b"<html>")) as url:
         host = {"STORAGE_EMULATOR_HOST": "https://storage.invalid"}
         line, _ = refuse({**host, "HTTPS_PROXY": url}, seconds=0.3, request_of="list")
-    assert line.startswith(
-        f"The proxy refuses the way to {PLACE}: cannot reach storage.invalid (Tunnel "
-        f"connection failed: {status} "
-    )
+    assert line.startswith(f"The proxy refuses the way to {PLACE}: {status} ")
     assert line.endswith(script.RERUN) == (status == 503)
 
 

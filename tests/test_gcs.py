@@ -88,7 +88,7 @@ def test_path_is_refused(text: str, found: str | None) -> None:
         ("gs://bucket/a\n", r"'\n'"),
         ("gs://bucket\r", r"'\r'"),
         ("gs://bucket/a\tb", r"'\t'"),
-        ("gs://bucket/a ", "' ' at its end"),
+        ("gs://bucket/a ", "a final blank"),
         (" gs://bucket/a", None),
         ("gs://bucket/a*", "'*'"),
         ("gs://bucket/a?b#[1]", "'?', '#', '[', ']'"),
@@ -105,8 +105,8 @@ def test_path_is_refused_when_it_holds_what_nobody_means(
     with pytest.raises(script.InvalidInputError) as caught:
         script.GcsPath.parse(text)
     shown = text.encode("unicode_escape").decode()
-    line = f"--gcs_output_path={shown} must not contain {found}. "
-    line += "Readers would not find the data set, or take it for a pattern."
+    line = f"--gcs_output_path={shown} must not contain {found}: "
+    line += "readers would not find the data set."
     if found is None:
         line = f"--gcs_output_path={shown} must start with gs://, as in "
         line += "gs://bucket/directory."
@@ -468,8 +468,8 @@ def test_what_is_there_is_passed_over_when_it_may_be_neither_seen_nor_replaced(
         1,
         [
             (
-                f"{SMALL_NAMES[0]} in gs://bucket/imagenet were there already, and cannot "
-                "be compared: the data set is not called complete. Grant "
+                f"There already, and cannot be compared: {SMALL_NAMES[0]} in "
+                "gs://bucket/imagenet; the data set is not called complete. Grant "
                 "roles/storage.objectUser on gs://bucket and rerun."
             )
         ],

@@ -237,7 +237,7 @@ def test_closing_check_finds_what_the_answer_hid(
 IMPATIENT = """
 import sys
 import imagenet_to_gcs as script
-script.RETRY_SECONDS = (0.1, 0.1)
+script.RESTART_DELAYS = (0.1, 0.1)
 sys.argv[0] = "imagenet_to_gcs"
 script.app.run(script.main)
 """
