@@ -362,20 +362,29 @@ def run(
 
 def plan_job(options: Options, pool: Pool | None = None) -> Job:
     """Plans, checks all that can be checked before the first image, and says so."""
-    dataset, destination = _find_dataset(options, pool), None
-    if options.gcs_upload:
-        path = GcsPath.parse(options.gcs_output_path or "")
-        stopping = pool.stopping if pool else None
-        destination = Destination(path, options.gcs_project, options.client, stopping)
-        destination.list_objects()
+    problems: list[str] = []
+    dataset, destination = Dataset(), None  # if its listing fails, the rest is checked
+    with _collecting(problems):
+        dataset = _find_dataset(options, pool)
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
-    objects = destination.objects if destination else None
-    work = find_work(shards, options.scratch_dir, objects, options.is_own)
+    try:
+        if options.gcs_upload:
+            path = GcsPath.parse(options.gcs_output_path or "")
+            client, stopping = options.client, pool.stopping if pool else None
+            destination = Destination(path, options.gcs_project, client, stopping)
+            destination.list_objects()
+        objects = destination.objects if destination else None
+        work = find_work(shards, options.scratch_dir, objects, options.is_own)
+        if destination and work.left:
+            destination.check_access(work.left[0])
+    except ServiceError as error:
+        if not problems:
+            raise
+        raise InvalidInputError(*problems, *error.args) from error
     job = Job(options, dataset.synsets, shards, destination, work)
-    if destination and work.left:
-        destination.check_access(work.left[0])
-    checks = _finished_problems, _scratch_problems, _bucket_problems
-    if problems := [problem for check in checks for problem in check(job)]:
+    for check in _finished_problems, _scratch_problems, _bucket_problems:
+        problems += check(job)
+    if problems:
         raise InvalidInputError(*problems)
     log_intent(job)
     return job
@@ -473,8 +482,8 @@ def log_intent(job: Job) -> None:
         )
     if options.task_count > 1:
         logging.info(
-            f"Task {options.task:,} of {options.task_count:,}. All tasks have yet to "
-            f"finish {job.num_missing:,} of {_count(len(job.shards), 'shard')}."
+            f"Task {options.task:,} of {options.task_count:,}. Still to do over all "
+            f"tasks: {job.num_missing:,} of {_count(len(job.shards), 'shard')}."
         )
     if work.differing:
         logging.warning(f"{_difference(job, work)}.")
