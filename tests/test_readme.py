@@ -624,7 +624,7 @@ def test_bad_image_from_python(raw: Path, emulator: Emulator) -> None:
 def test_refusal_from_python(raw: Path, emulator: Emulator) -> None:
     (raw / "synset_labels.txt").unlink()
     output = run_python_block("import imagenet_to_gcs\n\n\ndef main", raw, emulator)
-    assert re.search("^Nothing was done. .*synset_labels.txt", output, re.MULTILINE)
+    assert re.search("^No shard was written. .*synset_labels.txt", output, re.MULTILINE)
     assert emulator.objects() == {}
 
 
