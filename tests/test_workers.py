@@ -368,6 +368,13 @@ def test_signal_is_named_when_a_worker_dies(
     assert (done.status, done.errors) == (1, [error])
 
 
+def test_workers_are_as_many_as_asked_for(large: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(large, tmp_path / "raw")
+    with started(*flags(raw, 100), "--num_workers=3") as run:
+        wait_for(lambda: finished_shards(raw / "scratch"), run)
+        assert len(run.workers()) == 3
+
+
 def test_run_goes_on_when_only_the_helper_dies(large: Path, tmp_path: Path) -> None:
     raw = shutil.copytree(large, tmp_path / "raw")
     with started(*flags(raw, 100)) as run:
