@@ -95,7 +95,7 @@ def kill_worker(run: Run) -> None:
 
 
 def kill_parent_and_workers(run: Run) -> None:
-    for pid in [run.pid, *run.workers()]:
+    for pid in [*run.workers(), run.pid]:  # the workers end with their parent
         os.kill(pid, signal.SIGKILL)
 
 
@@ -531,7 +531,7 @@ def test_run_says_in_a_line_that_nothing_is_left_to_do(
 ) -> None:
     done = run_command(*small.flags(small.scratch, *LOCAL, *more))
     assert done.status == 0, done.stderr
-    _found, _layout, line, *complete = done.lines
+    _found, line, *complete = done.lines
     assert (
         line == f"Nothing to do: found 12 of 12 shards up to date in {small.scratch}."
     )
