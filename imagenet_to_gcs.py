@@ -95,6 +95,7 @@ import errno
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import heapq
 import http.client
@@ -1020,7 +1021,8 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 # What comes later must agree. Where it does not for fewer than half of the images, that
 # is a slip, and refused; where it does not for most, or where a label file of two
 # columns decides, that is meant, and warned of. ImageNet's own list, known by digests,
-# comes last: where its images and classes are all there, its labels must be, too.
+# comes last: where its images and classes are all there, one column must be its own
+# labels; other labels from folders, names or two columns are warned of.
 
 
 IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
@@ -1031,9 +1033,14 @@ IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b
 IMAGENET_LABELS = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
 NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_([0-9]+)(?:_n[0-9]{8})?\.JPEG")
 NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
+# What is before a tab or comma, for a file name may hold blanks; then words
+COLUMN = re.compile(r"^[^\t,]+?(?=\s*[\t,])|[^\s,]+")
 ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
 TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
+# By line, or, of two columns, by file name without its suffix
+Labels: TypeAlias = list[str] | dict[str, str]
 
 
 def label_validation(
@@ -1042,29 +1049,26 @@ def label_validation(
     """Gives validation images, sorted by name, their synsets; returns warnings, too."""
     folders = [image.synset for image in images]
     names = [_synset_in(image.filename) for image in images]
-    is_needed = not images or not all(map(any, zip(folders, names)))
-    is_there = os.path.lexists(labels_path)
-    labels = read_labels(labels_path) if is_needed or is_there else []
-    if not images:
-        return [], []
-    for one, other in itertools.pairwise(images):
-        if 0 < _number(one) == _number(other):
-            both = f"{one.path} and {other.path} are both number {_number(one):,}."
-            raise InvalidInputError(f"{both} Remove the wrong one.")
+    is_optional = bool(images) and all(map(any, zip(folders, names)))
+    problems = [*_intruders(images)]
+    labels: Labels = []
+    if not is_optional or os.path.lexists(labels_path):
+        with _collecting(problems):
+            labels = read_labels(labels_path)
+            problems += _misaligned(images, labels, labels_path, is_optional)
+    if problems:
+        about = [_describe_skipped(skipped)] if images and skipped else []
+        raise InvalidInputError(*problems, *about)
     sources = {"folder": folders, "name": names}  # what each says, empty for nothing
-    warnings: list[str] = []
     if isinstance(labels, dict):
-        if missing := [i.filename for i in images if _stem(i.name) not in labels]:
-            among = f"{len(missing):,} of {_count(len(images), 'validation image')}"
-            problem = f"{labels_path} has no line of {among}: {_some(missing)}."
-            raise InvalidInputError(problem)
         sources = {"line": [labels[_stem(i.name)] for i in images], **sources}
-    elif labels or is_needed:
-        warnings += _check_order(images, labels, labels_path, skipped)
+    elif images and labels:
         sources["line"] = labels
     synsets = [next(filter(None, said)) for said in zip(*sources.values())]
-    warnings += _check_agreement(images, sources, synsets)
-    return [i._replace(synset=s) for i, s in zip(images, synsets)], warnings
+    images = [i._replace(synset=s) for i, s in zip(images, synsets)]
+    is_by_order = not (is_optional or isinstance(labels, dict))
+    warnings = [*_misordered(images, labels_path)] if is_by_order else []
+    return images, warnings + _check_agreement(images, sources, is_by_order)
 
 
 def _synset_in(filename: str) -> str:
@@ -1078,26 +1082,54 @@ def _stem(path: str) -> str:
 
 def _number(image: RawImage) -> int:
     """The number in ImageNet's name of a validation image; 0 for another name."""
-    match = NUMBERED_NAME.fullmatch(image.filename)
-    is_imagenet = match and match.group(1, 3) == ("ILSVRC2012_val_", "")
-    return int(match[2]) if match and is_imagenet else 0
+    match = VALIDATION_NAME.fullmatch(image.filename)
+    return int(match[1]) if match else 0
 
 
-def _check_order(
-    images: Sequence[RawImage], lines: Sequence[str], path: str, skipped: Sequence[str]
+def _intruders(images: Sequence[RawImage]) -> Iterator[str]:
+    """Describes images of the test set, and images that are there twice."""
+    if tests := [i.path for i in images if i.filename.startswith("ILSVRC2012_test_")]:
+        where = f"{VALIDATION_DIRECTORY}/ holds images of the test set"
+        yield f"{where}: {_some(tests)}. Move them out of it."
+    first: dict[int, RawImage] = {}
+    twice = [i for i in images if (n := _number(i)) and first.setdefault(n, i) is not i]
+    for other in twice[:1]:
+        number = _number(other)
+        both = f"{first[number].path} and {other.path} are both number {number:,}"
+        yield f"{both} ({_count(len(twice), 'such pair')}). Remove the wrong one."
+
+
+def _misaligned(
+    images: Sequence[RawImage], labels: Labels, path: str, is_optional: bool
 ) -> Iterator[str]:
-    """Compares the order of lines with the numbers in names; ImageNet's must agree."""
-    wrong = [i for i, image in enumerate(images) if _number(image) not in (0, i + 1)]
-    if wrong or len(lines) != len(images):
-        problem = (
-            f"{path} has {_count(len(lines), 'label')} for "
-            f"{_count(len(images), 'validation image')}; line i must be of number i"
-        )
-        if wrong:
-            problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
-        problem += ". If folders or names say all, remove it."
-        about = [_describe_skipped(skipped)] if skipped else []
-        raise InvalidInputError(f"{problem} {TWO_COLUMNS}", *about)
+    """Says why line i cannot be of image i: by name, count or ImageNet's numbers."""
+    if isinstance(labels, dict):
+        if missing := [i.filename for i in images if _stem(i.name) not in labels]:
+            among = f"{len(missing):,} of {_count(len(images), 'validation image')}"
+            yield f"{path} has no line of {among}: {_some(missing)}."
+        return
+    numbers = [_number(image) for image in images]
+    wrong = [i for i, number in enumerate(numbers) if number not in (0, i + 1)]
+    may_differ = is_optional and len(labels) in (0, len(images))
+    if may_differ or not images or (len(labels) == len(images) and not wrong):
+        return
+    problem = (
+        f"{path} has {_count(len(labels), 'label')} for "
+        f"{_count(len(images), 'validation image')}; line i must be of number i"
+    )
+    if wrong:
+        problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
+    lacking = {*range(1, max(len(labels), len(images)) + 1)}.difference(numbers)
+    if all(numbers) and lacking:
+        problem += f". There is no number {_some([f'{n:,}' for n in sorted(lacking)])}"
+    if all(numbers) and numbers != sorted(numbers):
+        problem += ". Without leading zeros, names sort wrongly: 1, 10, 2"
+    free = "If folders and names are right, remove it."
+    yield f"{problem}. {free if is_optional else TWO_COLUMNS}"
+
+
+def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
+    """Warns of names that are numbered alike, but not one after another."""
     matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
     numbers = [int(match[2]) for match in matches if match]
     if not numbers or len({match and match.group(1, 3) for match in matches}) > 1:
@@ -1106,37 +1138,40 @@ def _check_order(
     # Where most are missing, the numbers do not count the images.
     if numbers != sorted(numbers) or 0 < num_missing < len(numbers):
         i = next(i for i, number in enumerate(numbers) if number != numbers[0] + i)
-        name = images[i].filename
-        yield f"Line {i + 1:,} of {path} is taken for {name}: names sort as text."
+        where = f"line {i + 1:,} of {path} is taken for {images[i].filename}"
+        yield f"The numbers in names do not follow one another: {where}."
 
 
 def _check_agreement(
-    images: Sequence[RawImage], sources: dict[str, list[str]], synsets: list[str]
-) -> Iterator[str]:
+    images: Sequence[RawImage], sources: Mapping[str, Sequence[str]], is_by_order: bool
+) -> list[str]:
     """Refuses slips, and warns of what is meant: see the top of this section."""
-    is_by_name = next(iter(sources)) == "line"
+    slips, meant = list[str](), list[str]()
+    synsets = [image.synset for image in images]
     for source, said in sources.items():
         wrong = [i for i, synset in enumerate(said) if synset not in ("", synsets[i])]
         for i in wrong[:1]:
             decisive = next(name for name, said in sources.items() if said[i])
             problem = (
                 f"The {decisive} and the {source} of {len(wrong):,} of "
-                f"{_count(len(images), 'validation image')} disagree: {images[i].path} "
-                f"is {synsets[i]} by its {decisive}, {said[i]} by its {source}."
+                f"{_count(len(images), 'validation image')} disagree: image {i + 1:,}, "
+                f"{images[i].path}, is {synsets[i]} by {decisive}, {said[i]} by {source}."
             )
-            if not is_by_name and 2 * len(wrong) < len(images):
-                raise InvalidInputError(f"{problem} Correct it. {TWO_COLUMNS}")
-            yield f"{problem} The {decisive} decides."
-    num_images = IMAGENET_SPLITS["validation"][0]
+            if decisive == "line" or 2 * len(wrong) >= len(images):
+                meant.append(f"{problem} The {decisive} decides.")
+            else:
+                slips.append(f"{problem} Correct it.")
+    by_number = dict(sorted(zip(map(_number, images), synsets)))
     if (
-        [*map(_number, images)] == [*range(1, num_images + 1)]
+        [*by_number] == [*range(1, IMAGENET_SPLITS["validation"][0] + 1)]
         and has_digest(sorted(set(synsets)), IMAGENET_CLASSES)
-        and not has_digest(synsets, IMAGENET_LABELS)
+        and not has_digest(by_number.values(), IMAGENET_LABELS)
     ):
         problem = "These are ImageNet's validation images and classes, not its labels."
-        if not is_by_name:
-            raise InvalidInputError(f"{problem} {TWO_COLUMNS}")
-        yield problem
+        (slips if is_by_order else meant).append(problem)
+    if slips:
+        raise InvalidInputError(*(f"{slip} {TWO_COLUMNS}" for slip in slips))
+    return meant
 
 
 def has_digest(synsets: Iterable[str], digest: str) -> bool:
@@ -1144,14 +1179,19 @@ def has_digest(synsets: Iterable[str], digest: str) -> bool:
     return _sha256(["\n".join(synsets)]) == digest
 
 
-def read_labels(path: str) -> list[str] | dict[str, str]:
+def read_labels(path: str) -> Labels:
     """Reads the synset of each validation image: a line each, or by the file's name."""
     try:
         with trying_to("read", path, is_input=True), open_file(path) as file:
-            lines = file.read().removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+            data = file.read().removeprefix(b"\xef\xbb\xbf").rstrip()
+        if data.lstrip().startswith(b"<"):
+            raise InvalidInputError(f"{path} is a web page; download the file itself.")
+        if b"\0" in data:
+            raise InvalidInputError(f"{path} is not text in UTF-8.")
     except InvalidInputError as error:
-        raise InvalidInputError(f"{error} {ONE_COLUMN}") from error
-    rows = [re.findall(r'[^\s,"]+', os.fsdecode(line)) for line in lines]
+        raise InvalidInputError(f"{error} {ONE_COLUMN}{_beside(path)}") from error
+    lines = [os.fsdecode(line) for line in data.splitlines()]
+    rows = [COLUMN.findall(line.replace('"', "").strip(" \t,")) for line in lines]
     pairs = [(_stem(row[0]), row[1]) for row in rows if len(row) > 1]
     by_name = dict(reversed(pairs))  # of two lines of a name, the second is wrong
     if is_table := 2 * len(pairs) > len(rows):
@@ -1160,11 +1200,19 @@ def read_labels(path: str) -> list[str] | dict[str, str]:
     else:
         rule = "a single synset such as n01440764"
         good = [len(row) == 1 and row[0].isprintable() for row in rows]
-    for i in [i for i, is_good in enumerate(good) if not is_good][:1]:
-        found = os.fsdecode(lines[i]).strip()[:60]
-        problem = f"Line {i + 1:,} of {path} must be {rule}; found {found!r}."
-        raise InvalidInputError(problem)
+    if bad := [i for i, is_good in enumerate(good) if not is_good]:
+        problem = f"Line {bad[0] + 1:,} of {path} must be {rule}; found "
+        count = f" ({len(bad):,} such lines)" if len(bad) > 1 else ""
+        raise InvalidInputError(f"{problem}{lines[bad[0]].strip()[:60]!r}{count}.")
     return by_name if is_table else [row[0] for row in rows]
+
+
+def _beside(path: str) -> str:
+    """Names files that may be the label file under another name."""
+    names = {*glob.glob("*", root_dir=os.path.dirname(path))} - {os.path.basename(path)}
+    pattern = re.compile(r"(?i)label|synset|solution|\.(txt|csv)$")
+    found = _some(sorted(filter(pattern.search, names)))
+    return f" Found {found} beside it." if found else ""
 
 
 def class_problems(
@@ -1202,7 +1250,7 @@ def warnings_about(
     if dataset.skipped:
         yield _describe_skipped(dataset.skipped)
     if empty := [image.path for image in dataset.images if not image.num_bytes]:
-        found = f"{_count(len(empty), 'image')} of zero bytes or without its file"
+        found = f"{_count(len(empty), 'image')} of zero bytes or without a file"
         yield f"{found}, such as {empty[0]}: no shard with one will be written."
     yield from dataset.warnings
     # Nearly all begin with it, and have no other n: told in a tenth of the time.
@@ -1220,22 +1268,30 @@ def warnings_about(
 def _class_warnings(dataset: Dataset) -> Iterator[str]:
     """Warns of labels that are not what they seem to be, and of classes of one split."""
     synsets = dataset.synsets
-    is_large = len([*filter(SYNSET.fullmatch, synsets)]) >= 0.9 * IMAGENET_SYNSETS
+    num_usual = len([*filter(SYNSET.fullmatch, synsets)])
+    is_large = len(synsets) >= 900 and 2 * num_usual > len(synsets)
     if is_large and not has_digest(synsets, IMAGENET_CLASSES):
         yield (
             f"The {_count(len(synsets), 'class')} are not the {IMAGENET_SYNSETS:,} of "
             "ImageNet-1k: labels differ from those of models trained on it."
         )
-    labels = [*enumerate(synsets, start=1)]
-    if wrong := [(i, s) for i, s in labels if NUMBER.fullmatch(s) and int(s) != i]:
-        label, name = wrong[0]
-        yield f"Labels are ranks of names as text: class {name} has label {label:,}."
     trained = {image.synset for image in dataset.training}
     validated = {image.synset for image in dataset.validation}
     if odd := sorted(_odd({*synsets}, trained & validated)):
         yield f"Most classes are named otherwise than {_some(odd)}, which count, too."
-    for split, others in ("training", validated), ("validation", trained):
-        if lone := [f"{s} (label {i})" for i, s in labels if s not in others]:
+    padded = {s: NUMBER.sub(lambda n: n[0].zfill(20), s) for s in synsets}
+    by_number = sorted(synsets, key=lambda s: os.fsencode(padded[s]))
+    labels = [*enumerate(synsets, start=1)]
+    wrong = [(i, s) for i, s in labels if s != by_number[i - 1]]
+    if not wrong and all(map(NUMBER.fullmatch, synsets)):
+        wrong = [(i, s) for i, s in labels if int(s) != i]
+    for i, name in wrong[:1]:
+        yield f"Labels are ranks of names as text: class {name} has label {i:,}."
+    others = {"training": validated, "validation": trained}
+    if 3 * len(validated) < 2 * len(trained):
+        del others["training"]  # with validation images of few classes: a trial
+    for split, known in others.items():
+        if lone := [f"{s} (label {i})" for i, s in labels if s not in known]:
             among = f"{len(lone):,} of {_count(len(synsets), 'synset')}"
             yield f"There are only {split} images of {among}: {_some(lone)}."
 
@@ -1489,10 +1545,12 @@ def encode_image(data: bytes) -> EncodedImage:
     skeleton, height, width, num_components = read_skeleton(data)
     _check_values(height, width, max(3, num_components))
     contents = tf.constant(skeleton)  # plain bytes, or 1 for 1.0, are slower
+    how = {"contents": contents, "ratio": 8, "acceptable_fraction": 1.0}
+    decode = functools.partial(tf.raw_ops.DecodeJpeg, **how)
     try:
-        tf.raw_ops.DecodeJpeg(contents=contents, ratio=8, acceptable_fraction=1.0)
+        decode()
     except tf.errors.InvalidArgumentError as error:
-        raise _ImageError("libjpeg cannot decode it") from error
+        raise _ImageError(_reason_of_libjpeg(decode)) from error
     if num_components == 4:
         return _encode_again(data, "CMYK JPEG")
     return EncodedImage(data, height, width)
@@ -1542,12 +1600,29 @@ def read_skeleton(data: bytes) -> tuple[bytes, int, int, int]:
 
 def _check_values(height: int, width: int, num_components: int = 3) -> None:
     """Refuses, as a full decode does, sizes that would take gigabytes to decode."""
-    num_values = height * width * num_components
-    if max(height, width) > _MAX_SIDE or not 0 < num_values < _MAX_VALUES:
-        raise _ImageError(
-            f"its header declares {width:,} x {height:,} pixels; TensorFlow decodes "
-            f"sides of 1 to {_MAX_SIDE:,} and less than {_MAX_VALUES:,} values"
-        )
+    declared = f"its header declares {width:,} x {height:,} pixels"
+    if max(height, width) > _MAX_SIDE:
+        raise _ImageError(f"{declared}; no side may have more than {_MAX_SIDE:,}")
+    if not 0 < height * width * num_components < _MAX_VALUES:
+        product = f"the product must be from 1 to {_MAX_VALUES - 1:,}"
+        raise _ImageError(f"{declared} of {num_components} components; {product}")
+
+
+def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
+    """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
+    stderr = os.dup(2)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # what does not fit into its 64 KiB is dropped
+    os.dup2(writer, 2)
+    with contextlib.suppress(Exception):
+        decode()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    os.close(writer)
+    with open(reader, errors="replace") as caught:
+        lines = caught.read().splitlines()
+    reasons = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)]
+    return reasons[-1].rstrip(".") if reasons else "libjpeg cannot decode it"
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:

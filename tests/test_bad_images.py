@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import contract
 import pytest
 import tars
-from command import UPLOAD, run_command
+from command import UPLOAD, run_code, run_command
 from emulator import Emulator
 from processes import (
     contents,
@@ -27,7 +28,7 @@ TWELVE_BITS = r"LC_ALL=C sed -i 's/\xff\xc0\x00\x11\x08/\xff\xc0\x00\x11\x0c/'"
 DAMAGE = [
     ("truncate -s 1500 {}", "decode {}: it is cut short: no end marker"),
     ("truncate -s 0 {}", "decode {}: the file is empty"),
-    (TWELVE_BITS + " {}", "decode {}: libjpeg cannot decode it"),
+    (TWELVE_BITS + " {}", "decode {}: Unsupported JPEG data precision 12"),
     ("ln -sf nowhere {}", "read {}: it is a dangling link"),
     ("chmod 0 {}", "read {}: Permission denied"),
 ]
@@ -116,3 +117,30 @@ def test_image_is_named_when_it_changes_during_the_run(
         assert done.errors == [f"{path} {CHANGED}. Rerun the same command to resume."]
     done = run_command(*flags)
     assert done.status == 0, done.stderr
+
+
+def test_lack_of_memory_is_no_image_s_fault(raw: Path, tmp_path: Path) -> None:
+    """There is no memory to read one of 2 GB, most of it a hole."""
+    path = min(raw.glob("train/*/*.JPEG"))
+    os.truncate(path, 2_000_000_000)
+    code = """if True:
+        import resource, sys
+        import imagenet_to_gcs as script
+        import tensorflow
+
+        dataset = script.read_dataset(sys.argv[1])
+        shards = script.plan_shards(dataset, 1, 1)
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        limit = size + 1_000_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            script.write_shard(shards[0], sys.argv[2])
+        except script.MachineError as error:
+            print(error)
+    """
+    done = run_code(code, str(raw), str(tmp_path / "scratch"))
+    assert done.stdout == (
+        f"Cannot read {path}: Cannot allocate memory. Rerun the same command with "
+        "fewer --num_workers, or allow it more memory.\n"
+    ), done.stderr

@@ -157,10 +157,10 @@ def with_png_size(width: int, height: int) -> bytes:
     return PNG[:16] + struct.pack(">II", width, height) + PNG[24:]
 
 
-def too_large(width: int, height: int) -> str:
+def too_large(width: int, height: int, num_components: int = 3) -> str:
     return (
-        f"its header declares {width:,} x {height:,} pixels; TensorFlow decodes sides of "
-        "1 to 65,500 and less than 536,870,912 values"
+        f"its header declares {width:,} x {height:,} pixels of {num_components} "
+        "components; the product must be from 1 to 536,870,911"
     )
 
 
@@ -185,25 +185,25 @@ REFUSED = {
         with_size(BASELINE, FRAME, 13_378, 13_378),
         too_large(13_378, 13_378),
     ),
-    "huge CMYK": (HUGE_CMYK, too_large(*HUGE)),
+    "huge CMYK": (HUGE_CMYK, too_large(*HUGE, 4)),
     "long side": (
         with_size(BASELINE, FRAME, 64, 65_501),
-        too_large(64, 65_501),
+        "its header declares 64 x 65,501 pixels; no side may have more than 65,500",
     ),
     "huge PNG": (with_png_size(50_000, 60_000), too_large(50_000, 60_000)),
     "PNG of 8 bytes": (PNG[:8], too_large(0, 0)),
     "PNG cut later": (PNG[:1_000], "it is a PNG that cannot be decoded"),
     "12 bits": (
         BASELINE.replace(FRAME, b"\xff\xc0\x00\x11\x0c"),
-        "libjpeg cannot decode it",
+        "Unsupported JPEG data precision 12",
     ),
     "marker length": (
         BASELINE.replace(b"\xff\xc0\x00\x11", b"\xff\xc0\x00\x12"),
-        "libjpeg cannot decode it",
+        "Bogus marker length",
     ),
     "Huffman table": (
         BASELINE[: TABLE + 5] + b"\xff" * 16 + BASELINE[TABLE + 21 :],
-        "libjpeg cannot decode it",
+        "Bogus Huffman table definition",
     ),
 }
 

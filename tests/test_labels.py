@@ -43,11 +43,11 @@ UNKNOWN = (
 )
 
 
-def differ(one: str, other: str, wrong: int, path: str, says: str) -> str:
+def differ(one: str, other: str, wrong: int, first: int, path: str, says: str) -> str:
     x, y = says.split()
     return (
-        f"The {one} and the {other} of {wrong} of 4 validation images disagree: "
-        f"RAW/{path} is {x} by its {one}, {y} by its {other}. "
+        f"The {one} and the {other} of {wrong} of 4 validation images disagree: image "
+        f"{first}, RAW/{path}, is {x} by {one}, {y} by {other}. "
     )
 
 
@@ -58,17 +58,31 @@ def stray(found: str) -> str:
     )
 
 
-def misplaced(labels: str, images: str, image: str = "") -> str:
+def misplaced(
+    labels: str, images: str, image: str = "", more: str = "", remedy: str = TO_DECIDE
+) -> str:
     but = f", but image {image}" * bool(image)
     return (
         f"RAW/synset_labels.txt has {labels} for {images} validation images; line i must "
-        f"be of number i{but}. If folders or names say all, remove it. {TO_DECIDE}"
+        f"be of number i{but}.{more} {remedy}"
     )
 
 
-def bad_line(number: int, found: str) -> str:
-    rule = "must be a single synset such as n01440764"
-    return f"Line {number} of RAW/synset_labels.txt {rule}; found {found}."
+def missing(numbers: str) -> str:
+    return f" There is no number {numbers}."
+
+
+def of_test_set(found: str) -> str:
+    return (
+        f"validation/ holds images of the test set: RAW/validation/{found}. Move them "
+        "out of it."
+    )
+
+
+NO_ZEROS = " Without leading zeros, names sort wrongly: 1, 10, 2."
+NOT_NEEDED = "If folders and names are right, remove it."
+LINE_I = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
+T1 = "ILSVRC2012_test_00000001.JPEG"
 
 
 REFUSED = {
@@ -80,45 +94,61 @@ REFUSED = {
     "tar -cf $s.tar -C $s .; rm -r $s; done": stray("n01440838 (1)"),
     "sed -i 2s/.*/tench/ *.txt": UNKNOWN.format("tench"),
     f"rm validation/{V[2]}; sed -i 4d *.txt": misplaced(
-        "3 labels", "3", f"2 is {V[3]}"
+        "3 labels", "3", f"2 is {V[3]}", missing("2")
     ),
     "cd validation; for i in 1 2 3 4; do mv *0$i.JPEG ILSVRC2012_val_$((3*i)).JPEG; "
-    "done": misplaced("4 labels", "4", f"1 is {VAL}12.JPEG"),
+    "done": misplaced(
+        "4 labels", "4", f"1 is {VAL}12.JPEG", missing("1, 2, 4") + NO_ZEROS
+    ),
     "cd validation; rename() { mv *$1.JPEG ILSVRC2012_val_0000050$1.JPEG; }; "
     "for i in 1 2 3 4; do rename $i; done": misplaced(
-        "4 labels", "4", f"1 is {VAL}00000501.JPEG"
+        "4 labels", "4", f"1 is {VAL}00000501.JPEG", missing("1, 2, 3 and 1 more")
     ),
-    f"rm validation/{V[2]}": misplaced("4 labels", "3", f"2 is {V[3]}"),
+    f"rm validation/{V[2]}": misplaced("4 labels", "3", f"2 is {V[3]}", missing("2")),
     f"cd validation; mv {V[3]} x.jpg": (
-        f"{misplaced('4 labels', '3', f'3 is {V[4]}')}\n"
+        f"{misplaced('4 labels', '3', f'3 is {V[4]}', missing('3'))}\n"
         f"1 image skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ}"
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}": (
-        f"{misplaced('4 labels', '3', f'3 is {V[4]}')}\n"
+        f"{misplaced('4 labels', '3', f'3 is {V[4]}', missing('3'))}\n"
         f"1 image skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
     ),
-    f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 labels", "4"),
+    f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 labels", "4", remedy=NOT_NEEDED),
     f"{INTO_FOLDERS} sed -i 3s/.*/{D}/ ../*.txt": (
-        differ("folder", "line", 1, f"validation/{C}/{V[3]}", f"{C} {D}")
+        differ("folder", "line", 1, 3, f"validation/{C}/{V[3]}", f"{C} {D}")
         + f"Correct it. {TO_DECIDE}"
     ),
     f"{HUGGING_FACE} sed -i 1s/.*/{B}/ ../*.txt": (
-        differ("name", "line", 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {B}")
+        differ("name", "line", 1, 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {B}")
         + f"Correct it. {TO_DECIDE}"
     ),
     f"{HUGGING_FACE} mkdir {A} {B} {C}; mv *_{A}.J* {A}; mv *_{C}.J* {C}; mv *_n* {B}; "
     "rm ../*.txt": (
         differ(
-            "folder", "name", 1, f"validation/{B}/{VAL}00000004_{D}.JPEG", f"{B} {D}"
+            "folder", "name", 1, 4, f"validation/{B}/{VAL}00000004_{D}.JPEG", f"{B} {D}"
         )
         + f"Correct it. {TO_DECIDE}"
     ),
     f"{INTO_FOLDERS} cp {A}/* {B}; rm ../*.txt": (
-        f"RAW/validation/{A}/{V[1]} and RAW/validation/{B}/{V[1]} are both number 1. "
-        "Remove the wrong one."
+        f"RAW/validation/{A}/{V[1]} and RAW/validation/{B}/{V[1]} are both number 1 "
+        "(1 such pair). Remove the wrong one."
     ),
-    "echo >validation/ILSVRC2012_test_00000001.JPEG; echo n01440764 >>*.txt": misplaced(
-        "5 labels", "5", f"2 is {V[1]}"
+    f"{INTO_FOLDERS} cp {A}/* {D}/{VAL}1.JPEG; cp {B}/* {D}/{VAL}02.JPEG; rm ../*.txt": (
+        f"RAW/validation/{B}/{V[2]} and RAW/validation/{D}/{VAL}02.JPEG are both number 2 "
+        "(2 such pairs). Remove the wrong one."
+    ),
+    f"echo >validation/{T1}; echo {A} >>*.txt": (
+        f"{of_test_set(T1)}\n{misplaced('5 labels', '5', f'2 is {V[1]}')}"
+    ),
+    f"echo >validation/{T1}; for f in $(ls validation); do echo $f {A}; done >*.txt": (
+        of_test_set(T1)
+    ),
+    f"{INTO_FOLDERS} echo >{A}/{T1}; rm ../*.txt": of_test_set(f"{A}/{T1}"),
+    f"{INTO_FOLDERS} mv {A}/*1.JPEG {A}/{T1}; cp {B}/* {C}": (
+        f"{of_test_set(f'{A}/{T1}')}\n"
+        f"RAW/validation/{B}/{V[2]} and RAW/validation/{C}/{V[2]} are both number 2 "
+        "(1 such pair). Remove the wrong one.\n"
+        + misplaced("4 labels", "5", f"3 is {V[2]}", remedy=NOT_NEEDED)
     ),
     f"printf '{VAL}0000000%d {A}\\n' 1 2 4 >*.txt": (
         f"RAW/synset_labels.txt has no line of 1 of 4 validation images: {V[3]}."
@@ -127,14 +157,33 @@ REFUSED = {
         "Line 2 of RAW/synset_labels.txt must be a file name and a synset, one for "
         f"each name; found 'a {B}'."
     ),
-    "iconv -t utf-16le *.txt >x; mv x *.txt": bad_line(
-        1, repr("\0".join(A + " ")[:-1])
+    "iconv -t utf-16le *.txt >x; mv x *.txt": (
+        f"RAW/synset_labels.txt is not text in UTF-8. {LINE_I}"
     ),
-    "printf '\\n \\n<!DOCTYPE html>' >*.txt": bad_line(1, "''"),
-    "printf '<!DOCTYPE html>\\n<html>\\n<p>' >*.txt": bad_line(1, "'<!DOCTYPE html>'"),
-    "mv *.txt synset_labels.txt.txt": (
-        "Cannot read RAW/synset_labels.txt: No such file or directory. Line i of "
-        "synset_labels.txt is for the i-th image (README, step 2)."
+    "sed -i '2s/$/\\x00/' *.txt": (
+        f"RAW/synset_labels.txt is not text in UTF-8. {LINE_I}"
+    ),
+    **{
+        f"printf '{page}' >*.txt": (
+            f"RAW/synset_labels.txt is a web page; download the file itself. {LINE_I}"
+        )
+        for page in ("\\n \\n<!DOCTYPE html>", "<!DOCTYPE html>\\n<html>\\n<p>")
+    },
+    "mv *.txt synset_labels.txt.txt; touch imagenet_2012_labels notes": (
+        f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
+        "imagenet_2012_labels, synset_labels.txt.txt beside it."
+    ),
+    f"cd validation; mkdir {C}; mv {V[3]} {C}; rm ../*.txt": (
+        f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I}\n"
+        f"1 image skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
+    ),
+    "sed -i 's/$/ tench/; 1s/.*/ImageId/; 3s/.*/x/' *.txt": (
+        "Line 2 of RAW/synset_labels.txt must be a single synset such as n01440764; "
+        f"found '{B} tench' (2 such lines)."
+    ),
+    "sed -i '2s/$/\\xe2\\x80\\x8b/' *.txt": (
+        "Line 2 of RAW/synset_labels.txt must be a single synset such as n01440764; "
+        f"found '{B}\\u200b'."
     ),
 }
 
@@ -162,8 +211,11 @@ def misnamed(count: str, name: str, folder: str = A) -> str:
     )
 
 
-RANK = "Labels are ranks of names as text: class {} has label 1."
-NUMBERS = "Line {} of RAW/synset_labels.txt is taken for {}: names sort as text."
+RANK = "Labels are ranks of names as text: class {} has label {}."
+NUMBERS = (
+    "The numbers in names do not follow one another: line {} of RAW/synset_labels.txt "
+    "is taken for {}."
+)
 LINES = [A, B, C, D]
 BY_NAME = "i=0; for s in $(<*.txt); do i=$((i+1)); echo {}; done >x; mv x *.txt"
 EVERY = BY_NAME.format(f"{VAL}$(printf %08d $i){{}}$s{{}}")
@@ -184,14 +236,16 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{HUGGING_FACE} sort -r ../*.txt >x; mv x ../*.txt": (
         LINES,
         [
-            differ("name", "line", 4, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {D}")
+            differ(
+                "name", "line", 4, 1, f"validation/{VAL}00000001_{A}.JPEG", f"{A} {D}"
+            )
             + "The name decides."
         ],
     ),
     f"{INTO_FOLDERS} cd ..; {EVERY.format(' ', '')}; sed -i s/{B}/{A}/ *.txt": (
         [A, A, C, D],
         [
-            differ("line", "folder", 1, f"validation/{B}/{V[2]}", f"{A} {B}")
+            differ("line", "folder", 1, 2, f"validation/{B}/{V[2]}", f"{A} {B}")
             + "The line decides.",
             only("training", f"{B} (label 2)", "1 of 4"),
         ],
@@ -205,6 +259,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
                 "folder",
                 "name",
                 4,
+                1,
                 f"validation/cat/{VAL}00000001_{A}.JPEG",
                 f"cat {A}",
             )
@@ -245,15 +300,37 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} rm *; mkdir {{0..10}} ../train; for d in *; do echo >$d/1.JPEG; done; "
     "cp -r * ../train": (
         [str(i) for i in sorted(map(str, range(11)))],
-        [RANK.format("0")],
+        [RANK.format("10", 3)],
     ),
     f"{TEN} rm *; mkdir 00{{0..9}} ../train; for d in *; do echo >$d/1.JPEG; done; "
     "cp -r * ../train": (
         [f"00{i}" for i in range(10)],
-        [RANK.format("000")],
+        [RANK.format("000", 1)],
     ),
     f"{TEN} rm *; mkdir cat dog ../train; for d in *; do echo >$d/0001.JPEG; done; "
     "cp -r * ../train": (["cat", "dog"], []),
+    f"{TEN} rm *; mkdir class_{{1..10}} ../train; for d in *; do echo >$d/1.JPEG; done; "
+    "cp -r * ../train": (
+        ["class_1", "class_10", *(f"class_{i}" for i in range(2, 10))],
+        [RANK.format("class_10", 2)],
+    ),
+    'cd validation; for i in 1 2 3 4; do mv *0$i.JPEG "my $i.JPEG"; done; '
+    f"printf 'my 1.JPEG\\t{D}\\nmy 2\\t{C} x\\nmy 3.JPEG,{B}\\n\"my 4\" , {A},1\\n' "
+    ">../*.txt": ([D, C, B, A], []),
+    # Folders and names that say all need no label file, whatever their numbers.
+    f"{INTO_FOLDERS} for f in */*; do mv $f ${{f/_0000000/_1000000}}; done": (
+        LINES,
+        [],
+    ),
+    f"{INTO_FOLDERS} cd {D}; mv * {VAL}10.JPEG; mv ../{C}/* ../{C}/{VAL}9.JPEG; "
+    f"cd ../..; printf '{A}\\n{B}\\n{D}\\n{C}\\n' >*.txt": ([A, B, D, C], []),
+    f"{INTO_FOLDERS} : >../*.txt": (LINES, []),
+    # Validation images of few classes: a trial.
+    "cd validation; rm *[34].JPEG; sed -i 3,4d ../*.txt": ([A, B], []),
+    "cd validation; rm *4.JPEG; sed -i 4d ../*.txt": (
+        [A, B, C],
+        [only("training", f"{D} (label 4)", "1 of 4")],
+    ),
     "touch {.,train,validation}/.DS_Store validation/Thumbs.db": (LINES, []),
 }
 
@@ -275,12 +352,18 @@ def test_folders_in_a_tar_decide_as_they_do_extracted(
     found = script.read_dataset(str(packed))
     assert [image.synset for image in found.validation] == LINES
     (warning,) = found.warnings
-    assert warning.endswith(
-        f"is {A} by its folder, {D} by its line. The folder decides."
-    )
+    assert warning.endswith(f"is {A} by folder, {D} by line. The folder decides.")
     (packed / "synset_labels.txt").write_text(f"{A}\n{C}\n{C}\n{D}")
-    with pytest.raises(script.InvalidInputError, match="n01440801 by its folder"):
+    with pytest.raises(script.InvalidInputError, match="n01440801 by folder"):
         script.read_dataset(str(packed))
+
+
+def test_images_of_the_test_set_in_a_tar_are_refused(raw: Path, tmp_path: Path) -> None:
+    (raw / "validation" / V[1]).rename(raw / "validation" / T1)
+    for layout in "tar", "tar_of_folders":
+        packed = tars.lay_out(raw, tmp_path / layout, "directories", layout)
+        with pytest.raises(script.InvalidInputError, match=f"test set: .*tar/.*{T1}"):
+            script.read_dataset(str(packed))
 
 
 # ------------------------------------------------------------- ImageNet's own list
@@ -331,6 +414,27 @@ def test_labels_of_all_validation_images_must_be_imagenets(
     assert found == ([says] if says else [])
 
 
+@pytest.mark.parametrize("by", ["folder", "name", "line"])
+@pytest.mark.parametrize(
+    ("synsets", "says"), [(LABELS.split(), []), (SWAPPED, [NOT_ITS_LABELS])]
+)
+def test_names_without_zeros_are_compared_by_number(
+    tmp_path: Path, by: str, synsets: list[str], says: list[str]
+) -> None:
+    images = []
+    for i, synset in enumerate(synsets, start=1):
+        name = f"{VAL}{i}_{synset}.JPEG" if by == "name" else f"{VAL}{i}.JPEG"
+        folder = synset if by == "folder" else ""
+        images.append(script.RawImage("/", name, folder, 0, 9, 9))
+    if by == "line":
+        lines = [f"{i.name} {synset}\n" for i, synset in zip(images, synsets)]
+        (tmp_path / "labels").write_text("".join(lines))
+    images.sort(key=lambda image: image.name)
+    found = script.label_validation(images, str(tmp_path / "labels"), [])
+    assert found[1] == says
+    assert sorted(i.synset for i in found[0]) == sorted(synsets)
+
+
 @pytest.mark.parametrize(
     ("synsets", "warning"),
     [
@@ -339,15 +443,16 @@ def test_labels_of_all_validation_images_must_be_imagenets(
         ([*SYNSETS, "n00005787"], "The 1,001 classes are"),
         ([*SYNSETS[1:], "n00005787"], "The 1,000 classes are"),
         (SYNSETS[:-1], "The 999 classes are"),
+        ([*SYNSETS[:600], *map(str, range(300))], "The 900 classes are"),
     ],
-    ids=["ImageNet-1k", "subset", "one more", "another", "one less"],
+    ids=["ImageNet-1k", "subset", "one more", "another", "one less", "mixed"],
 )
 def test_classes_that_are_not_imagenets_are_said(
     synsets: list[str], warning: str | None
 ) -> None:
     images = [script.RawImage("/", f"{s}_1.JPEG", s, 1, 9, 9) for s in synsets]
     dataset = script.Dataset(tuple(sorted(synsets)), images, images)
-    found = [w for w in script.warnings_about(dataset, 1, 1) if "classes" in w]
+    found = [w for w in script.warnings_about(dataset, 1, 1) if "labels differ" in w]
     rule = "not the 1,000 of ImageNet-1k: labels differ from those of models trained on it."
     assert found == ([f"{warning} {rule}"] if warning else [])
 

@@ -127,7 +127,7 @@ def test_labels_are_read(tmp_path: Path, content: bytes, mark: bytes) -> None:
         pytest.param(b"n01\n\nn02\n", "2", "''", id="empty line"),
         pytest.param(b"n01\n \t\nn02\n", "2", "''", id="spaces"),
         pytest.param(b"n01\nn02 tench\n", "2", "'n02 tench'", id="two words"),
-        pytest.param(b"a b\nc\n\nd e\n", "1", "'a b'", id="several"),
+        pytest.param(b"a b\nc\n\nd e\n", "1", "'a b' (3 such lines)", id="several"),
         pytest.param(b"a\n" + b"word " * 100, "2", repr("word " * 12), id="long line"),
         pytest.param(b"n01\n" * 1_233 + b"\nn02", "1,234", "''", id="late line"),
     ],
@@ -175,14 +175,12 @@ REFUSALS = {
         )
     },
     "printf '\\xff\\xfen\\0' >synset_labels.txt": (  # as PowerShell's `>` writes
-        "Line 1 of RAW/synset_labels.txt must be a single synset such as n01440764; "
-        r"found '\udcff\udcfen\x00'."
+        f"RAW/synset_labels.txt is not text in UTF-8. {HINT}"
     ),
     **{
         command: (
             f"RAW/synset_labels.txt has {labels} for {images} validation images; line i "
-            f"must be of number i{other}. If folders or names say all, remove it. "
-            f"{TWO_COLUMNS}"
+            f"must be of number i{other}. {TWO_COLUMNS}"
         )
         for command, labels, images, other in (
             (": >synset_labels.txt", "0 labels", "4", ""),
@@ -239,6 +237,12 @@ REFUSALS = {
     ),
     "rm -r train/*; ln -s nothing train/n01440764.tar": (
         "Cannot read RAW/train/n01440764.tar: No such file or directory."
+    ),
+    "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
+    "sed -i 3s/.*/n01440875/ ../synset_labels.txt": (
+        "The folder and the line of 1 of 4 validation images disagree: image 3, "
+        "RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG, is n01440838 by folder, "
+        f"n01440875 by line. Correct it. {TWO_COLUMNS}"
     ),
     "mkdir -p ILSVRC/Data/CLS-LOC; mv train $_": (
         f"No directory RAW/train, {NO_TRAIN} ILSVRC, synset_labels.txt, validation "
@@ -306,7 +310,7 @@ WARNINGS = {
         "1 image skipped (1 *.png)", "ILSVRC2012_img_train.tar/d.png"
     ),
     f": >{IMAGE}; ln -sf nowhere validation/ILSVRC2012_val_00000001.JPEG": (
-        f"2 images of zero bytes or without its file, such as RAW/{IMAGE}: no shard "
+        f"2 images of zero bytes or without a file, such as RAW/{IMAGE}: no shard "
         "with one will be written."
     ),
     "sed -i 1s/.*/n00000001/ synset_labels.txt": (
