@@ -1021,8 +1021,8 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 # What comes later must agree. Where it does not for fewer than half of the images, that
 # is a slip, and refused; where it does not for most, or where a label file of two
 # columns decides, that is meant, and warned of. ImageNet's own list, known by digests,
-# comes last: where its images and classes are all there, one column must be its own
-# labels; other labels from folders, names or two columns are warned of.
+# comes last: where its images and classes are all there, a label file of one column must
+# hold its labels, and other sources that differ are warned of.
 
 
 IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012

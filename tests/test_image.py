@@ -216,6 +216,15 @@ def test_image_is_refused_in_words(data: bytes, reason: str) -> None:
     assert decoded_shape(data) is None
 
 
+def test_libjpeg_may_say_more_than_a_pipe_holds(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    said = b"Invalid\n" * 100_000
+    assert script._reason_of_libjpeg(lambda: os.write(2, said)) == "Invalid"
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "after"
+
+
 def test_memory_is_bounded_when_an_image_is_made_to_take_much(tmp_path: Path) -> None:
     """A few KB declare 65,500 x 65,500 pixels; 20 MB hold 10 million markers."""
     images = {
