@@ -661,7 +661,7 @@ class RawImage(NamedTuple):
     Attributes:
       source: The directory or tar that holds it.
       name: Its path below the source; in a tar there can be folders in it.
-      label: 1-based rank of the synset among all synsets; 0 until it is known.
+      label: 1-based rank of the synset among all synsets; until all are known, a guess.
       fingerprint: `file_fingerprint`, or `tar_fingerprint` of the tar it is in.
       offset: Of its first byte in the tar; None for a file in a directory.
     """
@@ -740,19 +740,17 @@ def read_dataset(raw_data_dir: str) -> Dataset:
         with _collecting(problems):
             training = list_split(raw_data_dir, TRAINING_DIRECTORY, skipped)
         trained = {image.synset for image in training}
-        if "" in trained:
-            path = next(image.path for image in training if not image.synset)
-            problems.append(f"A folder must name the class of {path}.")
         validated = {image.synset for image in validation} - {""}
         directory = os.path.join(raw_data_dir, TRAINING_DIRECTORY)
-        problems += class_problems(trained - {""}, validated, directory)
+        problems += class_problems(trained, validated, directory)
         if problems:
             raise InvalidInputError(*problems)
         synsets = tuple(sorted(trained | validated, key=os.fsencode))
         label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
         for images in (training, validation):
             for i, image in enumerate(images):  # in place: a copy would take 150 MB
-                images[i] = RawImage(*image[:3], label_of[image.synset], *image[4:])
+                if image.label != label_of[image.synset]:
+                    images[i] = image._replace(label=label_of[image.synset])
     return Dataset(synsets, training, validation, sorted(skipped + beside), warnings)
 
 
@@ -774,7 +772,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawImage]:
-    """Lists the images of a split, sorted by path, without labels.
+    """Lists the images of a split, sorted by path; their labels are guesses.
 
     Adds the paths of images that are not read to `skipped`.
     """
@@ -788,34 +786,41 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
             "there. Both splits are required; README, step 2, says in which layouts."
         )
     entries = _scan(directory) if os.path.lexists(directory) else []
-    is_flat = any(has_image_name(entry.name) for entry in entries)
-    if is_flat and split == VALIDATION_DIRECTORY:
+    is_training = split == TRAINING_DIRECTORY
+    if not is_training and any(has_image_name(entry.name) for entry in entries):
         return Directory(directory).list_images(skipped)
-    directories, class_tars, beside = _find_classes(entries)
+    directories, class_tars = _find_classes(entries)
+    beside = [entry.path for entry in entries if _looks_like_image(entry.name)]
+    skipped += beside
     if directories or class_tars:
         _check_extracted(directories, class_tars, tar)
-        skipped += beside
         return list_all([*(directories or class_tars).values()], skipped)
-    return (tar or Directory(directory)).list_images(skipped)
+    if not tar:
+        place = f"{directory}/<synset>" if is_training else directory
+        raise _no_images(place, [entry.name for entry in entries], beside)
+    images = tar.list_images(skipped)
+    if unnamed := [i.path for i in images if is_training and not i.synset]:
+        raise InvalidInputError(f"A folder must name the class of {unnamed[0]}.")
+    return images
 
 
 def _find_classes(
     entries: Iterable[os.DirEntry[str]],
-) -> tuple[dict[str, Directory], dict[str, Tar], list[str]]:
-    """Picks class directories and class tars, by synset, and images beside them."""
-    directories, class_tars, beside = {}, {}, []
+) -> tuple[dict[str, Directory], dict[str, Tar]]:
+    """Picks class directories and class tars, by synset."""
+    directories, class_tars = {}, {}
     for entry in entries:
         name, path = entry.name, entry.path
-        if _looks_like_image(name):
-            beside.append(path)
-        elif _is_visible(name):
+        if _is_visible(name) and not _looks_like_image(name):
             with trying_to("read", path, is_input=True):
                 is_directory = stat.S_ISDIR(entry.stat().st_mode)
             if is_directory:
                 directories[name] = Directory(path, name)
             elif name.endswith(".tar") and not name.startswith("ILSVRC"):
                 class_tars[name[:-4]] = Tar(path, name[:-4])
-    return directories, class_tars, beside
+            elif SYNSET.fullmatch(name):
+                raise InvalidInputError(f"{path} must be a directory or a tar.")
+    return directories, class_tars
 
 
 def _check_extracted(
@@ -828,15 +833,15 @@ def _check_extracted(
     if whole and whole.path.endswith(TRAINING_TAR):
         packed |= {each.synset for part in whole.list_contents([]) for each in part}
     left = packed.difference(directories or class_tars)
+    # Not of those in the training tar: that would take long.
     for synset in directories.keys() & class_tars.keys():
         names = {entry.name for entry in _scan(directories[synset].path)}
-        # Not of those in the training tar: that would take long.
-        if any(i.filename not in names for i in class_tars[synset].list_images([])):
+        if {image.filename for image in class_tars[synset].list_images([])} - names:
             left.add(synset)
     if left:
         raise InvalidInputError(
-            "Class tars must all be extracted, or none; these are not, or only in "
-            f"part: {_some(sorted(left))}. Extract these too."
+            "Class tars must all be extracted, or none; these are not, or in part: "
+            f"{_some(sorted(left))}."
         )
 
 
@@ -846,7 +851,9 @@ def list_all(classes: Iterable[Directory | Tar], skipped: list[str]) -> list[Raw
     in_order = sorted(classes, key=lambda class_: os.fsencode(class_.synset + "/"))
     images, problems = list[RawImage](), list[str]()
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
-        listings = [threads.submit(c.list_images, skipped) for c in in_order]
+        # Their numbers are labels, which is right if there are no other classes.
+        numbered = enumerate(in_order, start=1)
+        listings = [threads.submit(c.list_images, skipped, i) for i, c in numbered]
     for listing in listings:
         with _collecting(problems):
             images += listing.result()
@@ -864,13 +871,14 @@ class Directory:
     path: str
     synset: str = ""
 
-    def list_images(self, skipped: list[str]) -> list[RawImage]:
+    def list_images(self, skipped: list[str], label: int = 0) -> list[RawImage]:
         """Lists `*.JPEG` by name; adds the paths of other images to `skipped`.
 
         Hidden files, as the `._x.JPEG` that a Mac leaves, are neither.
         """
         images, others = list[RawImage](), list[str]()
-        for entry in _scan(self.path):
+        entries = _scan(self.path)
+        for entry in entries:
             if not has_image_name(entry.name):
                 others += _images_below(entry)
                 continue
@@ -878,13 +886,15 @@ class Directory:
             try:
                 status = entry.stat()
                 size, fingerprint = status.st_size, file_fingerprint(status)
+                if not stat.S_ISREG(status.st_mode) or size >= 2**31:
+                    raise InvalidInputError(f"{entry.path} must be a file below 2 GiB.")
             except OSError as error:
                 if not entry.is_symlink():
                     raise refusal("read", entry.path, error) from error
-            about = self.synset, 0, size, fingerprint
+            about = self.synset, label, size, fingerprint
             images.append(RawImage(self.path, entry.name, *about))
         if not images:
-            raise _no_images(self.path, others)
+            raise _no_images(self.path, [entry.name for entry in entries], others)
         skipped += others
         return _by_name(images)
 
@@ -908,48 +918,53 @@ class Tar:
     def place(self) -> str:
         return f"{self.path}/{self.synset}.tar" if self.start else self.path
 
-    def list_images(self, skipped: list[str]) -> list[RawImage]:
+    def list_images(self, skipped: list[str], label: int = 0) -> list[RawImage]:
         """Lists `*.JPEG` by path, also in class tars; else as `Directory` does."""
-        others: list[str] = []
-        images, class_tars = self.list_contents(others)
-        images += list_all(class_tars, others)
-        if not images:
-            raise _no_images(self.place, others)
-        skipped += others
-        return images
+        images, class_tars = self.list_contents(skipped, label)
+        return _by_name(images) + list_all(class_tars, skipped)
 
-    def list_contents(self, skipped: list[str]) -> tuple[list[RawImage], list[Tar]]:
-        """Lists the images and the class tars in it."""
-        images, class_tars = list[RawImage](), list[Tar]()
-        examples: dict[str | int, str] = {}  # by folder or depth, of which one may be
-        is_visible = functools.cache(_is_visible_in_tar)
+    def list_contents(
+        self, skipped: list[str], label: int = 0
+    ) -> tuple[list[RawImage], list[Tar]]:
+        """Lists the images, in any order, and the class tars in it."""
+        images, class_tars, others = list[RawImage](), list[Tar](), list[str]()
+        examples: dict[str, str] = {}  # an image or class tar in each folder
         synset_of = functools.cache(self._synset_of)
-        fingerprint, files = list_tar(self)
+        tar, (fingerprint, files) = self.path, list_tar(self)
         for path, (offset, size) in files.items():
             folder, _, name = path.rpartition("/")
-            if not is_visible(folder):
+            if (synset := synset_of(folder)) is None:
                 continue
             if has_image_name(name):
-                about = synset_of(folder), 0, size, fingerprint, offset
-                images.append(RawImage(self.path, path, *about))
+                about = synset, label, size, fingerprint, offset
+                images.append(RawImage(tar, path, *about))
             elif name.endswith(".tar") and _is_visible(name):
                 where = offset, offset + size, fingerprint
-                class_tars.append(Tar(self.path, self.synset or name[:-4], *where))
+                class_tars.append(Tar(tar, self.synset or name[:-4], *where))
             else:
-                skipped += [f"{self.path}/{path}"] * _looks_like_image(name)
+                others += [path] * _looks_like_image(name)
                 continue
-            examples.setdefault(folder if self.synset else path.count("/"), path)
-        if len(examples) > 1:
-            raise InvalidInputError(
-                "What a tar holds must be in one folder, or in class folders side by "
-                f"side; {self.place} holds {_some(sorted(examples.values()))}. Extract it."
-            )
-        return _by_name(images), class_tars
+            examples[folder] = path
+        if not examples:
+            raise _no_images(self.place, files, others)
+        depths = {f if self.synset else p.count("/"): p for f, p in examples.items()}
+        if len(depths) > 1:
+            rule = "A tar must hold one folder, or class folders side by side"
+            found = f"{self.place} holds {_some(sorted(depths.values()))}"
+            raise InvalidInputError(f"{rule}; {found}. Extract it.")
+        for path in sorted(others):
+            folder, _, name = path.rpartition("/")
+            if path.count("/") in depths and folder not in examples:
+                raise _no_images(f"{self.place}/{folder}", [name])
+        skipped += [f"{tar}/{path}" for path in others]
+        return images, class_tars
 
-    def _synset_of(self, folder: str) -> str:
-        """The class of the images in a folder; `val/x.JPEG` has none, as `x.JPEG`."""
-        name = os.path.basename(folder)
-        return self.synset or ("" if name in SPLIT_FOLDERS else name)
+    def _synset_of(self, folder: str) -> str | None:
+        """The class of images in a folder: none in `val/`, and None if it is hidden."""
+        parts = folder.split("/")
+        if not all(map(_is_visible, parts)):
+            return None
+        return self.synset or ("" if parts[-1] in SPLIT_FOLDERS else parts[-1])
 
 
 def _by_name(images: Iterable[RawImage]) -> list[RawImage]:
@@ -972,10 +987,6 @@ def _is_visible(name: str) -> bool:
     return not name.startswith(SYSTEM_NAMES)
 
 
-def _is_visible_in_tar(path: str) -> bool:
-    return all(map(_is_visible, path.split("/")))
-
-
 def _looks_like_image(name: str) -> bool:
     return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
 
@@ -991,9 +1002,12 @@ def _images_below(entry: os.DirEntry[str]) -> list[str]:
     return found if _is_visible(entry.name) else []
 
 
-def _no_images(place: str, skipped: Sequence[str]) -> InvalidInputError:
-    found = f" {_describe_skipped(skipped)}" if skipped else ""
-    return InvalidInputError(f"No images match {place}/*{IMAGE_SUFFIX}.{found}")
+def _no_images(
+    place: str, names: Iterable[str], skipped: Sequence[str] = ()
+) -> InvalidInputError:
+    there = _some(sorted(names)) or "nothing"
+    found = _describe_skipped(skipped) if skipped else f"Found {there} there."
+    return InvalidInputError(f"No images match {place}/*{IMAGE_SUFFIX}. {found}")
 
 
 def _describe_skipped(paths: Sequence[str]) -> str:
@@ -3501,7 +3515,8 @@ def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
             elif member.islnk() and target in found:
                 found[name] = found[target]
             elif member.issym() or name.endswith((IMAGE_SUFFIX, ".tar")):
-                raise ValueError(f"{name} in it is no plain file; extract it instead")
+                what = "a symbolic link" if member.issym() else "no plain file"
+                raise ValueError(f"{name} in it is {what}; extract the tar instead")
         else:
             break
         position = offset + size + -size % tarfile.BLOCKSIZE

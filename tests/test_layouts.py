@@ -224,8 +224,7 @@ def test_error_names_the_tars_when_they_are_half_extracted(
     contract.change(half, remove)
     (problem,) = problems(half)
     assert problem == (
-        "Class tars must all be extracted, or none; these are not, or only in part: "
-        f"{left}. Extract these too."
+        f"Class tars must all be extracted, or none; these are not, or in part: {left}."
     )
 
 

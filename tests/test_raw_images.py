@@ -152,7 +152,7 @@ TWO_COLUMNS = (
 NO_TRAIN = "and no ILSVRC2012_img_train.tar beside it. Found"
 NO_VALIDATION = "No directory RAW/validation, and no ILSVRC2012_img_val.tar beside it."
 BOTH = "there. Both splits are required; README, step 2, says in which layouts."
-NO_IMAGES = "No images match RAW/train/*.JPEG."
+NO_IMAGES = "No images match RAW/train/<synset>/*.JPEG."
 SEVERAL = "n01440764, n01440801, n01440838 and"
 UNKNOWN = "Validation images must be of the classes of the training images, such as "
 HINT = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
@@ -205,14 +205,20 @@ REFUSALS = {
         "Cannot list RAW/train: No such file or directory."
     ),
     "rm -r train; touch train": "Cannot list RAW/train: Not a directory.",
-    "rm -r train/*": NO_IMAGES,
-    "rm -r train/*; touch train/{a,b,c,d,e}": NO_IMAGES,
-    "rm -r train/*; touch train/n1_1.JPEG": (
-        "A folder must name the class of RAW/train/n1_1.JPEG."
+    "rm -r train/*": f"{NO_IMAGES} Found nothing there.",
+    "rm -r train/*; touch train/{a,b,c,d,e}": (
+        f"{NO_IMAGES} Found a, b, c and 2 more there."
     ),
-    "rm train/n01440838/*": "No images match RAW/train/n01440838/*.JPEG.",
-    "mkdir train/n01440876": "No images match RAW/train/n01440876/*.JPEG.",
-    "rm validation/*": "No images match RAW/validation/*.JPEG.",
+    "rm -r train/*; touch train/n1_1.JPEG": (
+        f"{NO_IMAGES} 1 image skipped (1 *.JPEG), such as RAW/train/n1_1.JPEG: {READ}"
+    ),
+    "rm train/n01440838/*": (
+        "No images match RAW/train/n01440838/*.JPEG. Found nothing there."
+    ),
+    "mkdir train/n01440876; touch train/n01440876/x": (
+        "No images match RAW/train/n01440876/*.JPEG. Found x there."
+    ),
+    "rm validation/*": "No images match RAW/validation/*.JPEG. Found nothing there.",
     "seq 171 174 >synset_labels.txt": (
         f"{UNKNOWN}{SEVERAL} 1 more; found 171, 172, 173 and 1 more. {HINT}"
     ),
@@ -232,6 +238,16 @@ REFUSALS = {
     "cd train; rm -r n01440838; ln -s n01440838 n01440838": (
         "Cannot read RAW/train/n01440838: Too many levels of symbolic links."
     ),
+    "cd train; rm -r n01440838; touch n01440838": (
+        "RAW/train/n01440838 must be a directory or a tar."
+    ),
+    "cd train; rm -r n01440838; ln -s nothing wolf": (
+        "Cannot read RAW/train/wolf: No such file or directory."
+    ),
+    **{
+        f"rm {IMAGE}; {command} {IMAGE}": f"RAW/{IMAGE} must be a file below 2 GiB."
+        for command in ("ln -s /dev/zero", "mkfifo", "mkdir", "truncate -s 2G")
+    },
     "rm -r train/*; mkfifo train/n01440764.tar": (
         "Cannot list the tar RAW/train/n01440764.tar: not a regular file."
     ),
@@ -259,13 +275,27 @@ REFUSALS = {
         f"{EMPTY} 3 images skipped (3 *.JPEG), such as "
         f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
     ),
-    "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (EMPTY),
+    "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
+        f"{EMPTY} Found n01440764.tar there."
+    ),
     "rm train/*/*": "\n".join(
-        [f"No images match RAW/train/{s}/*.JPEG." for s in SYNSETS[:3]]
+        [
+            f"No images match RAW/train/{s}/*.JPEG. Found nothing there."
+            for s in SYNSETS[:3]
+        ]
         + ["1 more class cannot be listed."]
     ),
     "tar -cf ILSVRC2012_img_train.tar -C train/n01440764 .; rm -r train": (
         "A folder must name the class of RAW/ILSVRC2012_img_train.tar/n01440764_1.JPEG."
+    ),
+    "cd train; for i in n01440801/*; do mv $i ${i%JPEG}jpg; done; "
+    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
+        "No images match RAW/ILSVRC2012_img_train.tar/n01440801/*.JPEG. Found "
+        "n01440801_1.jpg there."
+    ),
+    "cd train; rm */*; touch {a,b}.txt; "
+    "tar -cf ../ILSVRC2012_img_train.tar *.txt; rm -r ../train": (
+        "No images match RAW/ILSVRC2012_img_train.tar/*.JPEG. Found a.txt, b.txt there."
     ),
 }
 
@@ -300,10 +330,10 @@ WARNINGS = {
     "mkdir n01440764/deep; touch n01440764/deep/x.JPEG; rm ../*.txt": skipped(
         "2 images skipped (1 *.JPEG, 1 *.png)", "validation/n01440764/deep/x.JPEG"
     ),
-    "cd train; for i in n01440801/*; do mv $i ${i%JPEG}jpg; done; "
+    "cd train; touch x.jpg; mkdir n01440801/more; touch n01440801/more/y.jpg; "
     "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": skipped(
-        "3 images skipped (3 *.jpg)",
-        "ILSVRC2012_img_train.tar/n01440801/n01440801_1.jpg",
+        "2 images skipped (2 *.jpg)",
+        "ILSVRC2012_img_train.tar/n01440801/more/y.jpg",
     ),
     "cd train; touch n01440801/d.png; for d in *; do tar -cf $d.tar -C $d .; done; "
     "tar -cf ../ILSVRC2012_img_train.tar *.tar; rm -r ../train": skipped(

@@ -268,7 +268,8 @@ DAMAGED = f"it is damaged, or not one tar, at byte 0. {DOWNLOAD}"
 SEVERAL = "it is damaged, or not one tar, at byte 7,168."
 WEB_PAGE = "it is not a tar but a web page; log in, and download it again."
 COMPRESSED = "it is compressed; decompress it with"
-NO_FILE = "a.JPEG in it is no plain file; extract it instead."
+NO_FILE = "a.JPEG in it is no plain file; extract the tar instead."
+LINK = "in it is a symbolic link; extract the tar instead."
 UNUSUAL = "in it is sparse, or a global header changes it; extract the tar instead."
 
 UNUSUAL_A = f"a.JPEG {UNUSUAL}"
@@ -287,15 +288,12 @@ REFUSED = {
     **{
         f"image of type {kind!r}": (
             member("a.JPEG", kind=kind, target="c") + END,
-            NO_FILE,
+            f"a.JPEG {LINK}" if kind == tarfile.SYMTYPE else NO_FILE,
         )
         for kind in NOT_FILES
     },
-    "link to a file in it": (B + link("a.JPEG", "b.JPEG") + END, NO_FILE),
-    "link to a class": (
-        link("n1", "n2") + END,
-        "n1 in it is no plain file; extract it instead.",
-    ),
+    "link to a file in it": (B + link("a.JPEG", "b.JPEG") + END, f"a.JPEG {LINK}"),
+    "link to a class": (link("n1", "n2") + END, f"n1 {LINK}"),
     **{
         f"size {value!r}": (with_field(member("a"), SIZE, value) + B + END, DAMAGED)
         for value in (
@@ -505,7 +503,7 @@ def test_tar_is_refused_when_its_folders_do_not_lie_side_by_side(
     with pytest.raises(InvalidInputError) as caught:
         Tar(str(path), synset).list_images([])
     assert str(caught.value) == (
-        "What a tar holds must be in one folder, or in class folders side by side; "
+        "A tar must hold one folder, or class folders side by side; "
         f"{path} holds {names[0]}, {names[1]}. Extract it."
     )
 
