@@ -2935,13 +2935,18 @@ def _differences(text: str, contents: Mapping[str, Mapping[str, Any]]) -> Iterat
             yield f"{key} {name}: {there.get(name)}, not {planned.get(name)}"
 
 
-def _scratch_problems(job: Job) -> list[str]:
-    """Says why the disk cannot hold the shards that are still to be written."""
-    options = job.options
+def _scratch_problems(job: Job) -> Iterator[str]:
+    """Says, if so, that the disk has no room for the shards that are to be written."""
+    options, needed = job.options, _needed_room(job)
+    free = shutil.disk_usage(nearest_directory(options.scratch_dir)).free
     can_go = options.gcs_upload and options.keep_local_shards
     remedy = ", or pass --nokeep_local_shards" if can_go else ""
-    where = "--local_scratch_dir", options.scratch_dir
-    return room_problems(*where, _needed_room(job), "shards", remedy)
+    if needed > free:
+        yield (
+            f"{_size(needed)} are needed in {options.scratch_dir}; {_size(free)} are "
+            "free. Make room for the shards, or choose another --local_scratch_dir"
+            f"{remedy}."
+        )
 
 
 def _needed_room(job: Job) -> int:
@@ -2974,18 +2979,6 @@ def _uploaded_before(job: Job) -> list[pathlib.Path]:
         if stamp and stamp.digest == shard.digest():  # else it is another data set's
             found.append(pathlib.Path(path))
     return found
-
-
-def room_problems(
-    flag: str, directory: StrPath, needed: int, what: str, remedy: str = ""
-) -> list[str]:
-    """Says, if so, that a directory's disk has fewer than the needed bytes free."""
-    free = shutil.disk_usage(nearest_directory(directory)).free
-    problem = (
-        f"{_size(needed)} are needed in {directory}; {_size(free)} are free. Make room "
-        f"for the {what}, or choose another {flag}{remedy}."
-    )
-    return [problem] if needed > free else []
 
 
 def nearest_directory(path: StrPath) -> pathlib.Path:
