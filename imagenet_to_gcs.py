@@ -43,8 +43,8 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
     image/filename             bytes  n01440764_18.JPEG
     image/encoded              bytes  the file; a PNG or CMYK JPEG as RGB JPEG
 
-The same raw directory gives the same bytes, with any number of workers, however
-often the run was interrupted. To resume, rerun the command.
+The same raw directory gives the same bytes, with any number of workers,
+however often the run was interrupted. To resume, rerun the command.
 
 Errors have a line per problem; finished shards are kept:
 
@@ -53,8 +53,9 @@ Errors have a line per problem; finished shards are kept:
     MachineError        what this machine lacks: a disk, memory, open files
     ServiceError        what Cloud Storage, or the way to it, refused
 
-Exit status: 0 if all is done; 1 if something must be fixed; 75 if the same command
-can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+Exit status: 0 if all is done; 1 if something must be fixed; 75 if the same
+command can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after
+SIGHUP.
 
 Who calls whom, in the order of this file:
 
@@ -518,7 +519,9 @@ def carry_out(job: Job, pool: Pool) -> None:
         try:
             write_and_upload(job, pool)
         except RunError:
-            logging.info("Finished shards are kept.")
+            files = pathlib.Path(job.options.scratch_dir).glob("*/*-of-*")
+            if job.work.done or any(files):
+                logging.info("Finished shards are kept.")
             raise
     _finish(job)
 
@@ -3020,7 +3023,8 @@ def _check_finished(job: Job) -> Work:
     # Before the manifest vouches for shards of earlier runs, they are read again; one
     # with this text is of a run that read these bytes, or had uploaded them.
     is_complete_here = len(work.done) == len(job.shards) and not destination
-    if is_complete_here and not _is_vouched_for(job, work.done):
+    vouched = _manifests(job, work.done) if is_complete_here else []
+    if is_complete_here and read_text(job.manifest_path) not in vouched:
         written, number = {shard.name for shard in job.work.to_write}, 0
         earlier = [shard for shard in job.shards if shard.name not in written]
         say = lambda: f"Checked {number:,} of {_count(len(earlier), 'earlier shard')}."
@@ -3082,17 +3086,26 @@ def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
     return json_text({**facts, "imagenet_1k": imagenet}), json_text(facts)
 
 
-def _is_vouched_for(job: Job, stamps: Mapping[str, Stamp]) -> bool:
-    return read_text(job.manifest_path) in _manifests(job, stamps)
+def _stamp_of_text(text: str) -> Stamp:
+    data = text.encode()
+    return Stamp("", 0, len(data), _crc32c_text(google_crc32c.value(data)))
 
 
 def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
-    if not _is_vouched_for(job, stamps):
-        write_text(job.manifest_path, _manifests(job, stamps)[0])
-    if job.destination:
-        job.destination.upload_missing({job.manifest_path: measure(job.manifest_path)})
-        job.destination.check_none_passed_over()
+    texts, path, destination = (
+        _manifests(job, stamps),
+        job.manifest_path,
+        job.destination,
+    )
+    there = destination.objects.get(MANIFEST_FILE) if destination else None
+    in_bucket = [text for text in texts if _stamp_of_text(text).same_bytes(there)]
+    if read_text(path) not in texts:
+        write_text(path, (in_bucket or texts)[0])
+    if destination:
+        if not in_bucket:
+            destination.upload_missing({path: measure(path)})
+        destination.check_none_passed_over()
     num_images = sum(len(shard.images) for shard in job.shards)
     num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
     advice = f": give the model --data_dir={job.place}" if job.destination else ""
