@@ -814,22 +814,21 @@ def _find_classes(
     directories, class_tars = {}, {}
     for entry in entries:
         name, path = entry.name, entry.path
-        if _is_visible(name) and not _looks_like_image(name):
-            with trying_to("read", path, is_input=True):
-                is_directory = stat.S_ISDIR(entry.stat().st_mode)
-            if is_directory:
-                directories[name] = Directory(path, name)
-            elif name.endswith(".tar") and not name.startswith("ILSVRC"):
-                class_tars[name[:-4]] = Tar(path, name[:-4])
-            elif SYNSET.fullmatch(name):
-                raise InvalidInputError(f"{path} must be a directory or a tar.")
+        if not _is_visible(name) or _looks_like_image(name):
+            continue
+        with trying_to("read", path, is_input=True):  # also refuses broken links
+            is_directory = stat.S_ISDIR(entry.stat().st_mode)
+        if is_directory:
+            directories[name] = Directory(path, name)
+        elif name.endswith(".tar") and not name.startswith("ILSVRC"):
+            class_tars[name[:-4]] = Tar(path, name[:-4])
+        elif SYNSET.fullmatch(name):
+            raise InvalidInputError(f"{path} must be a directory or a tar.")
     return directories, class_tars
 
 
 def _check_extracted(
-    directories: Mapping[str, Directory],
-    class_tars: Mapping[str, Tar],
-    whole: Tar | None,
+    directories: dict[str, Directory], class_tars: dict[str, Tar], whole: Tar | None
 ) -> None:
     """Refuses tars beside what was extracted of them if they hold more than that."""
     packed = {*class_tars}
