@@ -43,32 +43,38 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
     image/filename             bytes  n01440764_18.JPEG
     image/encoded              bytes  the file; a PNG or CMYK JPEG as RGB JPEG
 
-The same raw directory gives the same bytes, with any number of workers,
-however often the run was interrupted. To resume, rerun the command.
+Beside them lie hidden files: stamps, which tell a later run what is finished,
+and locks. The same raw directory and TensorFlow give the same bytes, with any
+number of workers, however often the run was interrupted. To resume, rerun the
+command.
 
 Errors have a line per problem; finished shards are kept:
 
     InvalidInputError   what must be fixed before a shard can be written
-    BadImagesError      images to be replaced; all shards without them are done
-    MachineError        what this machine lacks: a disk, memory, open files
-    ServiceError        what Cloud Storage, or the way to it, refused
+    RunError            what stopped the run later, such as another run; and,
+      BadImagesError      images to be replaced; all shards without them are done
+      MachineError        what this machine lacks: a disk, memory, open files
+      ServiceError        what Cloud Storage, or the way to it, refused
 
 Exit status: 0 if all is done; 1 if something must be fixed; 75 if the same
 command can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after
 SIGHUP.
 
-Who calls whom, in the order of this file:
+Who calls whom:
 
-    run                      the whole way
-      plan_job               lists, plans and checks; writes nothing
-        read_dataset         lists and labels the images
-        plan_shards          says which image goes where
-        find_work            compares this with the disk and the bucket
-      carry_out
-        write_and_upload     one shard in each thread: `_take_shard`
-          write_shard        write_records fills it, in a worker process
-          Destination.upload
-        _finish              looks again at all, then writes the manifest
+    main                       flags, signals, exit status
+      run                      the whole way
+        plan_job               lists, plans and checks
+          read_dataset         lists the images and finds their classes
+          plan_shards          says which image goes where
+          find_work            compares this with the disk and the bucket
+        carry_out
+          write_and_upload     one shard in each thread: `_take_shard`
+            write_shard        `write_records` fills it, in a worker process
+            Destination.upload
+          _conclude            looks again at all, then writes the manifest
+
+The last lines of the file start `main` or, in a helper process, the workers.
 """
 
 from __future__ import annotations
@@ -85,7 +91,8 @@ if __name__ == "__main__":
     # Until `main` handles it, Ctrl-C ends the process without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.simplefilter("ignore")  # of libraries; not even PYTHONWARNINGS=error stops
+    # Libraries warn; with PYTHONWARNINGS=error, that would end the run.
+    warnings.simplefilter("ignore")
 
 import base64
 import collections
@@ -205,18 +212,18 @@ class InvalidInputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Why a run had to stop, one line an argument; finished shards are kept."""
+    """What stopped a run, one line an argument; finished shards are kept."""
 
     def __init__(self, *problems: str, may_pass: bool = False):
         super().__init__(*problems)
-        self.may_pass = may_pass  # by itself, so that the same command succeeds later
+        self.may_pass = may_pass  # by itself: then the same command succeeds later
 
     def __str__(self) -> str:
         return "\n".join(self.args)
 
 
 class BadImagesError(RunError):
-    """Images that cannot be used; every shard without one of them is done."""
+    """Images that cannot be used; this task's shards without them are done."""
 
     def __init__(self, *problems: str, unreadable: Sequence[str] = ()):
         super().__init__(*problems)
@@ -241,9 +248,12 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 
 
 def refusal(
-    verb: str, path: StrPath, error: OSError | MemoryError, is_input: bool = True
+    verb: str, path: StrPath, error: OSError | MemoryError, is_input: bool = False
 ) -> InvalidInputError | MachineError:
-    """Says what could not be done, and why: 'Cannot list /x: Permission denied.'"""
+    """Says what could not be done, and why: 'Cannot list /x: Permission denied.'
+
+    What is input must be fixed, unless it is the machine's fault.
+    """
     if isinstance(error, MemoryError):
         error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     if isinstance(error, PermissionError) and (closed := closed_directory(path)):
@@ -257,7 +267,7 @@ def refusal(
 
 @contextlib.contextmanager
 def trying_to(verb: str, path: StrPath, is_input: bool = False) -> Iterator[None]:
-    """Puts the system's refusal in words."""
+    """Raises a `refusal` for what the system refuses."""
     try:
         yield
     except (OSError, MemoryError) as error:
@@ -265,8 +275,8 @@ def trying_to(verb: str, path: StrPath, is_input: bool = False) -> Iterator[None
 
 
 def closed_directory(path: StrPath) -> str:
-    """The directory above a path that may not be entered; empty if there is none."""
-    place = str(nearest_directory(path))
+    """The nearest directory above a path, if it may not be entered; else empty."""
+    place = str(nearest_existing(path))
     is_open = place == os.fspath(path) or os.access(place, os.X_OK, effective_ids=True)
     return "" if is_open else place
 
@@ -340,7 +350,8 @@ def run(
     """Writes the shards that are missing and uploads those that the bucket lacks.
 
     Args:
-      client: To use instead of a new one; the others are as the flags.
+      gcs_project: As --project; the others are as the flags of the same names.
+      client: To use instead of a new one.
       **more: Other fields of `Options`.
 
     Raises:
@@ -443,16 +454,16 @@ class Job:
         return str(destination.path) if destination else self.options.scratch_dir
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Work:
     """What is left to do, and what is done.
 
     Attributes:
-      to_write: This task's shards that are finished neither here nor in the bucket, or
-        whose images have been touched.
-      to_upload: This task's shards that are finished here but not in the bucket.
-      done: Stamps of the finished shards of all tasks, by name: of those that were
-        found, then also of those that this run finishes.
+      to_write: This task's shards that are neither here nor in the bucket, or whose
+        images have been touched.
+      to_upload: This task's shards that are written here but not in the bucket.
+      done: Stamps of all tasks' shards that are where they belong, by name: of those
+        that were found, then also of those that this run adds.
       differing: Names of other tasks' shards that are there, but of other images.
     """
 
@@ -463,7 +474,7 @@ class Work:
 
     @property
     def left(self) -> list[str]:
-        """Names of this task's shards that are not finished."""
+        """Names of this task's shards that are not done."""
         return [shard.name for shard, _ in self.in_turn()]
 
     def in_turn(self) -> list[tuple[Shard, Stamp | None]]:
@@ -523,7 +534,7 @@ def carry_out(job: Job, pool: Pool) -> None:
             if job.work.done or any(files):
                 logging.info("Finished shards are kept.")
             raise
-    _finish(job)
+    _conclude(job)
 
 
 def write_and_upload(job: Job, pool: Pool) -> None:
@@ -538,7 +549,7 @@ def write_and_upload(job: Job, pool: Pool) -> None:
     unreadable: list[str] = []
     size = job.options.workers + WAITING_SHARDS
     threads = concurrent.futures.ThreadPoolExecutor(size)
-    with reporting(progress.line), _finishing(threads, pool.stopping):
+    with reporting(progress.line), _waiting_for(threads, pool.stopping):
         futures = [threads.submit(take, *each) for each in job.work.in_turn()]
         for future in concurrent.futures.as_completed(futures):
             try:
@@ -547,6 +558,10 @@ def write_and_upload(job: Job, pool: Pool) -> None:
                 bad_images += error.args
                 unreadable += error.unreadable
                 check_readable(unreadable, job.options.raw_dir)
+            except RunError:
+                for line in bad_images:  # or nobody would hear of them
+                    logging.error(line)
+                raise
     progress.log_done()
     if bad_images:
         images = _count(len(bad_images), "unusable image")
@@ -581,7 +596,7 @@ def _take_shard(
 
 
 @contextlib.contextmanager
-def _finishing(
+def _waiting_for(
     threads: concurrent.futures.Executor, stopping: threading.Event | None = None
 ) -> Iterator[None]:
     """Waits for threads to finish; on an error, cancels what has not begun.
@@ -598,7 +613,7 @@ def _finishing(
     threads.shutdown()
 
 
-def _finish(job: Job) -> None:
+def _conclude(job: Job) -> None:
     """Looks again at what is there, and completes the data set if all of it is."""
     if job.destination:
         job.destination.list_objects()
@@ -880,7 +895,7 @@ class Directory:
                     raise InvalidInputError(f"{entry.path} must be a file below 2 GiB.")
             except OSError as error:
                 if not entry.is_symlink():
-                    raise refusal("read", entry.path, error) from error
+                    raise refusal("read", entry.path, error, is_input=True) from error
             about = self.synset, label, size, fingerprint
             images.append(RawImage(self.path, entry.name, *about))
         if not images:
@@ -1484,9 +1499,9 @@ def problem_of(image: RawImage, error: Exception) -> BadImagesError:
         case _ImageError():
             return BadImagesError(f"Cannot decode {image.path}: {error}.")
         case MemoryError():
-            raise refusal("read", image.path, error) from error
+            raise refusal("read", image.path, error, is_input=True) from error
         case OSError(errno=number) if number in LIMITS:
-            raise refusal("read", image.path, error) from error
+            raise refusal("read", image.path, error, is_input=True) from error
         case _ChangedError() if image.offset is not None:
             problem = f"{image.source} {CHANGED}. {RERUN}"
             raise MachineError(problem, may_pass=True) from error
@@ -1893,16 +1908,16 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # The run starts a helper, which imports TensorFlow, forks the workers and waits:
 #
 #                         the run      the helper   a worker
-#   stdin                 writes       reads        reads
+#   stdin                 holds open   waits        waits
 #   stderr                reads        writes       writes
 #   a socket per worker   one end                   the other end
 #
 # Nothing is ever written to that stdin. The run closes it to end the processes, as the
 # system does if the run is killed: a thread in each of them sees that and exits.
 #
-# When a worker dies, its socket closes, which the thread sees that awaits its answer.
-# The helper then dies of the same signal, or with the same exit status, from which the
-# run knows the cause. If the helper alone is killed, the workers go on.
+# When a worker dies, its socket closes, and so the thread that awaits its answer learns
+# of it. The helper then dies of the same signal, or with the same exit status, from
+# which the run knows the cause. If the helper alone is killed, the workers go on.
 
 LAST_WORDS_BYTES = 2**16
 # Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
@@ -1943,17 +1958,17 @@ class Pool:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the next worker that is idle."""
-        pipe = self._idle.get()
+        connection = self._idle.get()
         try:
             if self.stopping.is_set():
                 raise concurrent.futures.CancelledError
-            pickle.dump(functools.partial(function, *arguments), pipe)
-            pipe.flush()
-            result, error = pickle.load(pipe)
+            pickle.dump(functools.partial(function, *arguments), connection)
+            connection.flush()
+            result, error = pickle.load(connection)
         except (EOFError, ConnectionError, pickle.UnpicklingError):
             raise self._death() from None
         finally:
-            self._idle.put(pipe)
+            self._idle.put(connection)
         if error:
             raise error
         return result
@@ -2004,14 +2019,19 @@ def _fork_workers(sockets: Sequence[int]) -> NoReturn:
     gc.freeze()
     gc.enable()
     # A fork after TensorFlow has run anything would hang.
-    workers = {os.fork() or _make_calls(own, {*sockets} - {own}) for own in sockets}
+    workers = set()
+    for own in sockets:
+        if not (worker := os.fork()):
+            _make_calls(own, {*sockets} - {own})
+        workers.add(worker)
     for each in sockets:
         os.close(each)
     with contextlib.suppress(ChildProcessError):  # all have ended
         while child := os.wait():
             status = os.waitstatus_to_exitcode(child[1])
             if child[0] in workers and status:  # not a child of TensorFlow's
-                os.kill(os.getpid(), max(0, -status))
+                if status < 0:
+                    os.kill(os.getpid(), -status)
                 os._exit(status)
     os._exit(0)
 
@@ -2030,9 +2050,9 @@ def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    pipe = socket.socket(fileno=own).makefile("rwb")
-    while pipe.peek(1):  # nothing once the run has closed its end
-        call = pickle.load(pipe)
+    connection = socket.socket(fileno=own).makefile("rwb")
+    while connection.peek(1):  # nothing once the run has closed its end
+        call = pickle.load(connection)
         try:
             answer: Any = call(), None
         except (RunError, OSError, MemoryError) as error:
@@ -2040,8 +2060,8 @@ def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
         except BaseException:  # noqa: BLE001  # not all can be sent, so in words
             words = f"in a worker process:\n{traceback.format_exc()}"
             answer = None, RuntimeError(words)
-        pickle.dump(answer, pipe)
-        pipe.flush()
+        pickle.dump(answer, connection)
+        connection.flush()
     os._exit(0)
 
 
@@ -2118,7 +2138,7 @@ class Progress:
         begun = pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
         if not (writing.stamps or self._sent_bytes or any(begun)):
             return f"Starting {_count(options.workers, 'worker')}."
-        images_per_second, bytes_per_second = self._speeds()
+        images_per_second, bytes_per_second = self._measure()
         left = max(self._all_bytes - self._done_bytes(), 0)
         parts = [f"{100 - math.ceil(100 * left / self._all_bytes)}%"]
         if bytes_per_second > 0:
@@ -2137,8 +2157,8 @@ class Progress:
         """Bytes of the upload if there is one, of the written shards otherwise."""
         return self._sent_bytes if self._job.destination else self.writing.num_bytes
 
-    def _speeds(self) -> tuple[float, float]:
-        """Images written, and bytes done, a second in the last half minute."""
+    def _measure(self) -> tuple[float, float]:
+        """Measures images written, and bytes done, a second in the last half minute."""
         now = self.seconds(), self.writing.num_images, self._done_bytes()
         self._history.append(now)
         while now[0] - self._history[1][0] >= SPEED_SECONDS:
@@ -2214,9 +2234,11 @@ live_line = LiveLine()
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # what is sent again after a fault
 PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
 TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
-# The first also bounds the sending of a piece, for which a full socket buffer may have
-# to lose a third (1.3 MB); before the answer, it has to lose all. Both at 20 KB/s.
+# The first also bounds the sending of a piece. The system's buffer (4 MB) takes it when
+# a third is free, and must be empty before the answer comes: both are met at 20 KB/s.
 CHUNK_TIMEOUT = (120, 300)
+# A request is repeated if `Fault.may_pass`, by `_persist`, which the client gets as its
+# `retry`; an upload begins anew if `Fault.is_lost`, in `upload`.
 REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
@@ -2311,13 +2333,13 @@ class Destination:
         It must come before parallel uploads: the client makes its session unlocked.
         """
 
-        def list_all(**options: Any) -> dict[str, Stamp]:
+        def list_stamps(**options: Any) -> dict[str, Stamp]:
             where = {"prefix": self.path.name_of(""), "delimiter": "/"}
             blobs = self.client.list_blobs(self._bucket, **where, **options)
             return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
 
-        found = self._ask("", list_all, lambda said: said.meaning()[0] == DENIED)
-        is_refused = isinstance(found, Answer)
+        found = self._ask("", list_stamps, lambda said: said.meaning()[0] == DENIED)
+        is_refused = isinstance(found, Fault)
         if is_refused and self.is_listed:
             logging.warning(
                 f"Cannot list {self.path} (storage.objects.list: {found.words}): all "
@@ -2380,35 +2402,38 @@ class Destination:
             sent(position - sent_so_far)
             sent_so_far = position
 
+        delays = iter(RESTART_DELAYS)
         with self._explained(name):
-            for seconds in (*RESTART_DELAYS, 0):
+            while True:
                 try:
                     self._pause(0)
                     self._upload_once(path, stamp, before_piece)
                     return True
                 except Exception as error:
-                    said = Answer(error)
+                    said, seconds = Fault(error), next(delays, None)
                     if self._is_taken(said):
-                        break
-                    if not (seconds and said.is_lost):
+                        self._pass_over(name)
+                        return False
+                    if seconds is None or not said.is_lost:
                         raise
                 invalidate_if_damaged(path, stamp)
                 again = f"Uploading {name} again in {_duration(seconds)}"
                 logging.warning(f"{again}: {said.words}.")
                 self._pause(seconds)
+
+    def _pass_over(self, name: str) -> None:
         if not self.passed_over:
             logging.warning(
                 f"Leaving what is already in {self.path}, unseen: neither "
                 "storage.objects.list nor storage.objects.delete is granted."
             )
         self.passed_over.append(name)
-        return False
 
     def upload_missing(self, stamps: Mapping[str, Stamp]) -> None:
         """Uploads the files, given by path, that the last listing did not find."""
         missing = self.missing(stamps)
         threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
-        with _finishing(threads, self.stopping):
+        with _waiting_for(threads, self.stopping):
             list(threads.map(self.upload, missing, missing.values()))
 
     def check_none_passed_over(self) -> None:
@@ -2448,7 +2473,7 @@ class Destination:
     def _blob(self, filename: str, **options: Any) -> Any:
         return self._bucket.blob(self.path.name_of(filename), **options)
 
-    def _is_taken(self, said: Answer) -> bool:
+    def _is_taken(self, said: Fault) -> bool:
         """Whether an upload is refused only because such an object is there, unseen."""
         is_refused = said.status == 403 and "storage.objects.delete" in said.codes
         return is_refused and not self.is_listed
@@ -2457,11 +2482,12 @@ class Destination:
         self,
         filename: str,
         request: Callable[..., Any],
-        is_excused: Callable[[Answer], bool],
+        is_excused: Callable[[Fault], bool],
     ) -> Any:
-        """Makes a request; returns what it does, or the Answer that excuses it.
+        """Makes a request; returns what it does, or the Fault that excuses it.
 
-        The project pays if the requester must: that takes a permission in it.
+        Where the requester pays, the project does; only there, for its account then
+        needs a permission in the project.
         """
         with self._explained(filename):
             for may_pay in (True, False):
@@ -2469,7 +2495,7 @@ class Destination:
                     patiently = self._patiently(REQUEST_SECONDS)
                     return request(timeout=TIMEOUT, retry=patiently)
                 except Exception as error:
-                    said = Answer(error)
+                    said = Fault(error)
                     if is_excused(said):
                         return said
                     must_pay = said.status == 400 and "required" in said.codes
@@ -2497,7 +2523,7 @@ class Destination:
             except Exception as error:
                 now = time.monotonic()
                 end = min(end, now + seconds)
-                said = Answer(error)
+                said = Fault(error)
                 if not said.may_pass or now + delay > end:
                     raise
                 if now >= max(start + WARNING_SECONDS, self._next_warning):
@@ -2514,7 +2540,7 @@ class Destination:
         except (RunError, FileNotFoundError, concurrent.futures.CancelledError):
             raise
         except Exception as error:
-            said = Answer(error)
+            said = Fault(error)
             place = f"{self.path}/{filename}".removesuffix("/")
             bucket = f"gs://{self.path.bucket}"
             failure, remedy = said.meaning()
@@ -2621,16 +2647,16 @@ def _is_googles_machine() -> bool:
     return product.startswith("Google") or any(os.environ.get(name) for name in names)
 
 
-# What an answer means: types, statuses and what machines wrote decide; words are for
-# people.
+# What an error means. Types, statuses and what machines wrote decide: reasons, and names
+# of permissions, wherever they stand. Other words are for people.
 
 KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
-LOG_IN = "un `gcloud auth application-default login`"
+LOG_IN = "run `gcloud auth application-default login`"
 DENIED, FAILED = "Access to {} is denied", "Cloud Storage failed at {}"
 # What helps, by the permission, the reason or the error of OAuth in the answer
 REMEDIES = {
-    "invalid_grant": f"As a person, r{LOG_IN} again; with a key, check this machine's "
+    "invalid_grant": f"As a person, {LOG_IN} again; with a key, check this machine's "
     "clock, and that account and key still exist.",
     "iam.serviceAccounts": "Grant roles/iam.serviceAccountTokenCreator on that service "
     "account to the account that impersonates it.",
@@ -2651,7 +2677,7 @@ AUTHORITY = (
 )
 
 
-class Answer:
+class Fault:
     """What an error of the client or of `google.auth` says, whatever the body.
 
     Attributes:
@@ -2707,9 +2733,9 @@ class Answer:
     def may_pass(self) -> bool:
         """Whether the same request may succeed later."""
         from google.auth.exceptions import TransportError
-        from requests import exceptions as lines
+        from requests.exceptions import ChunkedEncodingError, ConnectionError, Timeout
 
-        lost = lines.ConnectionError, lines.ChunkedEncodingError, lines.Timeout
+        lost_lines = ConnectionError, ChunkedEncodingError, Timeout, TransportError
         is_plain = getattr(self._chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"
         is_final = self.status or is_plain or self._is_of_certificates
         return bool(
@@ -2717,16 +2743,16 @@ class Answer:
             or (self.status == 403 and self.codes & RATES)
             or any(getattr(each, "retryable", False) for each in self._chain)
             or (self._lacks_identity and _is_googles_machine())
-            or (self._is_a(*lost, TransportError) and not is_final)
+            or (self._is_a(*lost_lines) and not is_final)
         )
 
     @property
     def is_lost(self) -> bool:
         """Whether an upload is lost, but may succeed from its beginning."""
         # A ValueError is the client's word for a bucket that kept less than was sent.
-        is_other = self._is_a(WrongContentError) or type(self._chain[0]) is ValueError
+        is_wrong = self._is_a(WrongContentError) or type(self._chain[0]) is ValueError
         is_over = self.status in (200, 308, 400, 404, 410)
-        return is_other or (self._is_session and is_over)
+        return is_wrong or (self._is_session and is_over)
 
     @property
     def _is_of_certificates(self) -> bool:
@@ -2757,7 +2783,7 @@ class Answer:
             helps = password if status == 407 else rerun or hosts
             return "The proxy refuses the way to {}", helps
         if self._is_a(DefaultCredentialsError):
-            log_in = f"R{LOG_IN}, or attach a service account to the VM."
+            log_in = f"As a person, {LOG_IN}; attach a service account to a VM."
             return "No credentials for {}", log_in if self._lacks_identity else rerun
         if status == 401 or self._is_a(GoogleAuthError):
             if self._is_metadata and remedy:
@@ -2792,15 +2818,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _strings(text: Any, key: str) -> list[str]:
     """Finds the strings under a key, however odd the JSON around them, or cut short."""
-    json_text = json.dumps(text) if isinstance(text, dict) else str(text)
+    where = json.dumps(text) if isinstance(text, dict) else str(text)
     literals = re.findall(
-        rf'"{key}"\s*:\s*("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{{4}})*")', json_text
+        rf'"{key}"\s*:\s*("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{{4}})*")', where
     )
     return [json.loads(each, strict=False) for each in literals]
 
 
 def _words_of(chain: Sequence[BaseException]) -> str:
-    """What the innermost error of a line or a login says, and of which host."""
+    """What the innermost error of the network or the login says, and of which host."""
     from google.auth.exceptions import GoogleAuthError
 
     text = "what came back is not understood"
@@ -2834,16 +2860,16 @@ def find_work(
     """
     work = Work()
     for shard in shards:
-        path, own = shard_path(shard, scratch_dir), is_own(shard)
+        path, is_ours = shard_path(shard, scratch_dir), is_own(shard)
         # What was last written here, even if the file is gone (--nokeep_local_shards).
         # Of others' shards, the bucket alone decides, if there is one.
-        here = read_stamp(path) if own or objects is None else None
+        here = read_stamp(path) if is_ours or objects is None else None
         there = (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
         known = here if here and here.digest in (digest, "") else None  # or unreadable
         # Before all else, for the bucket's copy is no newer. Of others' shards, times
         # say nothing, because other machines may have other copies of the images.
-        if own and known and known.fingerprint != shard.fingerprint():
+        if is_ours and known and known.fingerprint != shard.fingerprint():
             work.to_write.append(shard)  # an image was touched
         # By bytes where they are known: another TensorFlow encodes some in another way.
         elif there and (there.same_bytes(known) if known else there.digest == digest):
@@ -2853,7 +2879,7 @@ def find_work(
                 work.done[shard.name] = known
             else:
                 work.to_upload.append((shard, known))
-        elif own:
+        elif is_ours:
             work.to_write.append(shard)  # absent, or of other images, or changed
         else:
             found = there or (here if os.path.exists(path) else None)
@@ -2928,7 +2954,7 @@ def _differences(text: str, contents: Mapping[str, Mapping[str, Any]]) -> Iterat
 def _scratch_problems(job: Job) -> Iterator[str]:
     """Says, if so, that the disk has no room for the shards that are to be written."""
     options, needed = job.options, _needed_room(job)
-    free = shutil.disk_usage(nearest_directory(options.scratch_dir)).free
+    free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
     can_go = options.gcs_upload and options.keep_local_shards
     remedy = ", or pass --nokeep_local_shards" if can_go else ""
     if needed > free:
@@ -2944,19 +2970,21 @@ def _needed_room(job: Job) -> int:
 
     An old shard goes only when the new one is whole; `workers` are written at a time.
     """
-    options, removed = job.options, 0
-    sizes = []
+    options, sizes = job.options, []
     for shard in job.work.to_write:
         path = shard_path(shard, options.scratch_dir)
-        old = os.path.getsize(path) if os.path.exists(path) else 0
-        sizes.append((shard.estimated_bytes, old))
+        old_size = os.path.getsize(path) if os.path.exists(path) else 0
+        sizes.append((shard.estimated_bytes, old_size))
+    freed = 0
     if not options.keep_local_shards:  # so many are here at a time
         sizes.sort(key=lambda new_old: new_old[0] - new_old[1], reverse=True)
         sizes = sizes[: options.workers + WAITING_SHARDS]
-        removed = sum(path.stat().st_size for path in _uploaded_before(job))
-    new, old_sizes = ([size[i] for size in sizes] for i in (0, 1))
-    in_hand = [sum(heapq.nlargest(options.workers, each)) for each in (new, old_sizes)]
-    return max(sum(new) - sum(old_sizes) + in_hand[1], in_hand[0]) - removed
+        freed = sum(path.stat().st_size for path in _uploaded_before(job))
+    new, old = [size for size, _ in sizes], [size for _, size in sizes]
+    largest_new = sum(heapq.nlargest(options.workers, new))
+    largest_old = sum(heapq.nlargest(options.workers, old))
+    # At the end, when the last old ones are replaced; or at the start
+    return max(sum(new) - sum(old) + largest_old, largest_new) - freed
 
 
 def _uploaded_before(job: Job) -> list[pathlib.Path]:
@@ -2971,7 +2999,7 @@ def _uploaded_before(job: Job) -> list[pathlib.Path]:
     return found
 
 
-def nearest_directory(path: StrPath) -> pathlib.Path:
+def nearest_existing(path: StrPath) -> pathlib.Path:
     """The path itself, or the nearest thing above it that exists."""
     place = pathlib.Path(path)
     return next(p for p in (place, *place.parents) if os.path.exists(p))
@@ -3104,7 +3132,7 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
 
 
 # ---------------------------------------------------------------------------------
-# 11. The command line, and what else calls
+# 11. The command line, the functions of the script of 2017, locks and signals
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -3202,16 +3230,15 @@ class Options:
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
         given, directory = os.fspath(self.raw_data_dir or ""), self.raw_dir
         if self.fake_imagenet and not os.path.lexists(directory):  # it may be missing
-            directory = str(nearest_directory(directory))
+            directory = str(nearest_existing(directory))
         fault = _directory_fault(given, directory)
-        content = f"{TRAINING_DIRECTORY}/, {VALIDATION_DIRECTORY}/ and {LABELS_FILE}"
-        must = f"must be a directory with {content}, but {fault}."
+        must = f"must be the directory of the raw ImageNet, but {fault}."
         yield not fault, f"--raw_data_dir={given} {must}"
         if fault and not self.local_scratch_dir:
             return
         yield given, "--raw_data_dir must name the directory of the raw ImageNet."
         flag = f"--local_scratch_dir={self.local_scratch_dir or self.scratch_dir}"
-        place = nearest_directory(self.scratch_dir)
+        place = nearest_existing(self.scratch_dir)
         fault = _directory_fault(os.fspath(self.local_scratch_dir or ""), str(place))
         yield not fault, f"{flag} must be a local directory, but {fault}."
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
@@ -3306,7 +3333,7 @@ def contained() -> Iterator[None]:
             yield
         except (OSError, MemoryError) as error:
             path = getattr(error, "filename", None) or "what is needed"
-            raise refusal("use", path, error, is_input=False) from error
+            raise refusal("use", path, error) from error
         except RuntimeError as error:
             if "can't start new thread" not in str(error):  # perhaps in a worker's
                 raise
@@ -3315,7 +3342,7 @@ def contained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(options: Options) -> Iterator[None]:
-    """Keeps a second run out of the scratch directory, which tasks of a count share."""
+    """Keeps a second run out of the scratch directory, but not the other tasks."""
     scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
     is_new = not os.path.exists(scratch_dir)
     with trying_to("write", scratch_dir, is_input=True):
@@ -3485,7 +3512,7 @@ def list_tar(tar: Tar) -> tuple[TarFingerprint, dict[str, Place]]:
             end = fingerprint[1] if tar.end is None else tar.end
             return fingerprint, _read_headers(file.fileno(), tar.start, end)
     except OSError as error:
-        raise refusal("list the tar", tar.place, error) from error
+        raise refusal("list the tar", tar.place, error, is_input=True) from error
     except ValueError as error:
         problem = f"Cannot list the tar {tar.place}: {error}."
         raise InvalidInputError(problem) from error
@@ -3606,7 +3633,7 @@ def make_fake_imagenet(options: Options, pool: Pool) -> None:
         (root / FAKE_MARK).touch()
     draw = functools.partial(pool.call, draw_fake_image)
     threads = concurrent.futures.ThreadPoolExecutor(2 * options.workers)
-    with _finishing(threads):
+    with _waiting_for(threads):
         for _ in threads.map(draw, paths, itertools.count()):
             pass  # an error of one is raised
     labels = "".join(f"{synset}\n" for synset in FAKE_SYNSETS[:FAKE_VALIDATION_IMAGES])

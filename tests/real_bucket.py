@@ -31,7 +31,7 @@ def say(step: str, expected: str, play: Callable[[], object]) -> bool:
     try:
         happened = str(play())
     except Exception as error:  # noqa: BLE001  # the transcript says which
-        happened = f"{type(error).__name__}: {script.Answer(error).words}"
+        happened = f"{type(error).__name__}: {script.Fault(error).words}"
     is_right = expected in happened
     verdict = "as expected" if is_right else f"EXPECTED {expected}"
     print(

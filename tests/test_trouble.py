@@ -212,8 +212,8 @@ CLOSED = {
     "mkdir closed; mv raw closed; chmod 666 closed": (
         "closed/raw",
         (
-            "--raw_data_dir=TMP/closed/raw must be a directory with train/, validation/ "
-            "and synset_labels.txt, but TMP/closed cannot be entered."
+            "--raw_data_dir=TMP/closed/raw must be the directory of the raw ImageNet, "
+            "but TMP/closed cannot be entered."
         ),
     ),
     "chmod 666 raw/train": ("raw", "Cannot enter TMP/raw/train: Permission denied."),
