@@ -52,7 +52,7 @@ Errors have a line per problem; finished shards are kept:
 
     InvalidInputError   what must be fixed before a shard can be written
     RunError            what stopped the run later, such as another run; and,
-      BadImagesError      images to be replaced; all shards without them are done
+      BadImagesError      images to be replaced; all other shards are done
       MachineError        what this machine lacks: a disk, memory, open files
       ServiceError        what Cloud Storage, or the way to it, refused
 
