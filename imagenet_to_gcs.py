@@ -580,7 +580,7 @@ def _take_shard(
     """Writes a shard, unless its stamp says that it is there, and uploads it."""
     scratch_dir, is_kept = job.options.scratch_dir, job.options.keep_local_shards
     if not stamp:
-        announce(shard.images[:FIRST_IMAGES])
+        prefetch(shard.images[:FIRST_IMAGES])
         write = functools.partial(pool.call, write_records)
         stamp = write_shard(shard, scratch_dir, write, durable=is_kept)
         progress.writing.stamps.append(stamp)
@@ -751,7 +751,7 @@ def read_dataset(raw_data_dir: str) -> Dataset:
             validation.sort(key=lambda i: (os.fsencode(i.filename), i.synset))
         with _collecting(problems):
             labels_path = os.path.join(raw_data_dir, LABELS_FILE)
-            validation, warnings = label_validation(validation, labels_path, beside)
+            validation, warnings = assign_synsets(validation, labels_path, beside)
         with _collecting(problems):
             training = list_split(raw_data_dir, TRAINING_DIRECTORY, skipped)
         trained = {image.synset for image in training}
@@ -1029,65 +1029,68 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------
 # 3. Labels: which class an image is of, and what contradicts it
 #
-# A training image is of the class of its folder or class tar. Of what says the class
-# of a validation image, the first in this table decides:
-#
-#   line    of a label file of two columns: the file's name, its synset
-#   folder  validation/n01440764/, on disk or in a tar
-#   name    ILSVRC2012_val_00000293_n01440764.JPEG, n01440764_18.JPEG
-#   line    i of a label file of one column, for the i-th name
-#
-# What comes later must agree. Where it does not for fewer than half of the images, that
-# is a slip, and refused; where it does not for most, or where a label file of two
-# columns decides, that is meant, and warned of. ImageNet's own list, known by digests,
-# comes last: where its images and classes are all there, a label file of one column must
-# hold its labels, and other sources that differ are warned of.
+# The rule:
+# 1. A training image is of the class of its directory or class tar; a validation image
+#    is of the class that the first of these says:
+#      line       of a label file of two columns: the file's name, its synset
+#      directory  validation/n01440764/, on disk or in a tar, or n01440764.tar
+#      name       ILSVRC2012_val_00000293_n01440764.JPEG, n01440764_18.JPEG
+#      line       i of a label file of one column, for the i-th name
+# 2. Where a later one contradicts it for fewer than half of the images, that is a slip,
+#    and refused.
+# 3. Where it does so for half of them or more, it is meant, and warned of; so is every
+#    training image whose name contradicts its directory.
+# 4. All of ImageNet's validation images and classes are compared with its own list,
+#    known by digest: labels by a file of one column that differ are refused, others are
+#    warned of.
+# 5. A label file of two columns overrules all of these: whoever means what 2 or 4
+#    refuse writes one, and is only warned.
 
 
-IMAGENET_SYNSETS = 1000  # https://image-net.org/challenges/LSVRC/2012
+IMAGENET_CLASSES = 1000  # https://image-net.org/challenges/LSVRC/2012
 # Images of ImageNet-1k, and of the smallest of its classes
-IMAGENET_SPLITS = {"training": (1_281_167, 732), "validation": (50_000, 50)}
-# SHA-256 of its sorted synsets and of its validation labels, joined by newlines
-IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
-IMAGENET_LABELS = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
+IMAGENET_SIZES = {"training": (1_281_167, 732), "validation": (50_000, 50)}
+# SHA-256 of its sorted synsets, and of the synsets of its validation images in order
+SYNSETS_DIGEST = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+VALIDATION_DIGEST = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
 NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_([0-9]+)(?:_n[0-9]{8})?\.JPEG")
 NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
-# What is before a tab or comma, for a file name may hold blanks; then words
+# The first column, up to a tab or comma, for a file name may hold blanks; or a word
 COLUMN = re.compile(r"^[^\t,]+?(?=\s*[\t,])|[^\s,]+")
 ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
 TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
-# By line, or, of two columns, by file name without its suffix
-Labels: TypeAlias = list[str] | dict[str, str]
+# The synset of each line or, of two columns, of each file name without its suffix
+LabelFile: TypeAlias = list[str] | dict[str, str]
 
 
-def label_validation(
+def assign_synsets(
     images: list[RawImage], labels_path: str, skipped: Sequence[str]
 ) -> tuple[list[RawImage], list[str]]:
-    """Gives validation images, sorted by name, their synsets; returns warnings, too."""
-    folders = [image.synset for image in images]
+    """Gives validation images, sorted by name, synsets by the rule; returns warnings."""
+    directories = [image.synset for image in images]
     names = [_synset_in(image.filename) for image in images]
-    is_optional = bool(images) and all(map(any, zip(folders, names)))
+    all_say_it = bool(images) and all(d or n for d, n in zip(directories, names))
     problems = [*_intruders(images)]
-    labels: Labels = []
-    if not is_optional or os.path.lexists(labels_path):
+    label_file: LabelFile = []
+    if not all_say_it or os.path.lexists(labels_path):
         with _collecting(problems):
-            labels = read_labels(labels_path)
-            problems += _misaligned(images, labels, labels_path, is_optional)
+            label_file = read_label_file(labels_path)
+            problems += _misaligned(images, label_file, labels_path, not all_say_it)
     if problems:
         about = [_describe_skipped(skipped)] if images and skipped else []
         raise InvalidInputError(*problems, *about)
-    sources = {"folder": folders, "name": names}  # what each says, empty for nothing
-    if isinstance(labels, dict):
-        sources = {"line": [labels[_stem(i.name)] for i in images], **sources}
-    elif images and labels:
-        sources["line"] = labels
-    synsets = [next(filter(None, said)) for said in zip(*sources.values())]
-    images = [i._replace(synset=s) for i, s in zip(images, synsets)]
-    is_by_order = not (is_optional or isinstance(labels, dict))
+    said_by = {"directory": directories, "name": names}  # empty where it says nothing
+    if isinstance(label_file, dict):
+        said_by = {"line": [label_file[_stem(i.name)] for i in images], **said_by}
+    elif label_file:
+        said_by["line"] = label_file
+    synsets = [next(filter(None, said)) for said in zip(*said_by.values())]
+    images = [i._replace(synset=synset) for i, synset in zip(images, synsets)]
+    is_by_order = isinstance(label_file, list) and not all_say_it
     warnings = [*_misordered(images, labels_path)] if is_by_order else []
-    return images, warnings + _check_agreement(images, sources, is_by_order)
+    return images, warnings + _check_agreement(images, said_by, is_by_order)
 
 
 def _synset_in(filename: str) -> str:
@@ -1110,96 +1113,37 @@ def _intruders(images: Sequence[RawImage]) -> Iterator[str]:
     if tests := [i.path for i in images if i.filename.startswith("ILSVRC2012_test_")]:
         where = f"{VALIDATION_DIRECTORY}/ holds images of the test set"
         yield f"{where}: {_some(tests)}. Move them out of it."
-    first: dict[int, RawImage] = {}
-    twice = [i for i in images if (n := _number(i)) and first.setdefault(n, i) is not i]
-    for other in twice[:1]:
-        number = _number(other)
-        both = f"{first[number].path} and {other.path} are both number {number:,}"
-        yield f"{both} ({_count(len(twice), 'such pair')}). Remove the wrong one."
+    first_of: dict[int, RawImage] = {}
+    pairs = []
+    for image in images:
+        number = _number(image)
+        if number and (first := first_of.setdefault(number, image)) is not image:
+            pairs.append(f"{first.path} and {image.path} are both number {number:,}")
+    if pairs:
+        yield f"{pairs[0]} ({_count(len(pairs), 'such pair')}). Remove the wrong one."
 
 
-def _misaligned(
-    images: Sequence[RawImage], labels: Labels, path: str, is_optional: bool
-) -> Iterator[str]:
-    """Says why line i cannot be of image i: by name, count or ImageNet's numbers."""
-    if isinstance(labels, dict):
-        if missing := [i.filename for i in images if _stem(i.name) not in labels]:
-            among = f"{len(missing):,} of {_count(len(images), 'validation image')}"
-            yield f"{path} has no line of {among}: {_some(missing)}."
-        return
-    numbers = [_number(image) for image in images]
-    wrong = [i for i, number in enumerate(numbers) if number not in (0, i + 1)]
-    may_differ = is_optional and len(labels) in (0, len(images))
-    if may_differ or not images or (len(labels) == len(images) and not wrong):
-        return
-    problem = (
-        f"{path} has {_count(len(labels), 'label')} for "
-        f"{_count(len(images), 'validation image')}; line i must be of number i"
-    )
-    if wrong:
-        problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
-    lacking = {*range(1, max(len(labels), len(images)) + 1)}.difference(numbers)
-    if all(numbers) and lacking:
-        problem += f". There is no number {_some([f'{n:,}' for n in sorted(lacking)])}"
-    if all(numbers) and numbers != sorted(numbers):
-        problem += ". Without leading zeros, names sort wrongly: 1, 10, 2"
-    free = "If folders and names are right, remove it."
-    yield f"{problem}. {free if is_optional else TWO_COLUMNS}"
-
-
-def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
-    """Warns of names that are numbered alike, but not one after another."""
-    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
-    numbers = [int(match[2]) for match in matches if match]
-    if not numbers or len({match and match.group(1, 3) for match in matches}) > 1:
-        return
-    num_missing = max(numbers) - min(numbers) + 1 - len(numbers)
-    # Where most are missing, the numbers do not count the images.
-    if numbers != sorted(numbers) or 0 < num_missing < len(numbers):
-        i = next(i for i, number in enumerate(numbers) if number != numbers[0] + i)
-        where = f"line {i + 1:,} of {path} is taken for {images[i].filename}"
-        yield f"The numbers in names do not follow one another: {where}."
-
-
-def _check_agreement(
-    images: Sequence[RawImage], sources: Mapping[str, Sequence[str]], is_by_order: bool
-) -> list[str]:
-    """Refuses slips, and warns of what is meant: see the top of this section."""
-    slips, meant = list[str](), list[str]()
-    synsets = [image.synset for image in images]
-    for source, said in sources.items():
-        wrong = [i for i, synset in enumerate(said) if synset not in ("", synsets[i])]
-        for i in wrong[:1]:
-            decisive = next(name for name, said in sources.items() if said[i])
-            problem = (
-                f"The {decisive} and the {source} of {len(wrong):,} of "
-                f"{_count(len(images), 'validation image')} disagree: image {i + 1:,}, "
-                f"{images[i].path}, is {synsets[i]} by {decisive}, {said[i]} by {source}."
-            )
-            if decisive == "line" or 2 * len(wrong) >= len(images):
-                meant.append(f"{problem} The {decisive} decides.")
-            else:
-                slips.append(f"{problem} Correct it.")
-    by_number = dict(sorted(zip(map(_number, images), synsets)))
-    if (
-        [*by_number] == [*range(1, IMAGENET_SPLITS["validation"][0] + 1)]
-        and has_digest(sorted(set(synsets)), IMAGENET_CLASSES)
-        and not has_digest(by_number.values(), IMAGENET_LABELS)
-    ):
-        problem = "These are ImageNet's validation images and classes, not its labels."
-        (slips if is_by_order else meant).append(problem)
-    if slips:
-        raise InvalidInputError(*(f"{slip} {TWO_COLUMNS}" for slip in slips))
-    return meant
-
-
-def has_digest(synsets: Iterable[str], digest: str) -> bool:
-    """Whether a list is one that only its digest tells."""
-    return _sha256(["\n".join(synsets)]) == digest
-
-
-def read_labels(path: str) -> Labels:
+def read_label_file(path: str) -> LabelFile:
     """Reads the synset of each validation image: a line each, or by the file's name."""
+    lines = _read_lines(path)
+    rows = [COLUMN.findall(line.replace('"', "").strip(" \t,")) for line in lines]
+    pairs = [(_stem(row[0]), row[1]) for row in rows if len(row) > 1]
+    by_name = dict(reversed(pairs))  # of two lines for a name, the first is right
+    if has_names := 2 * len(pairs) > len(rows):
+        rule = "a file name and a synset, one for each name"
+        good = [len(row) > 1 and by_name[_stem(row[0])] == row[1] for row in rows]
+    else:
+        rule = "a single synset such as n01440764"
+        good = [len(row) == 1 and row[0].isprintable() for row in rows]
+    if not all(good):
+        i = good.index(False)
+        problem = f"Line {i + 1:,} of {path} must be {rule}"
+        raise InvalidInputError(f"{problem}; found {lines[i].strip()[:60]!r}.")
+    return by_name if has_names else [row[0] for row in rows]
+
+
+def _read_lines(path: str) -> list[str]:
+    """Reads the lines of a label file; refuses what is no text."""
     try:
         with trying_to("read", path, is_input=True), open_file(path) as file:
             data = file.read().removeprefix(b"\xef\xbb\xbf").rstrip()
@@ -1209,21 +1153,7 @@ def read_labels(path: str) -> Labels:
             raise InvalidInputError(f"{path} is not text in UTF-8.")
     except InvalidInputError as error:
         raise InvalidInputError(f"{error} {ONE_COLUMN}{_beside(path)}") from error
-    lines = [os.fsdecode(line) for line in data.splitlines()]
-    rows = [COLUMN.findall(line.replace('"', "").strip(" \t,")) for line in lines]
-    pairs = [(_stem(row[0]), row[1]) for row in rows if len(row) > 1]
-    by_name = dict(reversed(pairs))  # of two lines of a name, the second is wrong
-    if is_table := 2 * len(pairs) > len(rows):
-        rule = "a file name and a synset, one for each name"
-        good = [row[1:2] == [by_name.get(_stem("".join(row[:1])))] for row in rows]
-    else:
-        rule = "a single synset such as n01440764"
-        good = [len(row) == 1 and row[0].isprintable() for row in rows]
-    if bad := [i for i, is_good in enumerate(good) if not is_good]:
-        problem = f"Line {bad[0] + 1:,} of {path} must be {rule}; found "
-        count = f" ({len(bad):,} such lines)" if len(bad) > 1 else ""
-        raise InvalidInputError(f"{problem}{lines[bad[0]].strip()[:60]!r}{count}.")
-    return by_name if is_table else [row[0] for row in rows]
+    return [os.fsdecode(line) for line in data.splitlines()]
 
 
 def _beside(path: str) -> str:
@@ -1234,28 +1164,115 @@ def _beside(path: str) -> str:
     return f" Found {found} beside it." if found else ""
 
 
+def _misaligned(
+    images: Sequence[RawImage], label_file: LabelFile, path: str, is_needed: bool
+) -> Iterator[str]:
+    """Says which images have no line, or why line i cannot be of image i."""
+    if isinstance(label_file, dict):
+        if missing := [i.filename for i in images if _stem(i.name) not in label_file]:
+            among = f"{len(missing):,} of {_count(len(images), 'validation image')}"
+            yield f"{path} has no line of {among}: {_some(missing)}."
+        return
+    num_lines, num_images = len(label_file), len(images)
+    numbers = [_number(image) for image in images]
+    wrong = [i for i, number in enumerate(numbers) if number not in (0, i + 1)]
+    # A file that is not needed may be empty; the images are then numbered as they like.
+    is_spare = not is_needed and num_lines in (0, num_images)
+    if not images or is_spare or (num_lines == num_images and not wrong):
+        return
+    problem = (
+        f"{path} has {_count(num_lines, 'line')} for "
+        f"{_count(num_images, 'validation image')}; line i must be of number i"
+    )
+    if wrong:
+        problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
+    lacking = {*range(1, max(num_lines, num_images) + 1)}.difference(numbers)
+    if all(numbers) and lacking:
+        problem += f". There is no number {_some([f'{n:,}' for n in sorted(lacking)])}"
+    if all(numbers) and numbers != sorted(numbers):
+        problem += ". Without leading zeros, names sort wrongly: 1, 10, 2"
+    free = "If directories and names are right, remove it."
+    yield f"{problem}. {TWO_COLUMNS if is_needed else free}"
+
+
+def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
+    """Warns of names that are numbered alike, but not one after another."""
+    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
+    numbers = [int(match[2]) for match in matches if match]
+    around = {match and match.group(1, 3) for match in matches}
+    if not numbers or len(around) > 1:
+        return
+    num_missing = max(numbers) - min(numbers) + 1 - len(numbers)
+    # Where most are missing, the numbers do not count the images.
+    if numbers != sorted(numbers) or 0 < num_missing < len(numbers):
+        i = next(i for i, number in enumerate(numbers) if number != numbers[0] + i)
+        where = f"line {i + 1:,} of {path} is taken for {images[i].filename}"
+        yield f"The numbers in names do not follow one another: {where}."
+
+
+def _check_agreement(
+    images: Sequence[RawImage], said_by: Mapping[str, Sequence[str]], is_by_order: bool
+) -> list[str]:
+    """Refuses what contradicts the synsets by 2 and 4 of the rule; else warns of it."""
+    slips, meant = list[str](), list[str]()
+    for by, said in said_by.items():
+        wrong = [i for i, im in enumerate(images) if said[i] not in ("", im.synset)]
+        if not wrong:
+            continue
+        i = wrong[0]
+        decisive = next(first for first in said_by if said_by[first][i])
+        problem = (
+            f"The {decisive} and the {by} of {len(wrong):,} of "
+            f"{_count(len(images), 'validation image')} disagree: image {i + 1:,}, "
+            f"{images[i].path}, is {images[i].synset} by {decisive}, {said[i]} by {by}."
+        )
+        # Only the line of a label file of two columns precedes another.
+        if decisive == "line" or 2 * len(wrong) >= len(images):
+            meant.append(f"{problem} The {decisive} decides.")
+        else:
+            slips.append(f"{problem} Correct it.")
+    in_order = sorted((_number(image), image.synset) for image in images)
+    has_all_images = [number for number, _ in in_order] == [*range(1, 50_001)]
+    said = [synset for _, synset in in_order]
+    has_all_classes = has_digest(sorted(set(said)), SYNSETS_DIGEST)
+    if has_all_images and has_all_classes and not has_digest(said, VALIDATION_DIGEST):
+        problem = "These are ImageNet's validation images and classes, not its labels."
+        (slips if is_by_order else meant).append(problem)
+    if slips:
+        raise InvalidInputError(*(f"{slip} {TWO_COLUMNS}" for slip in slips))
+    return meant
+
+
+def has_digest(synsets: Iterable[str], digest: str) -> bool:
+    """Whether a list of synsets is the one that is known by its digest."""
+    return _sha256(["\n".join(synsets)]) == digest
+
+
 def class_problems(
     trained: AbstractSet[str], validated: AbstractSet[str], directory: str
 ) -> Iterator[str]:
     """Describes classes that must be wrong: each would move the labels behind it."""
-    odd = _odd(trained, trained | validated)
-    if stray := sorted(odd & trained - validated if validated else ()):
+    if not (trained and validated):
+        return  # a split that could not be listed is refused already
+    misnamed = _named_unlike_most(trained, trained | validated)
+    if stray := sorted(misnamed & trained - validated):
         yield (
-            f"Classes must be named like {min(trained - odd)}, as most are, or have "
-            f"validation images; move these out of {directory}: {_some(stray)}."
+            f"Classes must be named like {min(trained - misnamed)}, as most are, or "
+            f"have validation images; move these out of {directory}: {_some(stray)}."
         )
     unknown = validated - trained
-    if unknown != validated and len(trained) != IMAGENET_SYNSETS:
-        unknown &= odd  # the others may be of classes without training images
-    if trained and unknown:
+    # With part of the classes, one may lack training images, if named like the others.
+    if trained & validated and len(trained) != IMAGENET_CLASSES:
+        unknown &= misnamed
+    if unknown:
         yield (
             "Validation images must be of the classes of the training images, such as "
             f"{_some(sorted(trained))}; found {_some(sorted(unknown))}. {ONE_COLUMN}"
         )
 
 
-def _odd(usual: AbstractSet[str], names: Iterable[str]) -> set[str]:
-    """Picks the names that are no synsets, or no numbers, though most usual ones are."""
+def _named_unlike_most(usual: AbstractSet[str], names: AbstractSet[str]) -> set[str]:
+    """Picks the names that are no synsets, or numbers, though most of `usual` are."""
     for pattern in (SYNSET, NUMBER):
         if 2 * len([*filter(pattern.fullmatch, usual)]) > len(usual):
             return {name for name in names if not pattern.fullmatch(name)}
@@ -1272,13 +1289,13 @@ def warnings_about(
         found = f"{_count(len(empty), 'image')} of zero bytes or without a file"
         yield f"{found}, such as {empty[0]}: no shard with one will be written."
     yield from dataset.warnings
-    # Nearly all begin with it, and have no other n: told in a tenth of the time.
+    # Nearly all begin with the synset and hold no other n: these are passed over fast.
     training = dataset.training
     unusual = (i for i in training if i.name[:9] != i.synset or "n" in i.name[9:])
     if wrong := [i for i in unusual if _synset_in(i.filename) not in ("", i.synset)]:
         among = f"{len(wrong):,} of {_count(len(training), 'training image')}"
         where = f"{wrong[0].path}, in {wrong[0].synset}"
-        yield f"The folder decides against the name of {among}, such as {where}."
+        yield f"The directory decides against the name of {among}, such as {where}."
     yield from _class_warnings(dataset)
     yield from _size_warnings(dataset, "training", training_shards)
     yield from _size_warnings(dataset, "validation", validation_shards)
@@ -1289,28 +1306,26 @@ def _class_warnings(dataset: Dataset) -> Iterator[str]:
     synsets = dataset.synsets
     num_usual = len([*filter(SYNSET.fullmatch, synsets)])
     is_large = len(synsets) >= 900 and 2 * num_usual > len(synsets)
-    if is_large and not has_digest(synsets, IMAGENET_CLASSES):
+    if is_large and not has_digest(synsets, SYNSETS_DIGEST):
         yield (
-            f"The {_count(len(synsets), 'class')} are not the {IMAGENET_SYNSETS:,} of "
-            "ImageNet-1k: labels differ from those of models trained on it."
+            f"The {_count(len(synsets), 'class')} are not the {IMAGENET_CLASSES:,} "
+            "of ImageNet-1k: labels differ from those of models trained on it."
         )
     trained = {image.synset for image in dataset.training}
     validated = {image.synset for image in dataset.validation}
-    if odd := sorted(_odd({*synsets}, trained & validated)):
-        yield f"Most classes are named otherwise than {_some(odd)}, which count, too."
-    padded = {s: NUMBER.sub(lambda n: n[0].zfill(20), s) for s in synsets}
-    by_number = sorted(synsets, key=lambda s: os.fsencode(padded[s]))
-    labels = [*enumerate(synsets, start=1)]
-    wrong = [(i, s) for i, s in labels if s != by_number[i - 1]]
-    if not wrong and all(map(NUMBER.fullmatch, synsets)):
-        wrong = [(i, s) for i, s in labels if int(s) != i]
-    for i, name in wrong[:1]:
-        yield f"Labels are ranks of names as text: class {name} has label {i:,}."
-    others = {"training": validated, "validation": trained}
+    if odd := sorted(_named_unlike_most({*synsets}, trained & validated)):
+        yield f"Classes that are named unlike most others count, too: {_some(odd)}."
+    labeled = [*enumerate(synsets, start=1)]
+    if all(map(NUMBER.fullmatch, synsets)):
+        label, name = max(labeled, key=lambda pair: abs(int(pair[1]) - pair[0]))
+        if int(name) != label:
+            found = f"class {name} has label {label:,}"
+            yield f"Labels are ranks of names as text: {found}."
+    only = {"training": trained - validated, "validation": validated - trained}
     if 3 * len(validated) < 2 * len(trained):
-        del others["training"]  # with validation images of few classes: a trial
-    for split, known in others.items():
-        if lone := [f"{s} (label {i})" for i, s in labels if s not in known]:
+        del only["training"]  # with validation images of few classes: a trial
+    for split, those in only.items():
+        if lone := [f"{s} (label {label})" for label, s in labeled if s in those]:
             among = f"{len(lone):,} of {_count(len(synsets), 'synset')}"
             yield f"There are only {split} images of {among}: {_some(lone)}."
 
@@ -1318,8 +1333,8 @@ def _class_warnings(dataset: Dataset) -> Iterator[str]:
 def _size_warnings(dataset: Dataset, split: str, num_shards: int) -> Iterator[str]:
     """Warns of images that ImageNet's split has, and of shards that will have none."""
     images = dataset.training if split == "training" else dataset.validation
-    num_expected, smallest = IMAGENET_SPLITS[split]
-    if len(dataset.synsets) == IMAGENET_SYNSETS and len(images) != num_expected:
+    num_expected, smallest = IMAGENET_SIZES[split]
+    if len(dataset.synsets) == IMAGENET_CLASSES and len(images) != num_expected:
         sizes = sorted(collections.Counter(image.synset for image in images).items())
         short = [f"{synset} ({size:,})" for synset, size in sizes if size < smallest]
         classes = f" Classes of fewer than {smallest}: {_some(short, 10)}."
@@ -1348,7 +1363,7 @@ class Shard:
     split: str  # `train` or `validation`
     index: int  # from 0
     num_shards: int
-    images: tuple[RawImage, ...]  # in the order of their records; can be none
+    images: tuple[RawImage, ...]  # in the order of their records; may be empty
 
     @property
     def name(self) -> str:
@@ -1361,9 +1376,9 @@ class Shard:
         return sum(image.num_bytes + RECORD_OVERHEAD for image in self.images)
 
     def digest(self) -> str:
-        """Hashes what the records are made of: 64 hexadecimal digits of SHA-256.
+        """Hashes names, synsets, labels and sizes: 64 hexadecimal digits of SHA-256.
 
-        Times are no part of it, so machines with copies of the raw data agree on it.
+        It leaves out times, so that machines with copies of the raw data agree.
         """
         lines = [f"{RECORD_FORMAT}\0{self.name}\n"]
         for i in self.images:
@@ -1371,7 +1386,7 @@ class Shard:
         return _sha256(lines)
 
     def fingerprint(self) -> str:
-        """Hashes what tells the images here from later ones; other machines differ."""
+        """Hashes the images' fingerprints: changes here when an image is touched."""
         return _sha256(f"{i.fingerprint} {i.offset}\n" for i in self.images)
 
 
@@ -1412,9 +1427,9 @@ def images_per_shard(num_images: int, num_shards: int) -> int:
 
 
 READ_AHEAD = 32  # images that a worker opens ahead, so also its open files
-FIRST_IMAGES = 8  # of a shard, announced while it waits for a worker
+FIRST_IMAGES = 8  # of a shard, prefetched while it waits for a worker
 SLOW_OPEN_SECONDS = 0.0005  # a local disk takes up to 0.1 ms, a network disk 1 ms
-UNREADABLE_IMAGES = 20  # in a run; fewer are named, as are bad images
+UNREADABLE_IMAGES = 20  # stop the run; fewer are named at its end, with the bad images
 CHANGED = "has changed since the run began"
 GONE = "it no longer exists. It was moved or removed, or its disk is gone"
 
@@ -1457,8 +1472,8 @@ class OpenImage(NamedTuple):
         return data
 
 
-def announce(images: Iterable[RawImage]) -> None:
-    """Makes the disk fetch the images that a worker will need first."""
+def prefetch(images: Iterable[RawImage]) -> None:
+    """Makes the disk fetch images that will be opened again to be read."""
     for _, file in map(OpenImage.of, images):
         if not isinstance(file, OSError):
             os.close(file)
@@ -1467,19 +1482,19 @@ def announce(images: Iterable[RawImage]) -> None:
 def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
     """Opens images before their turn: in threads where that is slow, as on NFS."""
     start = time.perf_counter()
-    announce(images[:1])
+    prefetch(images[:1])
     if time.perf_counter() - start < SLOW_OPEN_SECONDS:
         # Threads that pass the GIL around would slow the encoding by a fifth.
-        yield from _begin_ahead(map(OpenImage.of, images))
+        yield from _keep_ahead(map(OpenImage.of, images))
         return
     with concurrent.futures.ThreadPoolExecutor(READ_AHEAD) as threads:
         futures = (threads.submit(OpenImage.of, image) for image in images)
-        for future in _begin_ahead(futures):
+        for future in _keep_ahead(futures):
             yield future.result()
 
 
-def _begin_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Takes the next items before the first of them is needed."""
+def _keep_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yields all items, and has always taken the 32 that come next."""
     ahead = collections.deque(itertools.islice(items, READ_AHEAD))
     while ahead:
         yield ahead.popleft()
@@ -1490,35 +1505,34 @@ class _ImageError(ValueError):
     """Why an image cannot be decoded, in words."""
 
 
-def problem_of(image: RawImage, error: Exception) -> BadImagesError:
-    """Says why an image cannot be used; raises a MachineError if none could be."""
+def problem_of(image: RawImage, error: Exception) -> Exception:
+    """Says why an image cannot be used; all but a BadImagesError stop the run."""
     if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's
         error = MemoryError()
-    was_found = image.fingerprint or image.num_bytes  # else it is a dangling link
+    was_there = image.fingerprint or image.num_bytes  # when it was listed
     match error:
         case _ImageError():
             return BadImagesError(f"Cannot decode {image.path}: {error}.")
         case MemoryError():
-            raise refusal("read", image.path, error, is_input=True) from error
+            return refusal("read", image.path, error)
         case OSError(errno=number) if number in LIMITS:
-            raise refusal("read", image.path, error, is_input=True) from error
+            return refusal("read", image.path, error)
         case _ChangedError() if image.offset is not None:
-            problem = f"{image.source} {CHANGED}. {RERUN}"
-            raise MachineError(problem, may_pass=True) from error
+            return MachineError(f"{image.source} {CHANGED}. {RERUN}", may_pass=True)
         case FileNotFoundError() | NotADirectoryError():
-            reason = GONE if was_found else "it is a dangling link"
+            reason = GONE if was_there else "it is a dangling link"
         case OSError(errno=number) if number in DISK_ERRORS:
             reason = f"{error.strerror}. {DISK_FAILS}"
         case _:
             reason = getattr(error, "strerror", None) or repr(error)
-    # The others have been so when they were listed, and say nothing about the disk.
-    is_disk = was_found and not isinstance(error, PermissionError)
     what = f"{image.path}: {reason}"
+    # A dangling link or a file without permission says nothing about the disk.
+    is_disk = was_there and not isinstance(error, PermissionError)
     return BadImagesError(f"Cannot read {what}.", unreadable=[what] * bool(is_disk))
 
 
 def check_readable(unreadable: Sequence[str], directory: str) -> None:
-    """Stops the run when so many images are unreadable that it is none of their own."""
+    """Stops the run when so many images are unreadable that the disk is at fault."""
     if len(unreadable) >= UNREADABLE_IMAGES:
         last = unreadable[UNREADABLE_IMAGES - 1]
         what = f"{UNREADABLE_IMAGES} images below {directory}, the last {last}"
@@ -1529,7 +1543,7 @@ def check_readable(unreadable: Sequence[str], directory: str) -> None:
 class EncodedImage:
     """An image as it goes into its record."""
 
-    jpeg: bytes  # of 1 or 3 components
+    jpeg: bytes  # of 1 component, if it is gray, or 3; readers decode either to RGB
     height: int
     width: int
     repaired: bool = False  # it was a PNG or a CMYK JPEG, and was encoded again
@@ -1540,8 +1554,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 
 # FF 00 is a data byte FF, FF FF is fill, FF 01 and FF D0 to FF D7 stand alone and
 # change nothing, FF D9 ends; any other FF begins a segment (ITU-T T.81, B.1.1).
-_FILLING = 0xFF
-_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
+_WITHOUT_SEGMENT = frozenset({0x01, *range(0xD0, 0xD8), 0xFF})
 _END_MARKER = 0xD9
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
@@ -1550,8 +1563,8 @@ _MAX_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 _MAX_VALUES = 2**29  # height x width x components; TensorFlow's limit (jpeg_mem.cc)
 
 
-def encode_image(data: bytes) -> EncodedImage:
-    """Checks an image, and makes it a JPEG that every reader can decode."""
+def check_and_repair(data: bytes) -> EncodedImage:
+    """Checks an image; encodes it again only if some readers could not decode it."""
     import tensorflow as tf
 
     if data.startswith(PNG_START):
@@ -1563,8 +1576,8 @@ def encode_image(data: bytes) -> EncodedImage:
         raise _ImageError(found if data else "the file is empty")
     skeleton, height, width, num_components = read_skeleton(data)
     _check_values(height, width, max(3, num_components))
-    contents = tf.constant(skeleton)  # plain bytes, or 1 for 1.0, are slower
-    how = {"contents": contents, "ratio": 8, "acceptable_fraction": 1.0}
+    # The call takes longer with bytes in place of a tensor, or 1 in place of 1.0.
+    how = {"contents": tf.constant(skeleton), "ratio": 8, "acceptable_fraction": 1.0}
     decode = functools.partial(tf.raw_ops.DecodeJpeg, **how)
     try:
         decode()
@@ -1586,34 +1599,34 @@ def read_skeleton(data: bytes) -> tuple[bytes, int, int, int]:
 
     values = np.frombuffer(data, np.uint8)
     is_marker = ((values[:-1] == 0xFF) & (values[1:] != 0)).tobytes()
-    segments = bytearray(data[:2])
-    frame = b""
-    last = position = 2  # where the last segment and the last marker end
-    while (start := is_marker.find(1, position)) >= 0:
-        position = start + 2
+    segments, frame = bytearray(data[:2]), b""
+    start = end = 2  # from where to look for a marker; where the last segment ends
+    while True:
+        start = is_marker.find(1, start)
+        if start < 0:
+            raise _ImageError("it is cut short: no end marker")
         marker = data[start + 1]
-        if marker == _FILLING:
-            position = start + 1
-        elif marker == _END_MARKER:
+        if marker == _END_MARKER:
             break
-        elif marker not in _BARE_MARKERS:
+        if marker in _WITHOUT_SEGMENT:
+            start += 1
+        else:
             # The length counts its own two bytes; one that says less is damaged, and
             # libjpeg must see it to say so.
-            length = int.from_bytes(data[position : position + 2], "big")
-            last = position = position + max(2, length)
-            segment = data[start:position]
+            length = int.from_bytes(data[start + 2 : start + 4], "big")
+            end = start + 2 + max(2, length)
+            segment = data[start:end]
             if marker in _FRAME_MARKERS and not frame:
                 frame = segment
                 segment = frame[:5] + struct.pack(">HH", 8, 8) + frame[9:]
             segments += segment
-    else:
-        raise _ImageError("it is cut short: no end marker")
+            start = end
     if len(frame) < 10:
         raise _ImageError("it has no frame header")
     height, width, num_components = struct.unpack_from(">HHB", frame, 5)
     # A segment may need more bytes than its length says. libjpeg then reads past its
     # end, and rejects the image only if those bytes are there.
-    segments += data[start : start + 2] + data[last : last + _OVERRUN_BYTES]
+    segments += data[start : start + 2] + data[end : end + _OVERRUN_BYTES]
     return bytes(segments), height, width, num_components
 
 
@@ -1645,7 +1658,7 @@ def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:
-    """Re-encodes a PNG or CMYK JPEG as an RGB JPEG, as the script of 2017 does."""
+    """Re-encodes a PNG or CMYK JPEG as an RGB JPEG, as tensorflow/tpu's script does."""
     import tensorflow as tf
 
     try:
@@ -1674,7 +1687,7 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     feature["image/height"].int64_list.value.append(encoded.height)
     feature["image/width"].int64_list.value.append(encoded.width)
     feature["image/colorspace"].bytes_list.value.append(b"RGB")
-    feature["image/channels"].int64_list.value.append(3)
+    feature["image/channels"].int64_list.value.append(3)  # as decoded, gray ones too
     feature["image/class/label"].int64_list.value.append(image.label)
     feature["image/class/synset"].bytes_list.value.append(os.fsencode(image.synset))
     feature["image/format"].bytes_list.value.append(b"JPEG")
@@ -1762,12 +1775,14 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
         records = RecordWriter(file)
         for opened in open_ahead(shard.images):
             try:
-                encoded = encode_image(opened.read())
+                encoded = check_and_repair(opened.read())
                 example = make_example(opened.image, encoded)
-            except Exception as error:  # noqa: BLE001  # it concerns one image
-                bad_image = problem_of(opened.image, error)
-                problems += bad_image.args
-                unreadable += bad_image.unreadable
+            except Exception as error:  # it concerns one image
+                problem = problem_of(opened.image, error)
+                if not isinstance(problem, BadImagesError):
+                    raise problem from error
+                problems += problem.args
+                unreadable += problem.unreadable
                 if len(unreadable) == UNREADABLE_IMAGES:
                     break
             else:
@@ -1780,15 +1795,12 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
 
 
 def write_shard(
-    shard: Shard,
-    scratch_dir: str,
-    write: Callable[[Shard, str], Stamp] = write_records,
-    durable: bool = True,
+    shard: Shard, scratch_dir: str, write: Callable[[Shard, str], Stamp], durable: bool
 ) -> Stamp:
     """Writes a shard and then its stamp, without which the shard does not count.
 
-    `write` fills the file, here or in a worker process; this thread flushes it, if it
-    must be durable, which is to survive a loss of power, then names and stamps it.
+    `write` fills the file: `write_records`, here or in a worker process. If `durable`,
+    this thread waits until the disk has the file, so that it survives a loss of power.
     """
     path = shard_path(shard, scratch_dir)
     with _complete_or_absent(path, durable) as temporary_path:
@@ -1803,8 +1815,8 @@ def write_shard(
 def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
     """Yields a hidden path to write to, and then gives the file its name.
 
-    If `durable`, first waits until the disk has it. Stamps and manifests need not be:
-    one that a power loss tears is unreadable, and is written again.
+    If `durable`, it first waits until the disk has the file. Stamps and manifests need
+    no such wait: one that a loss of power tears is unreadable, and is written again.
     """
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
@@ -1893,12 +1905,12 @@ def measure(path: str) -> Stamp:
 
 
 def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
-    """Stops the run if a shard no longer has its bytes; has the next run rewrite it."""
+    """Stops the run if a file no longer has its bytes; makes a shard be rewritten."""
     if not measure(path).same_bytes(stamp):
-        with trying_to("write", path):
-            os.utime(path)  # now it is not as stamped
-        problem = f"{path} has changed since it was written. Rerun to write it again."
-        raise MachineError(problem, may_pass=True)
+        if stamp.mtime_ns:  # else it has no stamp beside it, and is a caller's own file
+            with trying_to("write", path):
+                os.utime(path)  # now it is not as stamped
+        raise MachineError(f"{path} has changed. {RERUN}", may_pass=True)
 
 
 # ---------------------------------------------------------------------------------
@@ -3095,8 +3107,8 @@ def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
     validation = (s for s in job.shards if s.split == VALIDATION_DIRECTORY)
     labels = [image.synset for shard in validation for image in shard.images]
     imagenet = {
-        "classes": has_digest(job.synsets, IMAGENET_CLASSES),
-        "validation_labels": has_digest(labels, IMAGENET_LABELS),
+        "classes": has_digest(job.synsets, SYNSETS_DIGEST),
+        "validation_labels": has_digest(labels, VALIDATION_DIGEST),
     }
     return json_text({**facts, "imagenet_1k": imagenet}), json_text(facts)
 
@@ -3612,7 +3624,7 @@ def _check_end(descriptor: int, position: int, end: int) -> None:
 
 FAKE_TRAINING_IMAGES = 2048
 FAKE_VALIDATION_IMAGES = 256
-FAKE_SYNSETS = tuple(f"n{90_000_000 + i}" for i in range(IMAGENET_SYNSETS))
+FAKE_SYNSETS = tuple(f"n{90_000_000 + i}" for i in range(IMAGENET_CLASSES))
 FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 
 
@@ -3656,7 +3668,7 @@ def has_fake(options: Options) -> bool:
 
 def _fake_paths(root: pathlib.Path) -> Iterator[pathlib.Path]:
     for i in range(FAKE_TRAINING_IMAGES):
-        number, synset = i // IMAGENET_SYNSETS, FAKE_SYNSETS[i % IMAGENET_SYNSETS]
+        number, synset = i // IMAGENET_CLASSES, FAKE_SYNSETS[i % IMAGENET_CLASSES]
         yield root / TRAINING_DIRECTORY / synset / f"{synset}_{number}.JPEG"
     for i in range(1, FAKE_VALIDATION_IMAGES + 1):
         yield root / VALIDATION_DIRECTORY / f"ILSVRC2012_val_{i:08d}.JPEG"

@@ -135,7 +135,7 @@ def test_lack_of_memory_is_no_image_s_fault(raw: Path, tmp_path: Path) -> None:
         limit = size + 1_000_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
-            script.write_shard(shards[0], sys.argv[2])
+            script.write_shard(shards[0], sys.argv[2], script.write_records, False)
         except script.MachineError as error:
             print(error)
     """

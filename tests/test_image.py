@@ -66,7 +66,7 @@ def test_image_is_untouched_unless_no_reader_takes_it(kind: str) -> None:
         data = make_image(kind, seed)
         encoded = encode_again(data) if kind in REPAIRED else data
         expected = script.EncodedImage(encoded, height, width, kind in REPAIRED)
-        assert script.encode_image(data) == expected
+        assert script.check_and_repair(data) == expected
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16"])
@@ -77,7 +77,7 @@ def test_png_of_any_mode_is_encoded_again(mode: str) -> None:
     file = io.BytesIO()
     image.convert(mode).save(file, "PNG")
     data = file.getvalue()
-    assert script.encode_image(data).jpeg == encode_again(data)
+    assert script.check_and_repair(data).jpeg == encode_again(data)
 
 
 def test_skeleton_is_small_and_says_what_the_image_is() -> None:
@@ -97,7 +97,7 @@ def compare(data: bytes) -> str:
     """Says how the verdict on an image differs from that of a full decode, if so."""
     shape = decoded_shape(data)
     try:
-        encoded = script.encode_image(data)
+        encoded = script.check_and_repair(data)
     except script._ImageError:
         return "" if shape is None else "refused"
     assert encoded.repaired or encoded.jpeg == data
@@ -211,7 +211,7 @@ REFUSED = {
 @pytest.mark.parametrize(("data", "reason"), REFUSED.values(), ids=REFUSED)
 def test_image_is_refused_in_words(data: bytes, reason: str) -> None:
     with pytest.raises(script._ImageError) as caught:
-        script.encode_image(data)
+        script.check_and_repair(data)
     assert str(caught.value) == reason
     assert decoded_shape(data) is None
 
@@ -245,7 +245,7 @@ def test_memory_is_bounded_when_an_image_is_made_to_take_much(tmp_path: Path) ->
         def peak(name):
             data = pathlib.Path(sys.argv[1], name).read_bytes()
             try:
-                encoded = script.encode_image(data)
+                encoded = script.check_and_repair(data)
                 assert name in "abc" or encoded.jpeg == data
             except script._ImageError:
                 assert name.startswith("huge")
@@ -361,6 +361,8 @@ def test_image_in_a_tar_is_refused_when_the_tar_is_another(
     image = listed(path)[0]
     tars.write_tar(tmp_path / "y.tar", dict(reversed(files.items())))
     contract.change(tmp_path, commands)
-    with pytest.raises(script.MachineError) as caught:
-        problem(image)
-    assert str(caught.value) == f"{path} {CHANGED[3:]}. {script.RERUN}"
+    with pytest.raises(OSError) as caught:
+        read([image])
+    stops = script.problem_of(image, caught.value)
+    assert isinstance(stops, script.MachineError)
+    assert str(stops) == f"{path} {CHANGED[3:]}. {script.RERUN}"

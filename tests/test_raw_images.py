@@ -118,7 +118,7 @@ def test_links_are_followed(raw: Path) -> None:
 )
 def test_labels_are_read(tmp_path: Path, content: bytes, mark: bytes) -> None:
     (tmp_path / "labels").write_bytes(mark + content)
-    assert script.read_labels(str(tmp_path / "labels")) == ["n01", "n02", "n03"]
+    assert script.read_label_file(str(tmp_path / "labels")) == ["n01", "n02", "n03"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_labels_are_read(tmp_path: Path, content: bytes, mark: bytes) -> None:
         pytest.param(b"n01\n\nn02\n", "2", "''", id="empty line"),
         pytest.param(b"n01\n \t\nn02\n", "2", "''", id="spaces"),
         pytest.param(b"n01\nn02 tench\n", "2", "'n02 tench'", id="two words"),
-        pytest.param(b"a b\nc\n\nd e\n", "1", "'a b' (3 such lines)", id="several"),
+        pytest.param(b"a b\nc\n\nd e\n", "1", "'a b'", id="several"),
         pytest.param(b"a\n" + b"word " * 100, "2", repr("word " * 12), id="long line"),
         pytest.param(b"n01\n" * 1_233 + b"\nn02", "1,234", "''", id="late line"),
     ],
@@ -139,7 +139,7 @@ def test_labels_are_refused(
     path.write_bytes(content)
     rule = "must be a single synset such as n01440764; found"
     with pytest.raises(script.InvalidInputError) as caught:
-        script.read_labels(str(path))
+        script.read_label_file(str(path))
     assert str(caught.value) == f"Line {line} of {path} {rule} {found}."
 
 
@@ -183,11 +183,11 @@ REFUSALS = {
             f"must be of number i{other}. {TWO_COLUMNS}"
         )
         for command, labels, images, other in (
-            (": >synset_labels.txt", "0 labels", "4", ""),
-            ("seq 3 >synset_labels.txt", "3 labels", "4", ""),
+            (": >synset_labels.txt", "0 lines", "4", ""),
+            ("seq 3 >synset_labels.txt", "3 lines", "4", ""),
             (
                 "seq 1 >s*; touch validation/{5..1001}.JPEG",
-                "1 label",
+                "1 line",
                 "1,001",
                 ", but image 998 is ILSVRC2012_val_00000001.JPEG",
             ),
@@ -256,8 +256,8 @@ REFUSALS = {
     ),
     "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
     "sed -i 3s/.*/n01440875/ ../synset_labels.txt": (
-        "The folder and the line of 1 of 4 validation images disagree: image 3, "
-        "RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG, is n01440838 by folder, "
+        "The directory and the line of 1 of 4 validation images disagree: image 3, "
+        "RAW/validation/n01440838/ILSVRC2012_val_00000003.JPEG, is n01440838 by directory, "
         f"n01440875 by line. Correct it. {TWO_COLUMNS}"
     ),
     "mkdir -p ILSVRC/Data/CLS-LOC; mv train $_": (

@@ -365,7 +365,7 @@ def replace_and_be_killed(source, target):
     replace(source, target)
 os.replace = replace_and_be_killed
 shards = script.plan_shards(script.read_dataset(raw), 8, 4)
-script.write_shard(shards[8], scratch)
+script.write_shard(shards[8], scratch, script.write_records, durable=True)
 """
     killed = run_code(code, str(raw), str(scratch))
     assert killed.status == -signal.SIGKILL, killed.stderr

@@ -31,6 +31,10 @@ def plan(raw: Path, training: int = 2, validation: int = 1) -> list[script.Shard
     return script.plan_shards(script.read_dataset(str(raw)), training, validation)
 
 
+def write_shard(shard: script.Shard, scratch: Path) -> script.Stamp:
+    return script.write_shard(shard, str(scratch), script.write_records, durable=True)
+
+
 def path_of(shard: script.Shard, scratch: Path) -> Path:
     return scratch / shard.split / shard.name
 
@@ -72,7 +76,7 @@ def test_records_are_as_tensorflow_writes_them(
 def test_shard_is_the_contracts(mixed_raw: Path, tmp_path: Path) -> None:
     shards = plan(mixed_raw)
     for shard in shards:
-        script.write_shard(shard, str(tmp_path))
+        write_shard(shard, tmp_path)
     contract.assert_shards(contract.local_shards(tmp_path), mixed_raw, 2, 1)
     names = [shard.name for shard in shards]
     assert files_in(tmp_path) == sorted([*names, *(f".{name}.json" for name in names)])
@@ -80,7 +84,7 @@ def test_shard_is_the_contracts(mixed_raw: Path, tmp_path: Path) -> None:
 
 def test_shard_is_empty_when_it_has_no_images(raw: Path, tmp_path: Path) -> None:
     shard = plan(raw, 20)[-2]
-    stamp = script.write_shard(shard, str(tmp_path))
+    stamp = write_shard(shard, tmp_path)
     assert path_of(shard, tmp_path).read_bytes() == b""
     assert (stamp.num_examples, stamp.num_bytes, stamp.crc32c) == (0, 0, "AAAAAA==")
     assert find_finished(shard, tmp_path) == stamp
@@ -88,7 +92,7 @@ def test_shard_is_empty_when_it_has_no_images(raw: Path, tmp_path: Path) -> None
 
 def test_stamp_says_what_the_shard_is(mixed_raw: Path, tmp_path: Path) -> None:
     shard = plan(mixed_raw, 1)[0]
-    stamp = script.write_shard(shard, str(tmp_path))
+    stamp = write_shard(shard, tmp_path)
     path = path_of(shard, tmp_path)
     sources = [Path(image.path).read_bytes() for image in shard.images]
     records = contract.read_shard(path)
@@ -112,11 +116,11 @@ def test_stamps_hold_the_same_bytes_whatever_they_were_written_for(
 ) -> None:
     raw = copy_tree(mixed_raw, tmp_path / "raw")
     first, second = plan(raw)[:2]
-    written = script.write_shard(first, str(tmp_path / "a"))
-    again = script.write_shard(first, str(tmp_path / "b"))
+    written = write_shard(first, tmp_path / "a")
+    again = write_shard(first, tmp_path / "b")
     os.utime(first.images[0].path)
-    touched = script.write_shard(plan(raw)[0], str(tmp_path / "c"))
-    other = script.write_shard(second, str(tmp_path / "a"))
+    touched = write_shard(plan(raw)[0], tmp_path / "c")
+    other = write_shard(second, tmp_path / "a")
     assert written.same_bytes(again)
     assert written.same_bytes(touched)
     assert written.fingerprint != touched.fingerprint
@@ -128,7 +132,7 @@ def test_stamps_hold_the_same_bytes_whatever_they_were_written_for(
 def test_planned_size_is_about_that_of_the_shard(raw: Path, tmp_path: Path) -> None:
     """The check of the disk's room counts with it."""
     for shard in plan(raw):
-        size = script.write_shard(shard, str(tmp_path)).num_bytes
+        size = write_shard(shard, tmp_path).num_bytes
         assert size <= shard.estimated_bytes < size * 1.2
 
 
@@ -139,14 +143,14 @@ def test_shard_is_as_before_when_images_turn_bad(
     """All bad images are named, and what is there is not taken for the new shard."""
     scratch = tmp_path / "scratch"
     if is_there:
-        script.write_shard(plan(raw)[-1], str(scratch))
+        write_shard(plan(raw)[-1], scratch)
     before = {path: path.read_bytes() for path in scratch.glob("*/validation-*")}
     bad = [raw / f"validation/ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 3)]
     for path in bad:
         path.write_bytes(b"<html>")
     shard = plan(raw)[-1]
     with pytest.raises(script.BadImagesError) as caught:
-        script.write_shard(shard, str(scratch))
+        write_shard(shard, scratch)
     said = str(caught.value).splitlines()
     for line, path in zip(said, bad, strict=True):
         assert str(path) in line
@@ -161,7 +165,7 @@ def test_shard_is_as_before_when_images_turn_bad(
 def test_failed_write_names_its_file(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "train").touch()
     with pytest.raises(script.MachineError) as caught:
-        script.write_shard(plan(raw)[0], str(tmp_path))
+        write_shard(plan(raw)[0], tmp_path)
     path = f"{tmp_path}/train/{plan(raw)[0].name}"
     assert str(caught.value) == (
         f"Cannot write {path}: File exists. Fix this and rerun the same command."
@@ -233,7 +237,7 @@ def test_shard_is_not_finished_when_it_is_not_as_stamped(
     raw: Path, tmp_path: Path, spoil: Spoil
 ) -> None:
     shard = plan(raw)[0]
-    script.write_shard(shard, str(tmp_path))
+    write_shard(shard, tmp_path)
     assert find_finished(shard, tmp_path)
     path = path_of(shard, tmp_path)
     spoil(path)
@@ -243,7 +247,7 @@ def test_shard_is_not_finished_when_it_is_not_as_stamped(
 def test_stamp_of_2_0_is_understood(raw: Path, tmp_path: Path) -> None:
     """It called the fingerprint versions; its shards are not written again."""
     shard = plan(raw)[0]
-    stamp = script.write_shard(shard, str(tmp_path))
+    stamp = write_shard(shard, tmp_path)
     change = change_stamp(fingerprint=None, versions=stamp.fingerprint)
     change(path_of(shard, tmp_path))
     assert find_finished(shard, tmp_path) == stamp
@@ -254,6 +258,6 @@ def test_shard_is_written_again_when_its_stamp_is_of_1_0(
 ) -> None:
     """It had neither the times nor the fingerprint."""
     shard = plan(raw)[0]
-    script.write_shard(shard, str(tmp_path))
+    write_shard(shard, tmp_path)
     change_stamp(mtime_ns=None, fingerprint=None)(path_of(shard, tmp_path))
     assert find_finished(shard, tmp_path) is None

@@ -287,7 +287,7 @@ def test_damaged_shard_never_reaches_the_bucket_when_it_looks_as_it_was(
     done = run_code(IMPATIENT, *data.flags(scratch), env=emulator.environment)
     assert_fails(
         done,
-        f"{path} has changed since it was written. Rerun to write it again.",
+        f"{path} has changed. Rerun the same command to resume.",
         status=75,
     )
     assert not {f"imagenet/{name}", "imagenet/manifest.json"} & set(emulator.objects())
