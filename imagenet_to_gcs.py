@@ -1087,8 +1087,8 @@ def assign_synsets(
     elif label_file:
         said_by["line"] = label_file
     synsets = [next(filter(None, said)) for said in zip(*said_by.values())]
-    images = [i._replace(synset=synset) for i, synset in zip(images, synsets)]
-    is_by_order = isinstance(label_file, list) and not all_say_it
+    images = [image._replace(synset=s) for image, s in zip(images, synsets)]
+    is_by_order = isinstance(label_file, list) and not all_say_it  # line i decides
     warnings = [*_misordered(images, labels_path)] if is_by_order else []
     return images, warnings + _check_agreement(images, said_by, is_by_order)
 
@@ -1233,9 +1233,10 @@ def _check_agreement(
             slips.append(f"{problem} Correct it.")
     in_order = sorted((_number(image), image.synset) for image in images)
     has_all_images = [number for number, _ in in_order] == [*range(1, 50_001)]
-    said = [synset for _, synset in in_order]
-    has_all_classes = has_digest(sorted(set(said)), SYNSETS_DIGEST)
-    if has_all_images and has_all_classes and not has_digest(said, VALIDATION_DIGEST):
+    synsets = [synset for _, synset in in_order]
+    has_all_classes = has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
+    is_its_list = has_digest(synsets, VALIDATION_DIGEST)
+    if has_all_images and has_all_classes and not is_its_list:
         problem = "These are ImageNet's validation images and classes, not its labels."
         (slips if is_by_order else meant).append(problem)
     if slips:
@@ -1253,7 +1254,7 @@ def class_problems(
 ) -> Iterator[str]:
     """Describes classes that must be wrong: each would move the labels behind it."""
     if not (trained and validated):
-        return  # a split that could not be listed is refused already
+        return  # what could not be listed is refused already
     misnamed = _named_unlike_most(trained, trained | validated)
     if stray := sorted(misnamed & trained - validated):
         yield (
