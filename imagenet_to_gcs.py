@@ -3646,9 +3646,11 @@ def make_fake_imagenet(options: Options, pool: Pool) -> None:
         (root / FAKE_MARK).touch()
     draw = functools.partial(pool.call, draw_fake_image)
     threads = concurrent.futures.ThreadPoolExecutor(2 * options.workers)
-    with _waiting_for(threads):
+    num_drawn = 0
+    say = lambda: f"Generated {num_drawn:,} of {len(paths):,} fake images."
+    with reporting(say), _waiting_for(threads):
         for _ in threads.map(draw, paths, itertools.count()):
-            pass  # an error of one is raised
+            num_drawn += 1
     labels = "".join(f"{synset}\n" for synset in FAKE_SYNSETS[:FAKE_VALIDATION_IMAGES])
     write_text(str(root / LABELS_FILE), labels)  # last: all is there
 
