@@ -404,7 +404,7 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
 
 
 def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
-    """Lists the raw directory and says what it holds."""
+    """Lists the raw directory, or makes a fake one first, and says what it holds."""
     if options.fake_imagenet and pool:
         make_fake_imagenet(options, pool)
     with reporting(lambda: f"Still listing {options.raw_dir}."):
@@ -1354,6 +1354,9 @@ def _size_warnings(dataset: Dataset, split: str, num_shards: int) -> Iterator[st
 
 
 RECORD_FORMAT = 1  # increase it when the same images would give different bytes
+SHARD_NAME = re.compile(
+    f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-([0-9]{{5}})-of-([0-9]{{5}})"
+)
 RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, approximately
 
 
@@ -2904,8 +2907,8 @@ def find_work(
 def _strangers(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
     """Picks the names that models would read besides the shards of this plan."""
     planned = {shard.name for shard in shards}
-    pattern = re.compile(f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-")
-    return sorted(n for n in filenames if pattern.match(n) and n not in planned)
+    read = f"{TRAINING_DIRECTORY}-", f"{VALIDATION_DIRECTORY}-"
+    return sorted(n for n in filenames if n.startswith(read) and n not in planned)
 
 
 def _bucket_problems(job: Job) -> Iterator[str]:
@@ -2917,10 +2920,10 @@ def _bucket_problems(job: Job) -> Iterator[str]:
     names = _strangers(job.destination.objects, job.shards)
     globs = set()
     for name in names:
-        match = re.fullmatch(r"(\w+-)(\d{5})(-of-(\d{5}))", name)
+        match = SHARD_NAME.fullmatch(name)
         # No * for an index beyond the count: it could match this run's shards.
-        is_shard = match and match[2] < match[4]
-        globs.add(f"{match[1]}*{match[3]}" if match and is_shard else name)
+        is_shard = match and match[2] < match[3]
+        globs.add(f"{match[1]}-*-of-{match[3]}" if match and is_shard else name)
     paths = sorted(f"{job.destination.path}/{glob}" for glob in globs)
     remove = f" ({shlex.join(['gcloud', 'storage', 'rm', *paths])})"
     if names:
@@ -3025,8 +3028,8 @@ def _remove_temporary_files(options: Options) -> None:
         for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
             remove(path)
     for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
-        index = re.match(r"\.+(?:train|validation)-(\d+)-of-\d", path.name)
-        if index and int(index[1]) % options.task_count == options.task:
+        shard = SHARD_NAME.match(path.name.lstrip("."))
+        if shard and int(shard[2]) % options.task_count == options.task:
             remove(path)
 
 
