@@ -1353,7 +1353,8 @@ def _size_warnings(dataset: Dataset, split: str, num_shards: int) -> Iterator[st
 # 4. The plan: which image goes into which shard
 
 
-RECORD_FORMAT = 1  # increase it when the same images would give different bytes
+# Increase it when the same images would give different bytes: all are written anew.
+RECORD_FORMAT = 1
 SHARD_NAME = re.compile(
     f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-([0-9]{{5}})-of-([0-9]{{5}})"
 )
@@ -1680,6 +1681,9 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
 
 def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
+
+    Whatever it takes from `image` must be in `Shard.digest`, too: or else, when that
+    changes, shards that are there count as up to date.
 
     Filling a new one in place is three times as fast as composing one of parts; one
     that is reused keeps the memory of every JPEG.
