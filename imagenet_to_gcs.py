@@ -719,7 +719,7 @@ class Dataset:
       synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
         read the shards keep 0 for "background".
       skipped: Paths of images that are not read; see `warnings_about`.
-      warnings: What contradicts the labels of validation images, but is meant.
+      warnings: Contradictions about validation images that seem to be meant.
     """
 
     synsets: tuple[str, ...] = ()
@@ -952,14 +952,15 @@ class Tar:
             examples[folder] = path
         if not examples:
             raise _no_images(self.place, files, others)
-        depths = {f if self.synset else p.count("/"): p for f, p in examples.items()}
-        if len(depths) > 1:
+        depths = {path.count("/"): path for path in examples.values()}
+        must_be_one = examples if self.synset else depths
+        if len(must_be_one) > 1:
             rule = "A tar must hold one folder, or class folders side by side"
-            found = f"{self.place} holds {_some(sorted(depths.values()))}"
+            found = f"{self.place} holds {_some(sorted(must_be_one.values()))}"
             raise InvalidInputError(f"{rule}; {found}. Extract it.")
-        for path in sorted(others):
+        for path in [] if self.synset else sorted(others):
             folder, _, name = path.rpartition("/")
-            if path.count("/") in depths and folder not in examples:
+            if path.count("/") in depths and folder not in examples:  # a class folder
                 raise _no_images(f"{self.place}/{folder}", [name])
         skipped += [f"{tar}/{path}" for path in others]
         return images, class_tars
@@ -1021,8 +1022,7 @@ def _describe_skipped(paths: Sequence[str]) -> str:
     found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
     return (
         f"{_count(len(paths), 'image')} skipped ({found}), such as {min(paths)}: only "
-        f"JPEG and PNG files named *{IMAGE_SUFFIX} directly in "
-        f"{TRAINING_DIRECTORY}/<synset>/ and {VALIDATION_DIRECTORY}/ are read."
+        f"JPEG and PNG files named *{IMAGE_SUFFIX} are read, where README, step 2, says."
     )
 
 

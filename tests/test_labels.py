@@ -25,10 +25,7 @@ A, B, C, D = "n01440764", "n01440801", "n01440838", "n01440875"
 VAL = "ILSVRC2012_val_"
 V = [f"{VAL}{i:08d}.JPEG" for i in range(5)]
 TO_DECIDE = "To have synset_labels.txt decide, give it two columns: file name, synset."
-READ = (
-    "only JPEG and PNG files named *.JPEG directly in train/<synset>/ and validation/ "
-    "are read."
-)
+READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
 INTO_FOLDERS = (
     "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
 )

@@ -158,10 +158,7 @@ UNKNOWN = "Validation images must be of the classes of the training images, such
 HINT = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
-READ = (
-    "only JPEG and PNG files named *.JPEG directly in train/<synset>/ and validation/ "
-    "are read."
-)
+READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
 
 REFUSALS = {
     **{
