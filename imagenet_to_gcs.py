@@ -247,6 +247,17 @@ def _collecting(problems: list[str]) -> Iterator[None]:
         problems.extend(error.args)
 
 
+@contextlib.contextmanager
+def _joining(problems: Sequence[str]) -> Iterator[None]:
+    """Raises what a service refuses together with the problems that are known."""
+    try:
+        yield
+    except ServiceError as error:
+        if not problems:
+            raise
+        raise InvalidInputError(*problems, *error.args) from error
+
+
 def refusal(
     verb: str, path: StrPath, error: OSError | MemoryError, is_input: bool = False
 ) -> InvalidInputError | MachineError:
@@ -380,23 +391,20 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
     with _collecting(problems):
         dataset = _find_dataset(options, pool)
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
-    try:
+    with _joining(problems):
         if options.gcs_upload:
             path = GcsPath.parse(options.gcs_output_path or "")
             client, stopping = options.client, pool.stopping if pool else None
             destination = Destination(path, options.gcs_project, client, stopping)
             destination.list_objects()
-        objects = destination.objects if destination else None
-        work = find_work(shards, options.scratch_dir, objects, options.is_own)
+    objects = destination.objects if destination else None
+    work = find_work(shards, options.scratch_dir, objects, options.is_own)
+    job = Job(options, dataset.synsets, shards, destination, work)
+    with _joining(problems):
+        for check in _finished_problems, _scratch_problems, _bucket_problems:
+            problems += check(job)
         if destination and work.left:
             destination.check_access(work.left[0])
-    except ServiceError as error:
-        if not problems:
-            raise
-        raise InvalidInputError(*problems, *error.args) from error
-    job = Job(options, dataset.synsets, shards, destination, work)
-    for check in _finished_problems, _scratch_problems, _bucket_problems:
-        problems += check(job)
     if problems:
         raise InvalidInputError(*problems)
     log_intent(job)
@@ -1958,11 +1966,12 @@ class Pool:
         self.stopping = threading.Event()  # set when the run fails: no more calls
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # sockets, as files
         self._words = b"\n"  # the last that the processes wrote to stderr
-        try:
+        with trying_to("start", "a process"):
             pairs = [socket.socketpair() for _ in range(num_workers)]
-            self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
-        except BlockingIOError as error:
-            raise MachineError(TOO_MANY_THREADS) from error
+            try:
+                self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
+            except BlockingIOError as error:
+                raise MachineError(TOO_MANY_THREADS) from error
         for ours, theirs in pairs:
             self._idle.put(ours.makefile("rwb"))
             theirs.close()
@@ -2566,7 +2575,7 @@ class Destination:
             failure, remedy = said.meaning()
             remedy = remedy.format(bucket=bucket, project=self._project)
             line = f"{failure.format(place)}: {said.words}. {remedy}".rstrip()
-            may_pass = said.may_pass or said.is_lost
+            may_pass = said.may_pass or remedy == RERUN
             raise ServiceError(line, may_pass=may_pass) from error
 
 
@@ -2713,11 +2722,10 @@ class Fault:
         parts = [p for e in chain for p in (getattr(e, "response", None), *e.args)]
         answers = (part for part in parts if hasattr(part, "headers"))
         response: Any = next(answers, None)
-        body = ""
-        with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
-            data = response.data if hasattr(response, "data") else response.content
-            body = bytes(data).decode(errors="replace")
-        self._is_json = body.lstrip()[:1] in ("{", "[")
+        body = _body(response)
+        self._is_json = False
+        with contextlib.suppress(ValueError, RecursionError):
+            self._is_json = isinstance(json.loads(body), dict)
         self._is_page = any(str(t).lstrip()[:1] == "<" for t in (body, *error.args[:1]))
         self._is_session = "upload_id=" in str(getattr(response, "url", ""))
         # https://cloud.google.com/compute/docs/metadata/querying-metadata
@@ -2725,8 +2733,9 @@ class Fault:
         # http.client says the status of a proxy nowhere else.
         tunnel = re.match(r"Tunnel connection failed: (\d{3})", str(chain[-1]))
         statuses = (getattr(response, name, 0) for name in ("status_code", "status"))
-        # google.auth may hand on no more than the text.
-        code = re.search(r'"code"\s*:\s*(\d{3})\b', "" if response else str(error.args))
+        # google.auth may hand on no more than the text, or what was parsed of it.
+        text_alone = "" if response else str(error.args)
+        code = re.search(r"""["']code["']\s*:\s*(\d{3})\b""", text_alone)
         told = tunnel or code
         self.status = int(told[1]) if told else next(filter(None, statuses), 0)
 
@@ -2735,7 +2744,7 @@ class Fault:
         messages, reasons, oauth, descriptions = found
         words = "".join(messages[:1]) or ": ".join(oauth[:1] + descriptions[:1])
         if status := self.status:
-            plain = body if re.match(r"[^\W\d]", body) else ""
+            plain = body[:300] if re.match(r"[^\W\d]", body) else ""
             phrase = http.client.responses.get(status, "") if status >= 300 else ""
             odd = "with a web page" if self._is_page else "with what is not understood"
             words = f"{status} {words or plain or phrase or odd}"
@@ -2743,7 +2752,7 @@ class Fault:
         self.words = " ".join(words.split()).rstrip(".")
         if (key := os.environ.get(KEY_FILE)) and self._is_a(GoogleAuthError):
             self.words += f" ({KEY_FILE}={key})"
-        permissions = re.findall(r"(([A-Za-z]+(?:\.[A-Za-z]+)+)\.[A-Za-z]+)", words)
+        permissions = re.findall(r"\b(([A-Za-z]+(?:\.[A-Za-z]+)+)\.[A-Za-z]+)", words)
         self.codes = {*reasons, *oauth, *itertools.chain(*permissions)}
 
     def _is_a(self, *kinds: type) -> bool:
@@ -2753,17 +2762,22 @@ class Fault:
     def may_pass(self) -> bool:
         """Whether the same request may succeed later."""
         from google.auth.exceptions import TransportError
-        from requests.exceptions import ChunkedEncodingError, ConnectionError, Timeout
+        from requests import exceptions as http_errors
 
-        lost_lines = ConnectionError, ChunkedEncodingError, Timeout, TransportError
+        lost_lines = http_errors.ConnectionError, http_errors.ChunkedEncodingError
+        wrong_settings = http_errors.InvalidSchema, http_errors.InvalidProxyURL
         is_plain = getattr(self._chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"
         is_final = self.status or is_plain or self._is_of_certificates
+        is_final = is_final or self._is_a(*wrong_settings)
         return bool(
             self.status in (408, 429, 500, 502, 503, 504)
             or (self.status == 403 and self.codes & RATES)
             or any(getattr(each, "retryable", False) for each in self._chain)
             or (self._lacks_identity and _is_googles_machine())
-            or (self._is_a(*lost_lines) and not is_final)
+            or (
+                self._is_a(*lost_lines, http_errors.Timeout, TransportError)
+                and not is_final
+            )
         )
 
     @property
@@ -2779,7 +2793,9 @@ class Fault:
         cause = self._chain[-1]
         is_refused = isinstance(cause, ssl.SSLCertVerificationError)
         is_unread = getattr(cause, "library", "") in ("X509", "PEM")
-        return is_refused or is_unread or (type(cause) is OSError and not cause.errno)
+        is_missing = type(cause) is OSError and not cause.errno  # as requests says it
+        is_set = bool(os.environ.get("REQUESTS_CA_BUNDLE"))
+        return is_refused or is_unread or (is_missing and is_set)
 
     @property
     def _lacks_identity(self) -> bool:
@@ -2793,7 +2809,7 @@ class Fault:
     def meaning(self) -> tuple[str, str]:
         """Says what failed, with {} for the place, and what helps, if that is known."""
         from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-        from requests.exceptions import InvalidProxyURL, InvalidSchema, ProxyError
+        from requests.exceptions import InvalidProxyURL, ProxyError
 
         status, rerun = self.status, RERUN if self.may_pass else ""
         remedy = next((REMEDIES[code] for code in REMEDIES if code in self.codes), "")
@@ -2810,21 +2826,26 @@ class Fault:
                 remedy = BIND
             if self._lacks_identity:
                 remedy = "Attach a service account to this machine."
-            return "Cannot log in for {}", remedy or rerun
-        if self.may_pass:
-            return FAILED, RERUN
-        if self._is_page:
-            return FAILED, "A sign-in page or a proxy may be in the way."
+            return "Cannot log in for {}", remedy or rerun or self._way_remedy
+        if rerun or self._way_remedy:
+            return FAILED, rerun or self._way_remedy
         if status == 403:
             return DENIED, remedy
         if status == 404 and self._is_json and not self._is_session:
             create = "gcloud storage buckets create {bucket} --project={project}"
             return "No bucket for {}", f"Create it: {create} --location=LOCATION"
-        if self._is_a(InvalidSchema):
-            return FAILED, "Run: python3 -m pip install 'requests[socks]'"
-        if self._is_of_certificates:
-            return FAILED, AUTHORITY
         return FAILED, RERUN if self.is_lost else ""
+
+    @property
+    def _way_remedy(self) -> str:
+        """What helps against what is in the way to the service."""
+        from requests.exceptions import InvalidSchema
+
+        if self._is_a(InvalidSchema):
+            return "Run: python3 -m pip install 'requests[socks]'"
+        if self._is_page:
+            return "A sign-in page or a proxy may be in the way."
+        return AUTHORITY if self._is_of_certificates else ""
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -2834,6 +2855,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         # As urllib3, requests and google.auth, and `raise from` do.
         within = [getattr(error, "reason", None), *error.args, error.__cause__]
         error = next((e for e in within if isinstance(e, BaseException)), None)
+
+
+def _body(response: Any) -> str:
+    """Reads the text of an answer; empty if it cannot be decoded."""
+    with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
+        data = response.data if hasattr(response, "data") else response.content
+        return bytes(data).decode(errors="replace")
+    return ""
 
 
 def _strings(text: Any, key: str) -> list[str]:
@@ -2848,12 +2877,15 @@ def _strings(text: Any, key: str) -> list[str]:
 def _words_of(chain: Sequence[BaseException]) -> str:
     """What the innermost error of the network or the login says, and of which host."""
     from google.auth.exceptions import GoogleAuthError
+    from urllib3.exceptions import HTTPError
 
     text = "what came back is not understood"
-    spoken = OSError, GoogleAuthError, WrongContentError  # not errors of Python's own
+    # Not errors of Python's own
+    spoken = OSError, GoogleAuthError, HTTPError, WrongContentError
     for error in filter(lambda each: isinstance(each, spoken), chain):
         if not isinstance(error, json.JSONDecodeError):
-            text = str(getattr(error, "strerror", "") or next(iter(error.args), ""))
+            said = (getattr(error, n, "") for n in ("verify_message", "strerror"))
+            text = str(next(filter(None, (*said, *error.args)), ""))
             text = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", text)
             text = text if text.strip() else "the answer is empty"
     requests = [getattr(error, "request", None) for error in chain]
