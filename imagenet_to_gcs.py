@@ -424,7 +424,7 @@ def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
         f"{_count(len(dataset.validation), 'validation image')} "
         f"({_size(dataset.num_bytes)}) in {options.raw_dir}."
     )
-    if not os.path.exists(os.path.join(options.raw_dir, FAKE_MARK)):
+    if dataset.synsets != FAKE_SYNSETS:
         shards = options.training_shards, options.validation_shards
         for line in warnings_about(dataset, *shards):
             logging.warning(line)
@@ -557,19 +557,20 @@ def write_and_upload(job: Job, pool: Pool) -> None:
     unreadable: list[str] = []
     size = job.options.workers + WAITING_SHARDS
     threads = concurrent.futures.ThreadPoolExecutor(size)
-    with reporting(progress.line), _waiting_for(threads, pool.stopping):
-        futures = [threads.submit(take, *each) for each in job.work.in_turn()]
-        for future in concurrent.futures.as_completed(futures):
-            try:
-                future.result()
-            except BadImagesError as error:
-                bad_images += error.args
-                unreadable += error.unreadable
-                check_readable(unreadable, job.options.raw_dir)
-            except RunError:
-                for line in bad_images:  # or nobody would hear of them
-                    logging.error(line)
-                raise
+    try:
+        with reporting(progress.line), _waiting_for(threads, pool.stopping):
+            futures = [threads.submit(take, *each) for each in job.work.in_turn()]
+            for future in concurrent.futures.as_completed(futures):
+                try:
+                    future.result()
+                except BadImagesError as error:
+                    bad_images += error.args
+                    unreadable += error.unreadable
+                    check_readable(unreadable, job.options.raw_dir)
+    except BaseException:
+        for line in bad_images:  # or nobody would hear of them
+            logging.warning(line)
+        raise
     progress.log_done()
     if bad_images:
         images = _count(len(bad_images), "unusable image")
@@ -635,7 +636,8 @@ def _conclude(job: Job) -> None:
         _complete(job, work.done)
         return
     if missing == len(work.differing):
-        raise RunError(f"{_difference(job, work)}. Rerun all tasks on equal ones.")
+        problem = f"{_difference(job, work)}. Rerun all tasks on equal ones."
+        raise RunError(problem, may_pass=True)
     if work.differing != job.work.differing:
         logging.warning(f"{_difference(job, work)}.")
     missing_shards = _count(missing, "shard")
@@ -805,7 +807,13 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     entries = _scan(directory) if os.path.lexists(directory) else []
     is_training = split == TRAINING_DIRECTORY
     if not is_training and any(has_image_name(entry.name) for entry in entries):
-        return Directory(directory).list_images(skipped)
+        images = Directory(directory).list_images(skipped)
+        if tar and len(images) != IMAGENET_SIZES["validation"][0]:
+            packed = {image.filename for image in tar.list_images([])}
+            if packed > {image.filename for image in images}:
+                only = f"{directory} holds only {len(images):,} of the {len(packed):,}"
+                raise InvalidInputError(f"{only} in {tar.path}. Extract it whole.")
+        return images
     directories, class_tars = _find_classes(entries)
     beside = [entry.path for entry in entries if _looks_like_image(entry.name)]
     skipped += beside
@@ -941,44 +949,51 @@ class Tar:
     ) -> tuple[list[RawImage], list[Tar]]:
         """Lists the images, in any order, and the class tars in it."""
         images, class_tars, others = list[RawImage](), list[Tar](), list[str]()
-        examples: dict[str, str] = {}  # an image or class tar in each folder
-        synset_of = functools.cache(self._synset_of)
+        folders: dict[str, str] = {}  # those that hold any: which pattern fits
+        class_of = functools.cache(self._class_of)
         tar, (fingerprint, files) = self.path, list_tar(self)
         for path, (offset, size) in files.items():
             folder, _, name = path.rpartition("/")
-            if (synset := synset_of(folder)) is None:
+            if (class_ := class_of(folder)) is None:
                 continue
             if has_image_name(name):
-                about = synset, label, size, fingerprint, offset
+                about = class_[0], label, size, fingerprint, offset
                 images.append(RawImage(tar, path, *about))
+                folders[folder] = class_[1]
             elif name.endswith(".tar") and _is_visible(name):
                 where = offset, offset + size, fingerprint
                 class_tars.append(Tar(tar, self.synset or name[:-4], *where))
-            else:
-                others += [path] * _looks_like_image(name)
-                continue
-            examples[folder] = path
-        if not examples:
+                folders[folder] = f"{folder}/*.tar".lstrip("/")
+            elif _looks_like_image(name):
+                others.append(path)
+        patterns = {*folders.values()}
+        if not folders:
             raise _no_images(self.place, files, others)
-        depths = {path.count("/"): path for path in examples.values()}
-        must_be_one = examples if self.synset else depths
-        if len(must_be_one) > 1:
-            rule = "A tar must hold one folder, or class folders side by side"
-            found = f"{self.place} holds {_some(sorted(must_be_one.values()))}"
-            raise InvalidInputError(f"{rule}; {found}. Extract it.")
-        for path in [] if self.synset else sorted(others):
+        if len(patterns) > 1:
+            raise InvalidInputError(
+                "A tar must hold one directory of images, class directories side by "
+                f"side, or class tars; {self.place} holds {_some(sorted(patterns))}. "
+                "Extract it."
+            )
+        for path in sorted(others):
             folder, _, name = path.rpartition("/")
-            if path.count("/") in depths and folder not in examples:  # a class folder
+            class_ = class_of(folder)
+            if folder not in folders and class_ and class_[1] in patterns:
                 raise _no_images(f"{self.place}/{folder}", [name])
         skipped += [f"{tar}/{path}" for path in others]
         return images, class_tars
 
-    def _synset_of(self, folder: str) -> str | None:
-        """The class of images in a folder: none in `val/`, and None if it is hidden."""
-        parts = folder.split("/")
-        if not all(map(_is_visible, parts)):
+    def _class_of(self, folder: str) -> tuple[str, str] | None:
+        """The class of the images in a folder, and the pattern of all such images.
+
+        There is no class in `val/`, and None if the folder is hidden.
+        """
+        parent, _, name = folder.rpartition("/")
+        if not all(map(_is_visible, folder.split("/"))):
             return None
-        return self.synset or ("" if parts[-1] in SPLIT_FOLDERS else parts[-1])
+        if self.synset or name in SPLIT_FOLDERS:
+            return self.synset, f"{folder}/*{IMAGE_SUFFIX}".lstrip("/")
+        return name, f"{parent}/*/*{IMAGE_SUFFIX}".lstrip("/")
 
 
 def _by_name(images: Iterable[RawImage]) -> list[RawImage]:
@@ -1536,8 +1551,10 @@ def problem_of(image: RawImage, error: Exception) -> Exception:
             reason = GONE if was_there else "it is a dangling link"
         case OSError(errno=number) if number in DISK_ERRORS:
             reason = f"{error.strerror}. {DISK_FAILS}"
+        case OSError():
+            reason = error.strerror or repr(error)
         case _:
-            reason = getattr(error, "strerror", None) or repr(error)
+            return BadImagesError(f"Cannot use {image.path}: {error!r}.")
     what = f"{image.path}: {reason}"
     # A dangling link or a file without permission says nothing about the disk.
     is_disk = was_there and not isinstance(error, PermissionError)
@@ -1556,7 +1573,7 @@ def check_readable(unreadable: Sequence[str], directory: str) -> None:
 class EncodedImage:
     """An image as it goes into its record."""
 
-    jpeg: bytes  # of 1 component, if it is gray, or 3; readers decode either to RGB
+    jpeg: bytes  # of 1 component, if it is gray, or 3: decode with channels=3
     height: int
     width: int
     repaired: bool = False  # it was a PNG or a CMYK JPEG, and was encoded again
@@ -1982,7 +1999,8 @@ class Pool:
         """Ends all processes; calls that are under way raise an error."""
         self._helper.stdin.close()
         self._helper.kill()
-        self._helper.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a disk holds it
+            self._helper.wait(timeout=5)
         self._listener.join(timeout=1)  # longer only if a disk holds a worker
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -3699,7 +3717,9 @@ def has_fake(options: Options) -> bool:
     root = options.raw_dir
     found = {entry.name for entry in _scan(root)} if os.path.isdir(root) else set()
     found.discard(os.path.relpath(options.scratch_dir, root).split(os.sep)[0])
-    if found and FAKE_MARK not in found:
+    ours = {path.name for path in _fake_paths(pathlib.Path(root))}
+    images = {path.name for path in pathlib.Path(root).glob("[tv]*/**/[!.]*.JPEG")}
+    if found and (FAKE_MARK not in found or images - ours):
         raise InvalidInputError(
             f"--raw_data_dir={options.raw_data_dir} must be empty or missing for "
             f"--fake_imagenet; it contains {_some(sorted(found))}. Choose another "

@@ -154,3 +154,20 @@ def test_fake_image_is_named_when_it_cannot_be_written(tmp_path: Path) -> None:
         f"Cannot write {path}: No space left on device. Fix this and rerun the same "
         "command."
     )
+
+
+def test_mark_of_a_fake_neither_gives_images_away_nor_silences_warnings(
+    raw: Path,
+) -> None:
+    """It may be left where the real ImageNet has been put since."""
+    (raw / ".fake_imagenet").touch()
+    flags = [f"--raw_data_dir={raw}", "--nogcs_upload", "--training_shards=20"]
+    done = run_command("--dry_run", *flags)
+    assert done.status == 0, done.stderr
+    assert any("training shards will be empty" in line for line in done.lines)
+    (raw / "synset_labels.txt").unlink()
+    before = {path: path.read_bytes() for path in raw.rglob("*.JPEG")}
+    done = run_command("--fake_imagenet", *flags)
+    [error] = done.errors
+    assert error.startswith(f"--raw_data_dir={raw} must be empty or missing for")
+    assert {path: path.read_bytes() for path in raw.rglob("*.JPEG")} == before

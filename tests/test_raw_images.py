@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import tarfile
 from pathlib import Path
 
 import contract
@@ -433,3 +434,20 @@ def test_empty_shards_are_counted(
         "--training_shards avoids that."
     )
     assert found == [expected] * bool(num_empty)
+
+
+def test_validation_tar_must_be_extracted_whole(raw: Path) -> None:
+    """Or labels by name would fit what is there."""
+    images = sorted((raw / "validation").iterdir())
+    tar = raw / "ILSVRC2012_img_val.tar"
+    with tarfile.open(tar, "w") as file:
+        for image in images:
+            file.add(image, image.name)
+    script.read_dataset(str(raw))
+    images[0].unlink()
+    with pytest.raises(script.InvalidInputError) as caught:
+        script.read_dataset(str(raw))
+    assert str(caught.value).startswith(
+        f"{raw}/validation holds only {len(images) - 1} of the {len(images)} in {tar}. "
+        "Extract it whole."
+    )

@@ -485,26 +485,28 @@ def test_class_is_that_of_its_tar_whatever_the_folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("synset", "names"),
+    ("synset", "names", "patterns"),
     [
-        ("", ["1.JPEG", "a/1.JPEG"]),
-        ("", ["val/1.JPEG", "val/a/1.JPEG"]),
-        ("", ["2.JPEG", "val/1.JPEG"]),
-        ("", ["a/1.JPEG", "a/more/1.JPEG"]),
-        ("", ["train/n1.tar", "train/n1/1.JPEG"]),
-        ("n1", ["1.JPEG", "a/2.JPEG"]),
-        ("n1", ["n1/1.JPEG", "n2/2.JPEG"]),
+        ("", ["1.JPEG", "a/1.JPEG"], "*.JPEG, */*.JPEG"),
+        ("", ["val/1.JPEG", "val/a/1.JPEG"], "val/*.JPEG, val/*/*.JPEG"),
+        ("", ["2.JPEG", "val/1.JPEG"], "*.JPEG, val/*.JPEG"),
+        ("", ["a/1.JPEG", "a/more/1.JPEG"], "*/*.JPEG, a/*/*.JPEG"),
+        ("", ["train/a/1.JPEG", "val/a/2.JPEG"], "train/*/*.JPEG, val/*/*.JPEG"),
+        ("", ["train/n1.tar", "train/n1/1.JPEG"], "train/*.tar, train/*/*.JPEG"),
+        ("", ["x/n1.tar", "y/n1.tar"], "x/*.tar, y/*.tar"),
+        ("n1", ["1.JPEG", "a/2.JPEG"], "*.JPEG, a/*.JPEG"),
+        ("n1", ["n1/1.JPEG", "n2/2.JPEG"], "n1/*.JPEG, n2/*.JPEG"),
     ],
 )
-def test_tar_is_refused_when_its_folders_do_not_lie_side_by_side(
-    path: Path, synset: str, names: list[str]
+def test_tar_is_refused_when_its_directories_do_not_lie_side_by_side(
+    path: Path, synset: str, names: list[str], patterns: str
 ) -> None:
     write_tar(path, dict.fromkeys(names, CLASS))
     with pytest.raises(InvalidInputError) as caught:
         Tar(str(path), synset).list_images([])
     assert str(caught.value) == (
-        "A tar must hold one folder, or class folders side by side; "
-        f"{path} holds {names[0]}, {names[1]}. Extract it."
+        "A tar must hold one directory of images, class directories side by side, or "
+        f"class tars; {path} holds {patterns}. Extract it."
     )
 
 
@@ -518,11 +520,6 @@ def test_class_is_the_last_of_its_name_when_it_comes_twice(tmp_path: Path) -> No
     found = whole_tar(tmp_path, classes)
     listed = [("n1", "n1_2.JPEG"), ("n2", "n1_1.JPEG")]
     assert [(image.synset, image.filename) for image in found] == listed
-
-
-def test_class_tars_of_one_name_are_one_class(tmp_path: Path) -> None:
-    found = whole_tar(tmp_path, [("x/n1.tar", CLASS), ("y/n1.tar", CLASS)])
-    assert [image.synset for image in found] == ["n1", "n1"]
 
 
 def test_replaced_training_tar_is_told_by_its_images(path: Path) -> None:

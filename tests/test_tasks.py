@@ -185,7 +185,7 @@ def test_tasks_are_told_when_their_images_differ(
         assert done.status == 0, done.stderr
         assert done.says(f"^WARNING: {differ(3, 'train-00000-of')}")
     done = run_task(mixed_raw, 2)
-    assert done.status == 1
+    assert done.status == 75  # a task may still be replacing them
     assert done.says(f"^WARNING: {differ(2, 'train-00001-of')}")
     for raw, index, first in [(mixed_raw, 2, 1), (mixed_raw, 0, 1)]:
         done = run_task(raw, index)
