@@ -437,7 +437,7 @@ def test_manifest_is_absent_when_run_is_killed_in_the_middle(
         wait_for(lambda: "chunk" in kinds(emulator), run)
         kill_parent(run)
         run.wait_until_gone()
-    access, changes = ["list", "session", "other"], ["delete", "session", "chunk"]
+    access, changes = ["list", "other", "session"], ["delete", "session", "chunk"]
     assert kinds(emulator) == [*access, *changes]
     assert "manifest.json" not in stored(emulator)
     assert not (scratch / "manifest.json").exists()
