@@ -227,7 +227,7 @@ class BadImagesError(RunError):
 
     def __init__(self, *problems: str, unreadable: Sequence[str] = ()):
         super().__init__(*problems)
-        self.unreadable = unreadable  # "path: why" of those that the disk does not give
+        self.unreadable = unreadable  # "path: why" of those that the disk fails to read
 
 
 class MachineError(RunError):
@@ -610,7 +610,7 @@ def _waiting_for(
 ) -> Iterator[None]:
     """Waits for threads to finish; on an error, cancels what has not begun.
 
-    After a signal, the command does not wait: its end ends the threads as well.
+    After a signal, it does not wait: the command exits, and the threads with it.
     """
     try:
         yield
@@ -2438,8 +2438,8 @@ class Destination:
         """Uploads a file; False if it was passed over.
 
         The client retries single requests, but neither a lost upload nor an answer
-        that does not match. `sent` is told at each piece how many more bytes have
-        left; after a fault, less than none.
+        that does not match. Before each piece, `sent` gets the number of bytes that
+        have left since its last call; after a fault, it is negative.
         """
         name, sent_so_far = os.path.basename(path), 0
 
@@ -2484,7 +2484,7 @@ class Destination:
             list(threads.map(self.upload, missing, missing.values()))
 
     def check_none_passed_over(self) -> None:
-        """Stops the run if nobody knows whether all is as it should be."""
+        """Stops the run if objects could be neither seen nor replaced."""
         if self.passed_over:
             raise ServiceError(
                 f"There already, and cannot be compared: {_some(self.passed_over)} in "
@@ -3022,7 +3022,7 @@ def _differences(text: str, contents: Mapping[str, Mapping[str, Any]]) -> Iterat
 
 
 def _scratch_problems(job: Job) -> Iterator[str]:
-    """Says, if so, that the disk has no room for the shards that are to be written."""
+    """Yields a problem if the disk has no room for the shards that are to be written."""
     options, needed = job.options, _needed_room(job)
     free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
     can_go = options.gcs_upload and options.keep_local_shards
@@ -3441,6 +3441,8 @@ def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     with open(descriptor, "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink == 0:  # its run has just removed it
+                raise BlockingIOError
         except BlockingIOError:
             what = f"Another run is writing to {path.parent}: wait until it ends, or"
             remedy = "choose another --local_scratch_dir."
