@@ -2033,7 +2033,8 @@ class Pool:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._helper.wait(timeout=5)
         self.close()
-        return _cause_of_death(self._helper.returncode, self._words)
+        status = self._helper.returncode or 0  # none if a disk holds it
+        return _cause_of_death(status, self._words)
 
 
 def _start_helper(sockets: list[int]) -> Any:
