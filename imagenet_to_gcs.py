@@ -417,10 +417,9 @@ def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
         make_fake_imagenet(options, pool)
     with reporting(lambda: f"Still listing {options.raw_dir}."):
         dataset = read_dataset(options.raw_dir)
-    num_classes = len({image.synset for image in dataset.training})
     logging.info(
         f"Found {_count(len(dataset.training), 'training image')} in "
-        f"{_count(num_classes, 'synset')} and "
+        f"{_count(len(dataset.trained), 'synset')} and "
         f"{_count(len(dataset.validation), 'validation image')} "
         f"({_size(dataset.num_bytes)}) in {options.raw_dir}."
     )
@@ -495,8 +494,7 @@ class Work:
 def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
     options, work, own = job.options, job.work, job.options.share(job.shards)
-    files = [path.name for path in pathlib.Path(options.scratch_dir).glob("*/*-of-*")]
-    if strangers := _strangers(files, job.shards):
+    if strangers := _strangers(local_shards(options.scratch_dir), job.shards):
         logging.warning(
             f"{options.scratch_dir} also holds {_count(len(strangers), 'shard')} of "
             f"another plan: {_some(strangers)}. Remove what you do not need."
@@ -538,8 +536,7 @@ def carry_out(job: Job, pool: Pool) -> None:
         try:
             write_and_upload(job, pool)
         except RunError:
-            files = pathlib.Path(job.options.scratch_dir).glob("*/*-of-*")
-            if job.work.done or any(files):
+            if job.work.done or local_shards(job.options.scratch_dir):
                 logging.info("Finished shards are kept.")
             raise
     _conclude(job)
@@ -737,6 +734,11 @@ class Dataset:
     validation: Sequence[RawImage] = ()
     skipped: Sequence[str] = ()
     warnings: Sequence[str] = ()
+
+    @functools.cached_property  # a pass over 1.3 million images
+    def trained(self) -> set[str]:
+        """Synsets of the training images."""
+        return {image.synset for image in self.training}
 
     @property
     def images(self) -> Iterable[RawImage]:
@@ -1255,11 +1257,13 @@ def _check_agreement(
         else:
             slips.append(f"{problem} Correct it.")
     in_order = sorted((_number(image), image.synset) for image in images)
-    has_all_images = [number for number, _ in in_order] == [*range(1, 50_001)]
     synsets = [synset for _, synset in in_order]
-    has_all_classes = has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
-    is_its_list = has_digest(synsets, VALIDATION_DIGEST)
-    if has_all_images and has_all_classes and not is_its_list:
+    all_numbers = [*range(1, IMAGENET_SIZES["validation"][0] + 1)]
+    if (
+        [number for number, _ in in_order] == all_numbers
+        and has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
+        and not has_digest(synsets, VALIDATION_DIGEST)
+    ):
         problem = "These are ImageNet's validation images and classes, not its labels."
         (slips if is_by_order else meant).append(problem)
     if slips:
@@ -1335,7 +1339,7 @@ def _class_warnings(dataset: Dataset) -> Iterator[str]:
             f"The {_count(len(synsets), 'class')} are not the {IMAGENET_CLASSES:,} "
             "of ImageNet-1k: labels differ from those of models trained on it."
         )
-    trained = {image.synset for image in dataset.training}
+    trained = dataset.trained
     validated = {image.synset for image in dataset.validation}
     if odd := sorted(_named_unlike_most({*synsets}, trained & validated)):
         yield f"Classes that are named unlike most others count, too: {_some(odd)}."
@@ -1791,6 +1795,11 @@ class Stamp:
 def shard_path(shard: Shard, scratch_dir: str) -> str:
     """Where a shard goes: `<scratch_dir>/train/train-00007-of-01024`."""
     return os.path.join(scratch_dir, shard.split, shard.name)
+
+
+def local_shards(scratch_dir: str) -> list[str]:
+    """Names the shards in a scratch directory, of whatever plan."""
+    return [path.name for path in pathlib.Path(scratch_dir).glob("*/*-of-*")]
 
 
 def _stamp_path(path: str) -> str:
@@ -2786,8 +2795,8 @@ class Fault:
         lost_lines = http_errors.ConnectionError, http_errors.ChunkedEncodingError
         wrong_settings = http_errors.InvalidSchema, http_errors.InvalidProxyURL
         is_plain = getattr(self._chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"
-        is_final = self.status or is_plain or self._is_of_certificates
-        is_final = is_final or self._is_a(*wrong_settings)
+        is_wrong = self._is_of_certificates or self._is_a(*wrong_settings)
+        is_final = self.status or is_plain or is_wrong
         return bool(
             self.status in (408, 429, 500, 502, 503, 504)
             or (self.status == 403 and self.codes & RATES)
@@ -2993,14 +3002,15 @@ def _finished_problems(job: Job) -> Iterator[str]:
     """Says which finished data sets, of other raw data, this run would replace."""
     scratch_dir, destination = job.options.scratch_dir, job.destination
     found: list[tuple[object, str, list[str]]] = []
-    if any(pathlib.Path(scratch_dir).glob("*/*-of-*")):
+    if local_shards(scratch_dir):
         text = read_text(job.manifest_path)
         found.append((scratch_dir, text, ["rm", job.manifest_path]))
     if destination and job.num_missing:
         remove = ["gcloud", "storage", "rm", f"{destination.path}/{MANIFEST_FILE}"]
         found.append((destination.path, destination.read(MANIFEST_FILE), remove))
+    contents = _contents(job)
     for place, text, remove in found if job.synsets else ():
-        if differences := list(_differences(text, _contents(job))):
+        if differences := list(_differences(text, contents)):
             yield (
                 f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
                 f"says {'; '.join(differences)}). Choose another directory or, to "
@@ -3179,11 +3189,8 @@ def _stamp_of_text(text: str) -> Stamp:
 
 def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
-    texts, path, destination = (
-        _manifests(job, stamps),
-        job.manifest_path,
-        job.destination,
-    )
+    texts = _manifests(job, stamps)
+    path, destination = job.manifest_path, job.destination
     there = destination.objects.get(MANIFEST_FILE) if destination else None
     in_bucket = [text for text in texts if _stamp_of_text(text).same_bytes(there)]
     if read_text(path) not in texts:
@@ -3194,7 +3201,7 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
         destination.check_none_passed_over()
     num_images = sum(len(shard.images) for shard in job.shards)
     num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
-    advice = f": give the model --data_dir={job.place}" if job.destination else ""
+    advice = f": give the model --data_dir={job.place}" if destination else ""
     logging.info(
         f"The data set is complete: {_count(num_images, 'image')} in "
         f"{_count(len(job.shards), 'shard')} ({_size(num_bytes)}) in {job.place}"
@@ -3720,9 +3727,12 @@ def has_fake(options: Options) -> bool:
     root = options.raw_dir
     found = {entry.name for entry in _scan(root)} if os.path.isdir(root) else set()
     found.discard(os.path.relpath(options.scratch_dir, root).split(os.sep)[0])
-    ours = {path.name for path in _fake_paths(pathlib.Path(root))}
-    images = {path.name for path in pathlib.Path(root).glob("[tv]*/**/[!.]*.JPEG")}
-    if found and (FAKE_MARK not in found or images - ours):
+    is_other = bool(found) and FAKE_MARK not in found
+    if found and not is_other:  # the mark may be left from an earlier fake
+        ours = {path.name for path in _fake_paths(pathlib.Path(root))}
+        images = pathlib.Path(root).glob("[tv]*/**/[!.]*.JPEG")
+        is_other = any(path.name not in ours for path in images)
+    if is_other:
         raise InvalidInputError(
             f"--raw_data_dir={options.raw_data_dir} must be empty or missing for "
             f"--fake_imagenet; it contains {_some(sorted(found))}. Choose another "
