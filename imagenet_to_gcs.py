@@ -2728,6 +2728,14 @@ BIND = (
     "Grant roles/iam.workloadIdentityUser on that service account to the Kubernetes "
     "service account of the pod."
 )
+ATTACH = "Attach a service account to this machine."
+NOBODY = f"As a person, {LOG_IN}; attach a service account to a VM."
+PROXY_PASSWORD = "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
+PROXY_HOSTS = "HTTPS_PROXY and NO_PROXY say which hosts are reached through it."
+CREATE = (
+    "Create it: gcloud storage buckets create {bucket} --project={project} "
+    "--location=LOCATION"
+)
 AUTHORITY = (
     "Check this machine's clock. If your network has its own certificate authority, "
     "REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate."
@@ -2793,10 +2801,8 @@ class Fault:
         from requests import exceptions as http_errors
 
         lost_lines = http_errors.ConnectionError, http_errors.ChunkedEncodingError
-        wrong_settings = http_errors.InvalidSchema, http_errors.InvalidProxyURL
         is_plain = getattr(self._chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"
-        is_wrong = self._is_of_certificates or self._is_a(*wrong_settings)
-        is_final = self.status or is_plain or is_wrong
+        is_final = self.status or is_plain or self._is_a(http_errors.InvalidProxyURL)
         return bool(
             self.status in (408, 429, 500, 502, 503, 504)
             or (self.status == 403 and self.codes & RATES)
@@ -2804,7 +2810,7 @@ class Fault:
             or (self._lacks_identity and _is_googles_machine())
             or (
                 self._is_a(*lost_lines, http_errors.Timeout, TransportError)
-                and not is_final
+                and not (is_final or self._in_the_way)
             )
         )
 
@@ -2817,15 +2823,6 @@ class Fault:
         return is_wrong or (self._is_session and is_over)
 
     @property
-    def _is_of_certificates(self) -> bool:
-        cause = self._chain[-1]
-        is_refused = isinstance(cause, ssl.SSLCertVerificationError)
-        is_unread = getattr(cause, "library", "") in ("X509", "PEM")
-        is_missing = type(cause) is OSError and not cause.errno  # as requests says it
-        is_set = bool(os.environ.get("REQUESTS_CA_BUNDLE"))
-        return is_refused or is_unread or (is_missing and is_set)
-
-    @property
     def _lacks_identity(self) -> bool:
         """Whether nothing is there to log in with, or not yet, as on a new machine."""
         from google.auth.exceptions import DefaultCredentialsError
@@ -2834,46 +2831,49 @@ class Fault:
         is_unset = not os.environ.get(KEY_FILE)
         return (is_default and is_unset) or (self._is_metadata and self.status == 404)
 
+    @property
+    def _in_the_way(self) -> str:
+        """What helps against what is in the way to the service; empty if nothing is."""
+        from requests.exceptions import InvalidSchema
+
+        cause = self._chain[-1]
+        if self._is_a(InvalidSchema):
+            return "Run: python3 -m pip install 'requests[socks]'"
+        if self._is_page:
+            return "A sign-in page or a proxy may be in the way."
+        is_refused = isinstance(cause, ssl.SSLCertVerificationError)
+        is_unread = getattr(cause, "library", "") in ("X509", "PEM")
+        is_missing = type(cause) is OSError and not cause.errno  # as requests says it
+        is_set = bool(os.environ.get("REQUESTS_CA_BUNDLE"))
+        return AUTHORITY if is_refused or is_unread or (is_missing and is_set) else ""
+
     def meaning(self) -> tuple[str, str]:
         """Says what failed, with {} for the place, and what helps, if that is known."""
         from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
         from requests.exceptions import InvalidProxyURL, ProxyError
 
-        status, rerun = self.status, RERUN if self.may_pass else ""
         remedy = next((REMEDIES[code] for code in REMEDIES if code in self.codes), "")
-        if status == 407 or self._is_a(ProxyError, InvalidProxyURL):
-            hosts = "HTTPS_PROXY and NO_PROXY say which hosts are reached through it."
-            password = "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
-            helps = password if status == 407 else rerun or hosts
-            return "The proxy refuses the way to {}", helps
-        if self._is_a(DefaultCredentialsError):
-            log_in = f"As a person, {LOG_IN}; attach a service account to a VM."
-            return "No credentials for {}", log_in if self._lacks_identity else rerun
-        if status == 401 or self._is_a(GoogleAuthError):
-            if self._is_metadata and remedy:
-                remedy = BIND
-            if self._lacks_identity:
-                remedy = "Attach a service account to this machine."
-            return "Cannot log in for {}", remedy or rerun or self._way_remedy
-        if rerun or self._way_remedy:
-            return FAILED, rerun or self._way_remedy
-        if status == 403:
-            return DENIED, remedy
-        if status == 404 and self._is_json and not self._is_session:
-            create = "gcloud storage buckets create {bucket} --project={project}"
-            return "No bucket for {}", f"Create it: {create} --location=LOCATION"
-        return FAILED, RERUN if self.is_lost else ""
-
-    @property
-    def _way_remedy(self) -> str:
-        """What helps against what is in the way to the service."""
-        from requests.exceptions import InvalidSchema
-
-        if self._is_a(InvalidSchema):
-            return "Run: python3 -m pip install 'requests[socks]'"
-        if self._is_page:
-            return "A sign-in page or a proxy may be in the way."
-        return AUTHORITY if self._is_of_certificates else ""
+        rerun = RERUN if self.may_pass else ""
+        way = rerun or self._in_the_way
+        is_proxy = self._is_a(ProxyError, InvalidProxyURL)
+        is_unknown = self._is_a(DefaultCredentialsError)
+        is_login = self.status == 401 or self._is_a(GoogleAuthError)
+        is_service = self._is_json and not self._is_session
+        refuses, denies = "The proxy refuses the way to {}", "Cannot log in for {}"
+        cases = (  # the first that holds
+            (self.status == 407, refuses, PROXY_PASSWORD),
+            (is_proxy, refuses, rerun or PROXY_HOSTS),
+            (is_unknown and self._lacks_identity, "No credentials for {}", NOBODY),
+            (is_unknown, "No credentials for {}", rerun),
+            (is_login and self._lacks_identity, denies, ATTACH),
+            (is_login and self._is_metadata and remedy, denies, BIND),
+            (is_login, denies, remedy or way),
+            (way, FAILED, way),
+            (self.status == 403, DENIED, remedy),
+            (self.status == 404 and is_service, "No bucket for {}", CREATE),
+            (True, FAILED, RERUN if self.is_lost else ""),
+        )
+        return next(case[1:] for case in cases if case[0])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
