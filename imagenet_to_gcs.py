@@ -2395,7 +2395,7 @@ class Destination:
             blobs = self.client.list_blobs(self._bucket, **where, **options)
             return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
 
-        found = self._ask("", list_stamps, lambda said: said.meaning()[0] == DENIED)
+        found = self._ask("", list_stamps, lambda fault: fault.meaning()[0] == DENIED)
         is_refused = isinstance(found, Fault)
         if is_refused and self.is_listed:
             logging.warning(
@@ -2432,7 +2432,7 @@ class Destination:
             return str(data, "utf-8", "replace")
 
         harmless = (403, 404, 416)  # an empty object has no bytes from 0 on: 416
-        text = self._ask(filename, download, lambda said: said.status in harmless)
+        text = self._ask(filename, download, lambda fault: fault.status in harmless)
         return text if isinstance(text, str) else ""
 
     def delete(self, filename: str) -> None:
@@ -2440,7 +2440,7 @@ class Destination:
         if not self.is_listed or filename in self.objects:
             harmless = (404,) if self.is_listed else (403, 404)
             delete = self._blob(filename).delete
-            self._ask(filename, delete, lambda said: said.status in harmless)
+            self._ask(filename, delete, lambda fault: fault.status in harmless)
 
     def upload(
         self, path: str, stamp: Stamp, sent: Callable[[int], None] = lambda _: None
@@ -2467,15 +2467,15 @@ class Destination:
                     self._upload_once(path, stamp, before_piece)
                     return True
                 except Exception as error:
-                    said, seconds = Fault(error), next(delays, None)
-                    if self._is_taken(said):
+                    fault, seconds = Fault(error), next(delays, None)
+                    if self._is_taken(fault):
                         self._pass_over(name)
                         return False
-                    if seconds is None or not said.is_lost:
+                    if seconds is None or not fault.is_lost:
                         raise
                 invalidate_if_damaged(path, stamp)
                 again = f"Uploading {name} again in {_duration(seconds)}"
-                logging.warning(f"{again}: {said.words}.")
+                logging.warning(f"{again}: {fault.words}.")
                 self._pause(seconds)
 
     def _pass_over(self, name: str) -> None:
@@ -2530,9 +2530,9 @@ class Destination:
     def _blob(self, filename: str, **options: Any) -> Any:
         return self._bucket.blob(self.path.name_of(filename), **options)
 
-    def _is_taken(self, said: Fault) -> bool:
+    def _is_taken(self, fault: Fault) -> bool:
         """Whether an upload is refused only because such an object is there, unseen."""
-        is_refused = said.status == 403 and "storage.objects.delete" in said.codes
+        is_refused = fault.status == 403 and "storage.objects.delete" in fault.codes
         return is_refused and not self.is_listed
 
     def _ask(
@@ -2552,10 +2552,10 @@ class Destination:
                     patiently = self._patiently(REQUEST_SECONDS)
                     return request(timeout=TIMEOUT, retry=patiently)
                 except Exception as error:
-                    said = Fault(error)
-                    if is_excused(said):
-                        return said
-                    must_pay = said.status == 400 and "required" in said.codes
+                    fault = Fault(error)
+                    if is_excused(fault):
+                        return fault
+                    must_pay = fault.status == 400 and "required" in fault.codes
                     if not (may_pay and must_pay):
                         raise
                 self._bucket = self.client.bucket(self.path.bucket, self._project)
@@ -2580,13 +2580,13 @@ class Destination:
             except Exception as error:
                 now = time.monotonic()
                 end = min(end, now + seconds)
-                said = Fault(error)
-                if not said.may_pass or now + delay > end:
+                fault = Fault(error)
+                if not fault.may_pass or now + delay > end:
                     raise
                 if now >= max(start + WARNING_SECONDS, self._next_warning):
                     self._next_warning = now + 60  # of all requests, once a minute
                     what = f"Waiting up to {_duration(seconds)} for {self.path}"
-                    logging.warning(f"{what}: {said.words}.")
+                    logging.warning(f"{what}: {fault.words}.")
             self._pause(delay * random.uniform(0.5, 1))
 
     @contextlib.contextmanager
@@ -2597,13 +2597,13 @@ class Destination:
         except (RunError, FileNotFoundError, concurrent.futures.CancelledError):
             raise
         except Exception as error:
-            said = Fault(error)
+            fault = Fault(error)
             place = f"{self.path}/{filename}".removesuffix("/")
             bucket = f"gs://{self.path.bucket}"
-            failure, remedy = said.meaning()
+            failure, remedy = fault.meaning()
             remedy = remedy.format(bucket=bucket, project=self._project)
-            line = f"{failure.format(place)}: {said.words}. {remedy}".rstrip()
-            may_pass = said.may_pass or remedy == RERUN
+            line = f"{failure.format(place)}: {fault.words}. {remedy}".rstrip()
+            may_pass = fault.may_pass or remedy == RERUN
             raise ServiceError(line, may_pass=may_pass) from error
 
 
@@ -2912,8 +2912,8 @@ def _words_of(chain: Sequence[BaseException]) -> str:
     spoken = OSError, GoogleAuthError, HTTPError, WrongContentError
     for error in filter(lambda each: isinstance(each, spoken), chain):
         if not isinstance(error, json.JSONDecodeError):
-            said = (getattr(error, n, "") for n in ("verify_message", "strerror"))
-            text = str(next(filter(None, (*said, *error.args)), ""))
+            words = (getattr(error, n, "") for n in ("verify_message", "strerror"))
+            text = str(next(filter(None, (*words, *error.args)), ""))
             text = re.sub(r"(?s)https?://\S+|Response( details)?:.*|{.*", " ", text)
             text = text if text.strip() else "the answer is empty"
     requests = [getattr(error, "request", None) for error in chain]
