@@ -3376,16 +3376,21 @@ def upload_to_gcs(
     for records in training_records, validation_records:
         if isinstance(records, (str, bytes, os.PathLike)):
             raise TypeError(f"Records must be a list of paths; found {records!r}.")
-    paths = [os.fspath(path) for path in (*training_records, *validation_records)]
+    paths = [os.fsdecode(path) for path in (*training_records, *validation_records)]
     if missing := [path for path in paths if not os.path.isfile(path)]:
         found = f"found none at {_some(missing)}"
         raise InvalidInputError(f"Shards must be files; {found}.")
+    path_of = {os.path.basename(path): path for path in paths}
+    if lost := sorted({*paths} - {*path_of.values()}):
+        found = f"{lost[0]} and {path_of[os.path.basename(lost[0])]}"
+        raise InvalidInputError(
+            f"Shards must differ in their base names; found {found}."
+        )
     with contained():
         path = GcsPath.parse(os.fspath(gcs_output_path))
         destination = Destination(path, gcs_project, client)
         destination.list_objects()
-        names = map(os.path.basename, paths)
-        for name in [name for name in names if name not in destination.objects][:1]:
+        for name in [name for name in path_of if name not in destination.objects][:1]:
             destination.check_access(name)
         stamps = {path: measure(path) for path in paths}
         destination.upload_missing(stamps)

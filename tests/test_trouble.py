@@ -382,6 +382,18 @@ def test_records_must_be_a_list_of_files(tmp_path: Path) -> None:
     assert str(caught.value) == f"Shards must be files; found none at {missing}."
 
 
+def test_records_must_differ_in_their_base_names(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "x", tmp_path / "b" / "x"]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    with pytest.raises(script.InvalidInputError) as caught:
+        script.upload_to_gcs(paths[:1], paths[1:], "gs://bucket/x", "project")
+    assert str(caught.value) == (
+        f"Shards must differ in their base names; found {paths[0]} and {paths[1]}."
+    )
+
+
 def test_caller_s_process_is_as_before(raw: Path, emulator: Emulator) -> None:
     """Paths may be `pathlib`'s, and warnings may be errors."""
     code = """if __name__ == "__main__":
