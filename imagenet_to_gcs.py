@@ -1319,11 +1319,15 @@ def warnings_about(
     yield from dataset.warnings
     # Nearly all begin with the synset and hold no other n: these are passed over fast.
     training = dataset.training
-    unusual = (i for i in training if i.name[:9] != i.synset or "n" in i.name[9:])
+    unusual = [i for i in training if i.name[:9] != i.synset or "n" in i.name[9:]]
     if wrong := [i for i in unusual if _synset_in(i.filename) not in ("", i.synset)]:
         among = f"{len(wrong):,} of {_count(len(training), 'training image')}"
         where = f"{wrong[0].path}, in {wrong[0].synset}"
         yield f"The directory decides against the name of {among}, such as {where}."
+    others = "ILSVRC2012_val_", "ILSVRC2012_test_"
+    if moved := [i.path for i in unusual if i.filename.startswith(others)]:
+        found = f"{_count(len(moved), 'image')} of another split, such as {moved[0]}"
+        yield f"{TRAINING_DIRECTORY}/ holds {found}."
     yield from _class_warnings(dataset)
     yield from _size_warnings(dataset, "training", training_shards)
     yield from _size_warnings(dataset, "validation", validation_shards)

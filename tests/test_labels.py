@@ -273,6 +273,10 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         LINES,
         [misnamed("1 of 12", f"{B}_1.JPEG")],
     ),
+    f"cp validation/*[12].JPEG train/{A}": (
+        LINES,
+        [f"train/ holds 2 images of another split, such as RAW/train/{A}/{V[1]}."],
+    ),
     f"cd train/{A}; mv {A}_1.JPEG {A}_1_{B}.JPEG": (
         LINES,
         [misnamed("1 of 12", f"{A}_1_{B}.JPEG")],
