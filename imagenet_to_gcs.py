@@ -1566,7 +1566,7 @@ def problem_of(image: RawImage, error: Exception) -> Exception:
     what = f"{image.path}: {reason}"
     # A dangling link or a file without permission says nothing about the disk.
     is_disk = was_there and not isinstance(error, PermissionError)
-    return BadImagesError(f"Cannot read {what}.", unreadable=[what] * bool(is_disk))
+    return BadImagesError(f"Cannot read {what}.", unreadable=[what] if is_disk else [])
 
 
 def check_readable(unreadable: Sequence[str], directory: str) -> None:
@@ -1753,7 +1753,7 @@ class RecordWriter:
 
     def write(self, data: bytes) -> None:
         length = struct.pack("<Q", len(data))
-        for part in (length, _masked_crc32c(length), data, _masked_crc32c(data)):
+        for part in (length + _masked_crc32c(length), data, _masked_crc32c(data)):
             self._file.write(part)
             self.num_bytes += len(part)
             self.crc32c = google_crc32c.extend(self.crc32c, part)
@@ -3736,12 +3736,11 @@ def has_fake(options: Options) -> bool:
     root = options.raw_dir
     found = {entry.name for entry in _scan(root)} if os.path.isdir(root) else set()
     found.discard(os.path.relpath(options.scratch_dir, root).split(os.sep)[0])
-    is_other = bool(found) and FAKE_MARK not in found
-    if found and not is_other:  # the mark may be left from an earlier fake
-        ours = {path.name for path in _fake_paths(pathlib.Path(root))}
-        images = pathlib.Path(root).glob("[tv]*/**/[!.]*.JPEG")
-        is_other = any(path.name not in ours for path in images)
-    if is_other:
+    ours = {path.name for path in _fake_paths(pathlib.Path(root))}
+    images = pathlib.Path(root).glob("[tv]*/**/[!.]*.JPEG")
+    # The mark alone proves nothing: it may be left from an earlier fake.
+    is_ours = FAKE_MARK in found and all(path.name in ours for path in images)
+    if found and not is_ours:
         raise InvalidInputError(
             f"--raw_data_dir={options.raw_data_dir} must be empty or missing for "
             f"--fake_imagenet; it contains {_some(sorted(found))}. Choose another "
