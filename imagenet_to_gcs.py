@@ -247,17 +247,6 @@ def _collecting(problems: list[str]) -> Iterator[None]:
         problems.extend(error.args)
 
 
-@contextlib.contextmanager
-def _joining(problems: Sequence[str]) -> Iterator[None]:
-    """Raises what a service refuses together with the problems that are known."""
-    try:
-        yield
-    except ServiceError as error:
-        if not problems:
-            raise
-        raise InvalidInputError(*problems, *error.args) from error
-
-
 def refusal(
     verb: str, path: StrPath, error: OSError | MemoryError, is_input: bool = False
 ) -> InvalidInputError | MachineError:
@@ -391,20 +380,23 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
     with _collecting(problems):
         dataset = _find_dataset(options, pool)
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
-    with _joining(problems):
+    try:
         if options.gcs_upload:
             path = GcsPath.parse(options.gcs_output_path or "")
             client, stopping = options.client, pool.stopping if pool else None
             destination = Destination(path, options.gcs_project, client, stopping)
             destination.list_objects()
-    objects = destination.objects if destination else None
-    work = find_work(shards, options.scratch_dir, objects, options.is_own)
-    job = Job(options, dataset.synsets, shards, destination, work)
-    with _joining(problems):
+        objects = destination.objects if destination else None
+        work = find_work(shards, options.scratch_dir, objects, options.is_own)
+        job = Job(options, dataset.synsets, shards, destination, work)
         for check in _finished_problems, _scratch_problems, _bucket_problems:
             problems += check(job)
         if destination and work.left:
             destination.check_access(work.left[0])
+    except ServiceError as error:
+        if not problems:
+            raise
+        raise InvalidInputError(*problems, *error.args) from error
     if problems:
         raise InvalidInputError(*problems)
     log_intent(job)
@@ -471,12 +463,14 @@ class Work:
       to_upload: This task's shards that are written here but not in the bucket.
       done: Stamps of all tasks' shards that are where they belong, by name: of those
         that were found, then also of those that this run adds.
+      spare: Paths of this task's shards that are here, although the bucket has them.
       differing: Names of other tasks' shards that are there, but of other images.
     """
 
     to_write: list[Shard] = dataclasses.field(default_factory=list)
     to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
     done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
+    spare: list[str] = dataclasses.field(default_factory=list)
     differing: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -530,7 +524,7 @@ def carry_out(job: Job, pool: Pool) -> None:
     if job.num_missing:
         _remove_manifest(job)
     if not job.options.keep_local_shards:
-        for path in _uploaded_before(job):
+        for path in job.work.spare:
             remove(path)
     if job.work.left:
         try:
@@ -548,8 +542,8 @@ def write_and_upload(job: Job, pool: Pool) -> None:
     There are `num_workers` + 16 threads, so no more shards than that are on their way
     at any time, however slow the network is. Bad images do not stop the others.
     """
-    progress, uploads = Progress(job), threading.Semaphore(PARALLEL_UPLOADS)
-    take = functools.partial(_take_shard, job, pool, progress, uploads)
+    progress = Progress(job)
+    take = functools.partial(_take_shard, job, pool, progress)
     bad_images: list[str] = []
     unreadable: list[str] = []
     size = job.options.workers + WAITING_SHARDS
@@ -576,12 +570,7 @@ def write_and_upload(job: Job, pool: Pool) -> None:
 
 
 def _take_shard(
-    job: Job,
-    pool: Pool,
-    progress: Progress,
-    uploads: threading.Semaphore,
-    shard: Shard,
-    stamp: Stamp | None,
+    job: Job, pool: Pool, progress: Progress, shard: Shard, stamp: Stamp | None
 ) -> None:
     """Writes a shard, unless its stamp says that it is there, and uploads it."""
     scratch_dir, is_kept = job.options.scratch_dir, job.options.keep_local_shards
@@ -592,7 +581,7 @@ def _take_shard(
         progress.writing.stamps.append(stamp)
     if job.destination:
         path = shard_path(shard, scratch_dir)
-        with uploads:
+        with job.destination.slots:
             if not job.destination.upload(path, stamp, progress.sent):
                 return
         progress.uploading.stamps.append(stamp)
@@ -2365,6 +2354,7 @@ class Destination:
       is_listed: Whether that listing was permitted.
       passed_over: Base names of what is there and may be neither seen nor replaced.
       stopping: Ends uploads and pauses, with a CancelledError, once it is set.
+      slots: To be held during an upload: so many at a time.
     """
 
     def __init__(
@@ -2381,6 +2371,7 @@ class Destination:
         self.is_listed = True
         self.passed_over: list[str] = []
         self.stopping = stopping or threading.Event()
+        self.slots = threading.Semaphore(PARALLEL_UPLOADS)
         self._project = project
         self._next_warning = 0.0
         with self._explained():
@@ -2947,7 +2938,8 @@ def find_work(
         path, is_ours = shard_path(shard, scratch_dir), is_own(shard)
         # What was last written here, even if the file is gone (--nokeep_local_shards).
         # Of others' shards, the bucket alone decides, if there is one.
-        here = read_stamp(path) if is_ours or objects is None else None
+        counts = is_ours or (objects is None and os.path.exists(path))
+        here = read_stamp(path) if counts else None
         there = (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
         known = here if here and here.digest in (digest, "") else None  # or unreadable
@@ -2958,6 +2950,7 @@ def find_work(
         # By bytes where they are known: another TensorFlow encodes some in another way.
         elif there and (there.same_bytes(known) if known else there.digest == digest):
             work.done[shard.name] = there
+            work.spare += [path] if known and os.path.exists(path) else []
         elif known and is_as_stamped(path, known):  # its bytes are not read again
             if objects is None:
                 work.done[shard.name] = known
@@ -2965,10 +2958,8 @@ def find_work(
                 work.to_upload.append((shard, known))
         elif is_ours:
             work.to_write.append(shard)  # absent, or of other images, or changed
-        else:
-            found = there or (here if os.path.exists(path) else None)
-            if found and found.digest not in (digest, ""):
-                work.differing.append(shard.name)
+        elif (found := there or here) and found.digest not in (digest, ""):
+            work.differing.append(shard.name)
     return work
 
 
@@ -2985,20 +2976,20 @@ def _bucket_problems(job: Job) -> Iterator[str]:
         return
     if job.options.task_count > 1 and not job.destination.is_listed:
         yield f"--task_count needs the permission to list {job.destination.path}."
-    names = _strangers(job.destination.objects, job.shards)
-    globs = set()
-    for name in names:
+    strangers = _strangers(job.destination.objects, job.shards)
+    patterns = set()
+    for name in strangers:
         match = SHARD_NAME.fullmatch(name)
         # No * for an index beyond the count: it could match this run's shards.
         is_shard = match and match[2] < match[3]
-        globs.add(f"{match[1]}-*-of-{match[3]}" if match and is_shard else name)
-    paths = sorted(f"{job.destination.path}/{glob}" for glob in globs)
-    remove = f" ({shlex.join(['gcloud', 'storage', 'rm', *paths])})"
-    if names:
+        patterns.add(f"{match[1]}-*-of-{match[3]}" if match and is_shard else name)
+    if strangers:
+        paths = sorted(f"{job.destination.path}/{pattern}" for pattern in patterns)
+        command = shlex.join(["gcloud", "storage", "rm", *paths])
         yield (
             f"{job.destination.path} contains train-* or validation-* objects from "
-            f"elsewhere, which models would also read: {_some(names)}. Delete "
-            f"them{remove if len(paths) <= 10 else ''}, or choose another directory."
+            f"elsewhere, which models would also read: {_some(strangers)}. Delete them"
+            f"{f' ({command})' if len(paths) <= 10 else ''}, or choose another directory."
         )
 
 
@@ -3010,15 +3001,14 @@ def _finished_problems(job: Job) -> Iterator[str]:
         text = read_text(job.manifest_path)
         found.append((scratch_dir, text, ["rm", job.manifest_path]))
     if destination and job.num_missing:
-        remove = ["gcloud", "storage", "rm", f"{destination.path}/{MANIFEST_FILE}"]
-        found.append((destination.path, destination.read(MANIFEST_FILE), remove))
-    contents = _contents(job)
-    for place, text, remove in found if job.synsets else ():
-        if differences := list(_differences(text, contents)):
+        remove_it = ["gcloud", "storage", "rm", f"{destination.path}/{MANIFEST_FILE}"]
+        found.append((destination.path, destination.read(MANIFEST_FILE), remove_it))
+    for place, text, remove_it in found if job.synsets else ():
+        if differences := "; ".join(_differences(text, _contents(job))):
             yield (
                 f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
-                f"says {'; '.join(differences)}). Choose another directory or, to "
-                f"replace it, run: {shlex.join(remove)}"
+                f"says {differences}). Choose another directory or, to replace it, run: "
+                f"{shlex.join(remove_it)}"
             )
 
 
@@ -3027,26 +3017,24 @@ def _differences(text: str, contents: Mapping[str, Mapping[str, Any]]) -> Iterat
     manifest: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         manifest = json.loads(text)
-    for key, planned in contents.items():
-        there = manifest.get(key) if isinstance(manifest, dict) else None
-        there = there if isinstance(there, dict) else planned
-        names = sorted({**there, **planned})
-        differ = [name for name in names if there.get(name) != planned.get(name)]
-        for name in differ[:1]:
-            yield f"{key} {name}: {there.get(name)}, not {planned.get(name)}"
+    for key, planned in contents.items() if isinstance(manifest, dict) else ():
+        there = manifest.get(key)
+        for name in sorted({**there, **planned}) if isinstance(there, dict) else ():
+            if there.get(name) != planned.get(name):
+                yield f"{key} {name}: {there.get(name)}, not {planned.get(name)}"
+                break
 
 
 def _scratch_problems(job: Job) -> Iterator[str]:
     """Yields a problem if the disk has no room for the shards that are to be written."""
     options, needed = job.options, _needed_room(job)
     free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
-    can_go = options.gcs_upload and options.keep_local_shards
-    remedy = ", or pass --nokeep_local_shards" if can_go else ""
     if needed > free:
+        can_go = options.gcs_upload and options.keep_local_shards
         yield (
             f"{_size(needed)} are needed in {options.scratch_dir}; {_size(free)} are "
             "free. Make room for the shards, or choose another --local_scratch_dir"
-            f"{remedy}."
+            f"{', or pass --nokeep_local_shards' if can_go else ''}."
         )
 
 
@@ -3055,33 +3043,18 @@ def _needed_room(job: Job) -> int:
 
     An old shard goes only when the new one is whole; `workers` are written at a time.
     """
-    options, sizes = job.options, []
-    for shard in job.work.to_write:
-        path = shard_path(shard, options.scratch_dir)
-        old_size = os.path.getsize(path) if os.path.exists(path) else 0
-        sizes.append((shard.estimated_bytes, old_size))
-    freed = 0
-    if not options.keep_local_shards:  # so many are here at a time
-        sizes.sort(key=lambda new_old: new_old[0] - new_old[1], reverse=True)
-        sizes = sizes[: options.workers + WAITING_SHARDS]
-        freed = sum(path.stat().st_size for path in _uploaded_before(job))
-    new, old = [size for size, _ in sizes], [size for _, size in sizes]
-    largest_new = sum(heapq.nlargest(options.workers, new))
+    options, shards = job.options, job.work.to_write
+    paths = [shard_path(shard, options.scratch_dir) for shard in shards]
+    old = [os.path.getsize(path) for path in paths if os.path.exists(path)]
+    new = [shard.estimated_bytes for shard in shards]
     largest_old = sum(heapq.nlargest(options.workers, old))
+    largest_new = sum(heapq.nlargest(options.workers, new))
     # At the end, when the last old ones are replaced; or at the start
-    return max(sum(new) - sum(old) + largest_old, largest_new) - freed
-
-
-def _uploaded_before(job: Job) -> list[pathlib.Path]:
-    """Lists this task's shards that the bucket holds already and that are here, too."""
-    found = []
-    for shard in job.options.share(job.shards):
-        path = shard_path(shard, job.options.scratch_dir)
-        is_done = shard.name in job.work.done and os.path.exists(path)
-        stamp = read_stamp(path) if is_done else None
-        if stamp and stamp.digest == shard.digest():  # else it is another data set's
-            found.append(pathlib.Path(path))
-    return found
+    needed = max(sum(new) - sum(old) + largest_old, largest_new)
+    if options.keep_local_shards:
+        return needed
+    at_a_time = sum(heapq.nlargest(options.workers + WAITING_SHARDS, new))
+    return min(needed, at_a_time) - sum(map(os.path.getsize, job.work.spare))
 
 
 def nearest_existing(path: StrPath) -> pathlib.Path:
@@ -3120,18 +3093,6 @@ def _check_finished(job: Job) -> Work:
     check_none_wrong(work.left, len(options.share(job.shards)), job.place)
     if problems := list(_bucket_problems(job)):
         raise RunError(*problems)
-    # Before the manifest vouches for shards of earlier runs, they are read again; one
-    # with this text is of a run that read these bytes, or had uploaded them.
-    is_complete_here = len(work.done) == len(job.shards) and not destination
-    vouched = _manifests(job, work.done) if is_complete_here else []
-    if is_complete_here and read_text(job.manifest_path) not in vouched:
-        written, number = {shard.name for shard in job.work.to_write}, 0
-        earlier = [shard for shard in job.shards if shard.name not in written]
-        say = lambda: f"Checked {number:,} of {_count(len(earlier), 'earlier shard')}."
-        with reporting(say):
-            for number, shard in enumerate(earlier):
-                path = shard_path(shard, options.scratch_dir)
-                invalidate_if_damaged(path, work.done[shard.name])
     return work
 
 
@@ -3191,6 +3152,21 @@ def _stamp_of_text(text: str) -> Stamp:
     return Stamp("", 0, len(data), _crc32c_text(google_crc32c.value(data)))
 
 
+def _read_earlier(job: Job, stamps: Mapping[str, Stamp]) -> None:
+    """Reads the shards of earlier runs again, before a manifest vouches for them.
+
+    A manifest that is there is of a run that read these bytes, or had uploaded them.
+    """
+    remove(job.manifest_path)  # of other bytes
+    written, number = {shard.name for shard in job.work.to_write}, 0
+    earlier = [shard for shard in job.shards if shard.name not in written]
+    say = lambda: f"Checked {number:,} of {_count(len(earlier), 'earlier shard')}."
+    with reporting(say):
+        for number, shard in enumerate(earlier):
+            path = shard_path(shard, job.options.scratch_dir)
+            invalidate_if_damaged(path, stamps[shard.name])
+
+
 def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
     texts = _manifests(job, stamps)
@@ -3198,6 +3174,8 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
     there = destination.objects.get(MANIFEST_FILE) if destination else None
     in_bucket = [text for text in texts if _stamp_of_text(text).same_bytes(there)]
     if read_text(path) not in texts:
+        if not destination:
+            _read_earlier(job, stamps)
         write_text(path, (in_bucket or texts)[0])
     if destination:
         if not in_bucket:
@@ -3386,16 +3364,14 @@ def upload_to_gcs(
         raise InvalidInputError(f"Shards must be files; {found}.")
     path_of = {os.path.basename(path): path for path in paths}
     if lost := sorted({*paths} - {*path_of.values()}):
-        found = f"{lost[0]} and {path_of[os.path.basename(lost[0])]}"
-        raise InvalidInputError(
-            f"Shards must differ in their base names; found {found}."
-        )
+        found = f"found {lost[0]} and {path_of[os.path.basename(lost[0])]}"
+        raise InvalidInputError(f"Shards must differ in their base names; {found}.")
     with contained():
         path = GcsPath.parse(os.fspath(gcs_output_path))
         destination = Destination(path, gcs_project, client)
         destination.list_objects()
-        for name in [name for name in path_of if name not in destination.objects][:1]:
-            destination.check_access(name)
+        if new := [name for name in path_of if name not in destination.objects]:
+            destination.check_access(new[0])
         stamps = {path: measure(path) for path in paths}
         destination.upload_missing(stamps)
         destination.list_objects()
