@@ -135,7 +135,7 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 INSTALL = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt (on Debian, "
@@ -152,11 +152,9 @@ except ImportError as error:
     sys.exit(f"{error}. Run: {INSTALL}")
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from google.cloud import storage
 
     StrPath: TypeAlias = str | os.PathLike[str]
-
-    from google.cloud import storage
 
 __version__ = "3.0.0"
 LABELS_FILE, MANIFEST_FILE = "synset_labels.txt", "manifest.json"
