@@ -3155,7 +3155,7 @@ def _read_earlier(job: Job, stamps: Mapping[str, Stamp]) -> None:
 
     A manifest that is there is of a run that read these bytes, or had uploaded them.
     """
-    remove(job.manifest_path)  # of other bytes
+    remove(job.manifest_path)  # it vouches for other bytes
     written, number = {shard.name for shard in job.work.to_write}, 0
     earlier = [shard for shard in job.shards if shard.name not in written]
     say = lambda: f"Checked {number:,} of {_count(len(earlier), 'earlier shard')}."
