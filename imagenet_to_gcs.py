@@ -3051,8 +3051,8 @@ def _needed_room(job: Job) -> int:
     needed = max(sum(new) - sum(old) + largest_old, largest_new)
     if options.keep_local_shards:
         return needed
-    at_a_time = sum(heapq.nlargest(options.workers + WAITING_SHARDS, new))
-    return min(needed, at_a_time) - sum(map(os.path.getsize, job.work.spare))
+    most = sum(heapq.nlargest(options.workers + WAITING_SHARDS, new))  # at a time
+    return min(needed, most) - sum(map(os.path.getsize, job.work.spare))
 
 
 def nearest_existing(path: StrPath) -> pathlib.Path:
