@@ -648,15 +648,15 @@ def _difference(job: Job, work: Work) -> str:
 #   ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar    beside <split>/ or in it
 #
 # ImageNet's own training tar holds class tars, its validation tar holds images; either
-# may also hold class folders. Images that are not read are warned of.
+# may also hold class directories. Images that are not read are warned of.
 
 
 IMAGE_SUFFIX = ".JPEG"
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
-# Folders in a tar that are of no class; "" is that of `x.JPEG`
-SPLIT_FOLDERS = ("", *TARS, "val", *(tar.removesuffix(".tar") for tar in TARS.values()))
+# Directories in a tar that are of no class; "" is that of `x.JPEG`
+CLASSLESS = ("", "val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values()))
 OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SYSTEM_NAMES = (  # how names begin that operating systems and network disks leave
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
@@ -672,7 +672,7 @@ class RawImage(NamedTuple):
 
     Attributes:
       source: The directory or tar that holds it.
-      name: Its path below the source; in a tar there can be folders in it.
+      name: Its path below the source; in a tar there can be directories in it.
       label: 1-based rank of the synset among all synsets; until all are known, a guess.
       fingerprint: `file_fingerprint`, or `tar_fingerprint` of the tar it is in.
       offset: Of its first byte in the tar; None for a file in a directory.
@@ -742,15 +742,15 @@ def read_dataset(raw_data_dir: str) -> Dataset:
     Raises:
       InvalidInputError: The directory does not hold a data set; lists all problems.
     """
-    problems, skipped, beside, warnings = (list[str]() for _ in range(4))
+    problems, skipped, warnings = (list[str]() for _ in range(3))
     training, validation = list[RawImage](), list[RawImage]()
     with _no_garbage_collection():
         with _collecting(problems):
-            validation = list_split(raw_data_dir, VALIDATION_DIRECTORY, beside)
+            validation = list_split(raw_data_dir, VALIDATION_DIRECTORY, skipped)
             validation.sort(key=lambda i: (os.fsencode(i.filename), i.synset))
         with _collecting(problems):
             labels_path = os.path.join(raw_data_dir, LABELS_FILE)
-            validation, warnings = assign_synsets(validation, labels_path, beside)
+            validation, warnings = assign_synsets(validation, labels_path, skipped)
         with _collecting(problems):
             training = list_split(raw_data_dir, TRAINING_DIRECTORY, skipped)
         trained = {image.synset for image in training}
@@ -765,7 +765,7 @@ def read_dataset(raw_data_dir: str) -> Dataset:
             for i, image in enumerate(images):  # in place: a copy would take 150 MB
                 if image.label != label_of[image.synset]:
                     images[i] = image._replace(label=label_of[image.synset])
-    return Dataset(synsets, training, validation, sorted(skipped + beside), warnings)
+    return Dataset(synsets, training, validation, sorted(skipped), warnings)
 
 
 @contextlib.contextmanager
@@ -852,10 +852,8 @@ def _check_extracted(
         if {image.filename for image in class_tars[synset].list_images([])} - names:
             left.add(synset)
     if left:
-        raise InvalidInputError(
-            "Class tars must all be extracted, or none; these are not, or in part: "
-            f"{_some(sorted(left))}."
-        )
+        rule = "Class tars must all be extracted, or none; these are not, or in part"
+        raise InvalidInputError(f"{rule}: {_some(sorted(left))}.")
 
 
 def list_all(classes: Iterable[Directory | Tar], skipped: list[str]) -> list[RawImage]:
@@ -938,25 +936,26 @@ class Tar:
     ) -> tuple[list[RawImage], list[Tar]]:
         """Lists the images, in any order, and the class tars in it."""
         images, class_tars, others = list[RawImage](), list[Tar](), list[str]()
-        folders: dict[str, str] = {}  # those that hold any: which pattern fits
+        pattern_in: dict[str, str] = {}  # of the directories that hold any
         class_of = functools.cache(self._class_of)
         tar, (fingerprint, files) = self.path, list_tar(self)
         for path, (offset, size) in files.items():
-            folder, _, name = path.rpartition("/")
-            if (class_ := class_of(folder)) is None:
+            directory, _, name = path.rpartition("/")
+            synset, pattern = class_of(directory)
+            if not pattern:
                 continue
             if has_image_name(name):
-                about = class_[0], label, size, fingerprint, offset
+                about = synset, label, size, fingerprint, offset
                 images.append(RawImage(tar, path, *about))
-                folders[folder] = class_[1]
+                pattern_in[directory] = pattern
             elif name.endswith(".tar") and _is_visible(name):
                 where = offset, offset + size, fingerprint
                 class_tars.append(Tar(tar, self.synset or name[:-4], *where))
-                folders[folder] = f"{folder}/*.tar".lstrip("/")
+                pattern_in[directory] = f"{directory}/*.tar".lstrip("/")
             elif _looks_like_image(name):
                 others.append(path)
-        patterns = {*folders.values()}
-        if not folders:
+        patterns = {*pattern_in.values()}
+        if not patterns:
             raise _no_images(self.place, files, others)
         if len(patterns) > 1:
             raise InvalidInputError(
@@ -965,23 +964,22 @@ class Tar:
                 "Extract it."
             )
         for path in sorted(others):
-            folder, _, name = path.rpartition("/")
-            class_ = class_of(folder)
-            if folder not in folders and class_ and class_[1] in patterns:
-                raise _no_images(f"{self.place}/{folder}", [name])
+            directory, _, name = path.rpartition("/")
+            if directory not in pattern_in and class_of(directory)[1] in patterns:
+                raise _no_images(f"{self.place}/{directory}", [name])
         skipped += [f"{tar}/{path}" for path in others]
         return images, class_tars
 
-    def _class_of(self, folder: str) -> tuple[str, str] | None:
-        """The class of the images in a folder, and the pattern of all such images.
+    def _class_of(self, directory: str) -> tuple[str, str]:
+        """The class of the images in a directory, and the pattern of all such images.
 
-        There is no class in `val/`, and None if the folder is hidden.
+        There is no class in `val/`, and no pattern if the directory is hidden.
         """
-        parent, _, name = folder.rpartition("/")
-        if not all(map(_is_visible, folder.split("/"))):
-            return None
-        if self.synset or name in SPLIT_FOLDERS:
-            return self.synset, f"{folder}/*{IMAGE_SUFFIX}".lstrip("/")
+        parent, _, name = directory.rpartition("/")
+        if not all(map(_is_visible, directory.split("/"))):
+            return "", ""
+        if self.synset or name in CLASSLESS:
+            return self.synset, f"{directory}/*{IMAGE_SUFFIX}".lstrip("/")
         return name, f"{parent}/*/*{IMAGE_SUFFIX}".lstrip("/")
 
 
@@ -1011,13 +1009,15 @@ def _looks_like_image(name: str) -> bool:
 
 def _images_below(entry: os.DirEntry[str]) -> list[str]:
     """Lists what looks like an image: the entry itself, or below it."""
+    if not _is_visible(entry.name):
+        return []
     if not entry.is_dir():
         return [entry.path] if _looks_like_image(entry.name) else []
     found = []
     for place, directories, names in os.walk(entry.path):
         directories[:] = filter(_is_visible, directories)
         found += [f"{place}/{name}" for name in names if _looks_like_image(name)]
-    return found if _is_visible(entry.name) else []
+    return found
 
 
 def _no_images(
@@ -1246,11 +1246,9 @@ def _check_agreement(
     in_order = sorted((_number(image), image.synset) for image in images)
     synsets = [synset for _, synset in in_order]
     all_numbers = [*range(1, IMAGENET_SIZES["validation"][0] + 1)]
-    if (
-        [number for number, _ in in_order] == all_numbers
-        and has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
-        and not has_digest(synsets, VALIDATION_DIGEST)
-    ):
+    has_all = [number for number, _ in in_order] == all_numbers
+    is_imagenet = has_all and has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
+    if is_imagenet and not has_digest(synsets, VALIDATION_DIGEST):
         problem = "These are ImageNet's validation images and classes, not its labels."
         (slips if is_by_order else meant).append(problem)
     if slips:
@@ -1271,19 +1269,17 @@ def class_problems(
         return  # what could not be listed is refused already
     misnamed = _named_unlike_most(trained, trained | validated)
     if stray := sorted(misnamed & trained - validated):
-        yield (
-            f"Classes must be named like {min(trained - misnamed)}, as most are, or "
-            f"have validation images; move these out of {directory}: {_some(stray)}."
-        )
+        rule = f"Classes must be named like {min(trained - misnamed)}, as most are"
+        remedy = f"or have validation images; move these out of {directory}"
+        yield f"{rule}, {remedy}: {_some(stray)}."
     unknown = validated - trained
     # With part of the classes, one may lack training images, if named like the others.
     if trained & validated and len(trained) != IMAGENET_CLASSES:
         unknown &= misnamed
     if unknown:
-        yield (
-            "Validation images must be of the classes of the training images, such as "
-            f"{_some(sorted(trained))}; found {_some(sorted(unknown))}. {ONE_COLUMN}"
-        )
+        rule = "Validation images must be of the classes of the training images"
+        found = f"such as {_some(sorted(trained))}; found {_some(sorted(unknown))}"
+        yield f"{rule}, {found}. {ONE_COLUMN}"
 
 
 def _named_unlike_most(usual: AbstractSet[str], names: AbstractSet[str]) -> set[str]:
