@@ -3573,8 +3573,7 @@ def list_tar(tar: Tar) -> tuple[TarFingerprint, dict[str, Place]]:
     except OSError as error:
         raise refusal("list the tar", tar.place, error, is_input=True) from error
     except ValueError as error:
-        problem = f"Cannot list the tar {tar.place}: {error}."
-        raise InvalidInputError(problem) from error
+        raise InvalidInputError(f"Cannot list the tar {tar.place}: {error}.") from error
 
 
 def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
