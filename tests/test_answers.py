@@ -332,7 +332,7 @@ def test_proxy_is_said_at_once_when_it_wants_a_password(
     env = {"STORAGE_EMULATOR_HOST": f"https://{host}", "HTTPS_PROXY": emulator.url}
     line, warnings = refuse(env)
     assert line == (
-        "The proxy refuses the way to gs://bucket/d/manifest.json: 407 Proxy "
+        "No way through the proxy to gs://bucket/d/manifest.json: 407 Proxy "
         "Authentication Required. Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
     )
     assert warnings == []
@@ -546,7 +546,7 @@ def test_proxy_that_refuses_is_named(refuse: Refuse, status: int) -> None:
     with serving(always(status, b"<html>")) as url:
         host = {"STORAGE_EMULATOR_HOST": "https://storage.invalid"}
         line, _ = refuse({**host, "HTTPS_PROXY": url}, seconds=0.3, request_of="list")
-    assert line.startswith(f"The proxy refuses the way to {PLACE}: {status} ")
+    assert line.startswith(f"No way through the proxy to {PLACE}: {status} ")
     assert line.endswith(script.RERUN) == (status == 503)
 
 
@@ -561,8 +561,8 @@ def test_file_of_credentials_is_named_when_it_is_no_object(
     path.write_text(text)
     line, _ = refuse({"GOOGLE_APPLICATION_CREDENTIALS": str(path)})
     assert line == (
-        f"No credentials for {PLACE}: the file of credentials is not understood "
-        f"(GOOGLE_APPLICATION_CREDENTIALS={path})."
+        f"No credentials for {PLACE}: the file of credentials cannot be used: it is not "
+        f"understood (GOOGLE_APPLICATION_CREDENTIALS={path})."
     )
 
 
