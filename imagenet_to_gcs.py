@@ -134,7 +134,7 @@ import traceback
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
@@ -663,6 +663,7 @@ SYSTEM_NAMES = (  # how names begin that operating systems and network disks lea
     *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
     *("System Volume Information", "__MACOSX", "lost+found"),
 )
+PACKED = re.compile(r"\.(tar|tgz|zip)\b", re.IGNORECASE)
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
 TarFingerprint: TypeAlias = tuple[int, int, int]
@@ -800,8 +801,9 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
         images = Directory(directory).list_images(skipped)
         if tar and len(images) != IMAGENET_SIZES["validation"][0]:
             packed = {image.filename for image in tar.list_images([])}
-            if packed > {image.filename for image in images}:
-                only = f"{directory} holds only {len(images):,} of the {len(packed):,}"
+            there = packed & {image.filename for image in images}
+            if there < packed:
+                only = f"{directory} holds only {len(there):,} of the {len(packed):,}"
                 raise InvalidInputError(f"{only} in {tar.path}. Extract it whole.")
         return images
     directories, class_tars = _find_classes(entries)
@@ -823,7 +825,7 @@ def _find_classes(
     entries: Iterable[os.DirEntry[str]],
 ) -> tuple[dict[str, Directory], dict[str, Tar]]:
     """Picks class directories and class tars, by synset."""
-    directories, class_tars = {}, {}
+    directories, class_tars, others = {}, {}, list[str]()
     for entry in entries:
         name, path = entry.name, entry.path
         if not _is_visible(name) or _looks_like_image(name):
@@ -834,9 +836,20 @@ def _find_classes(
             directories[name] = Directory(path, name)
         elif name.endswith(".tar") and not name.startswith("ILSVRC"):
             class_tars[name[:-4]] = Tar(path, name[:-4])
-        elif SYNSET.fullmatch(name):
-            raise InvalidInputError(f"{path} must be a directory or a tar.")
+        else:
+            others.append(path)
+    _check_others(others, directories | class_tars)
     return directories, class_tars
+
+
+def _check_others(paths: Iterable[str], classes: Container[str]) -> None:
+    """Refuses what seems to hold a class, but is not read: `n01440764.tar.gz`, `x.TAR`."""
+    for path in paths:
+        name = os.path.basename(path)
+        synset = name.partition(".")[0]
+        is_packed = PACKED.search(name) and not name.startswith("ILSVRC")
+        if (is_packed or SYNSET.fullmatch(synset)) and synset not in classes:
+            raise InvalidInputError(f"{path} must be a directory or a *.tar.")
 
 
 def _check_extracted(
@@ -943,32 +956,33 @@ class Tar:
         for path, (offset, size) in files.items():
             directory, _, name = path.rpartition("/")
             synset, pattern = class_of(directory)
-            if not pattern:
-                continue
-            if has_image_name(name):
+            if pattern and has_image_name(name):
                 about = synset, label, size, fingerprint, offset
                 images.append(RawImage(tar, path, *about))
                 pattern_in[directory] = pattern
-            elif name.endswith(".tar") and _is_visible(name):
+            elif pattern and name.endswith(".tar") and _is_visible(name):
                 where = offset, offset + size, fingerprint
                 class_tars.append(Tar(tar, self.synset or name[:-4], *where))
                 pattern_in[directory] = f"{directory}/*.tar".lstrip("/")
-            elif _looks_like_image(name):
+            elif pattern and _is_visible(name):
                 others.append(path)
         patterns = {*pattern_in.values()}
+        unread = sorted(p for p in others if p.lower().endswith(OTHER_SUFFIXES))
         if not patterns:
-            raise _no_images(self.place, files, others)
+            raise _no_images(self.place, files, unread)
         if len(patterns) > 1:
             raise InvalidInputError(
                 "A tar must hold one directory of images, class directories side by "
                 f"side, or class tars; {self.place} holds {_some(sorted(patterns))}. "
                 "Extract it."
             )
-        for path in sorted(others):
-            directory, _, name = path.rpartition("/")
+        for directory, _, name in (path.rpartition("/") for path in unread):
             if directory not in pattern_in and class_of(directory)[1] in patterns:
                 raise _no_images(f"{self.place}/{directory}", [name])
-        skipped += [f"{tar}/{path}" for path in others]
+        classes = {class_of(directory)[0] for directory in pattern_in}
+        classes |= {each.synset for each in class_tars}
+        _check_others([f"{self.place}/{path}" for path in others], classes)
+        skipped += [f"{tar}/{path}" for path in unread]
         return images, class_tars
 
     def _class_of(self, directory: str) -> tuple[str, str]:
@@ -1068,7 +1082,7 @@ SYNSETS_DIGEST = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6e
 VALIDATION_DIGEST = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
 NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
-VALIDATION_NAME = re.compile(r"ILSVRC2012_val_([0-9]+)(?:_n[0-9]{8})?\.JPEG")
+VALIDATION_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)")  # also `Copy of ...`
 NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
 # The first column, up to a tab or comma, for a file name may hold blanks; or a word
 COLUMN = re.compile(r"^[^\t,]+?(?=\s*[\t,])|[^\s,]+")
@@ -1084,8 +1098,9 @@ def assign_synsets(
     """Gives validation images, sorted by name, synsets by the rule; returns warnings."""
     directories = [image.synset for image in images]
     names = [_synset_in(image.filename) for image in images]
-    all_say_it = bool(images) and all(d or n for d, n in zip(directories, names))
-    problems = [*_intruders(images)]
+    known = [directory or name for directory, name in zip(directories, names)]
+    all_say_it = bool(images) and all(known)
+    problems, warnings = _intruders(images, known)
     label_file: LabelFile = []
     if not all_say_it or os.path.lexists(labels_path):
         with _collecting(problems):
@@ -1102,7 +1117,7 @@ def assign_synsets(
     synsets = [next(filter(None, said)) for said in zip(*said_by.values())]
     images = [image._replace(synset=s) for image, s in zip(images, synsets)]
     is_by_order = isinstance(label_file, list) and not all_say_it  # line i decides
-    warnings = [*_misordered(images, labels_path)] if is_by_order else []
+    warnings += _misordered(images, labels_path) if is_by_order else []
     return images, warnings + _check_agreement(images, said_by, is_by_order)
 
 
@@ -1112,28 +1127,40 @@ def _synset_in(filename: str) -> str:
 
 
 def _stem(path: str) -> str:
-    return os.path.basename(path).removesuffix(IMAGE_SUFFIX)
+    return re.sub(r"(?i)\.(jpe?g|png)$", "", os.path.basename(path))
 
 
-def _number(image: RawImage) -> int:
-    """The number in ImageNet's name of a validation image; 0 for another name."""
-    match = VALIDATION_NAME.fullmatch(image.filename)
-    return int(match[1]) if match else 0
+def _number(image: RawImage) -> int | None:
+    """The number in ImageNet's name of a validation image, or of a copy of it."""
+    match = VALIDATION_NUMBER.search(image.filename)
+    return int(match[1]) if match else None
 
 
-def _intruders(images: Sequence[RawImage]) -> Iterator[str]:
-    """Describes images of the test set, and images that are there twice."""
-    if tests := [i.path for i in images if i.filename.startswith("ILSVRC2012_test_")]:
+def _intruders(
+    images: Sequence[RawImage], synsets: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Describes images of the test set, or of two classes; and images that are twice.
+
+    What is known of their synsets can be empty.
+    """
+    problems, wrong, double = (list[str]() for _ in range(3))
+    if tests := [i.path for i in images if "ILSVRC2012_test_" in i.filename]:
         where = f"{VALIDATION_DIRECTORY}/ holds images of the test set"
-        yield f"{where}: {_some(tests)}. Move them out of it."
-    first_of: dict[int, RawImage] = {}
-    pairs = []
-    for image in images:
+        problems.append(f"{where}: {_some(tests)}. Move them out of it.")
+    first_of: dict[int | None, tuple[RawImage, str]] = {}
+    for image, synset in zip(images, synsets):
         number = _number(image)
-        if number and (first := first_of.setdefault(number, image)) is not image:
-            pairs.append(f"{first.path} and {image.path} are both number {number:,}")
-    if pairs:
-        yield f"{pairs[0]} ({_count(len(pairs), 'such pair')}). Remove the wrong one."
+        first, its_synset = first_of.setdefault(number, (image, synset))
+        if number is not None and first is not image:
+            pair = f"{first.path} and {image.path} are both number {number:,}"
+            (double if synset == its_synset else wrong).append(pair)
+    for pairs, found, remedy in (
+        (wrong, problems, " Remove the wrong one."),
+        (double, warnings := list[str](), ""),
+    ):
+        if pairs:
+            found.append(f"{pairs[0]} ({_count(len(pairs), 'such pair')}).{remedy}")
+    return problems, warnings
 
 
 def read_label_file(path: str) -> LabelFile:
@@ -1171,7 +1198,10 @@ def _read_lines(path: str) -> list[str]:
 
 def _beside(path: str) -> str:
     """Names files that may be the label file under another name."""
-    names = {*glob.glob("*", root_dir=os.path.dirname(path))} - {os.path.basename(path)}
+    root = os.path.dirname(path)
+    places = "*", f"{VALIDATION_DIRECTORY}/*"
+    names = {name for place in places for name in glob.glob(place, root_dir=root)}
+    names.discard(os.path.basename(path))
     pattern = re.compile(r"(?i)label|synset|solution|\.(txt|csv)$")
     found = _some(sorted(filter(pattern.search, names)))
     return f" Found {found} beside it." if found else ""
@@ -1184,11 +1214,13 @@ def _misaligned(
     if isinstance(label_file, dict):
         if missing := [i.filename for i in images if _stem(i.name) not in label_file]:
             among = f"{len(missing):,} of {_count(len(images), 'validation image')}"
-            yield f"{path} has no line of {among}: {_some(missing)}."
+            last = f"; its last line is of {next(iter(label_file))!r}"
+            other_file = last if len(missing) == len(images) else ""
+            yield f"{path} has no line of {among}: {_some(missing)}{other_file}."
         return
     num_lines, num_images = len(label_file), len(images)
     numbers = [_number(image) for image in images]
-    wrong = [i for i, number in enumerate(numbers) if number not in (0, i + 1)]
+    wrong = [i for i, number in enumerate(numbers) if number not in (None, i + 1)]
     # A file that is not needed may be empty; the images are then numbered as they like.
     is_spare = not is_needed and num_lines in (0, num_images)
     if not images or is_spare or (num_lines == num_images and not wrong):
@@ -1200,9 +1232,10 @@ def _misaligned(
     if wrong:
         problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
     lacking = {*range(1, max(num_lines, num_images) + 1)}.difference(numbers)
-    if all(numbers) and lacking:
+    given = [number for number in numbers if number is not None]
+    if len(given) == num_images and lacking:
         problem += f". There is no number {_some([f'{n:,}' for n in sorted(lacking)])}"
-    if all(numbers) and numbers != sorted(numbers):
+    if len(given) == num_images and given != sorted(given):
         problem += ". Without leading zeros, names sort wrongly: 1, 10, 2"
     free = "If directories and names are right, remove it."
     yield f"{problem}. {TWO_COLUMNS if is_needed else free}"
@@ -1244,7 +1277,7 @@ def _check_agreement(
             meant.append(f"{problem} The {decisive} decides.")
         else:
             slips.append(f"{problem} Correct it.")
-    in_order = sorted((_number(image), image.synset) for image in images)
+    in_order = sorted((_number(image) or 0, image.synset) for image in images)
     synsets = [synset for _, synset in in_order]
     all_numbers = [*range(1, IMAGENET_SIZES["validation"][0] + 1)]
     has_all = [number for number, _ in in_order] == all_numbers
@@ -1280,7 +1313,7 @@ def class_problems(
     if unknown:
         rule = "Validation images must be of the classes of the training images"
         found = f"such as {_some(sorted(trained))}; found {_some(sorted(unknown))}"
-        yield f"{rule}, {found}. {ONE_COLUMN}"
+        yield f"{rule}, {found}. README, step 2, says what decides a class."
 
 
 def _named_unlike_most(usual: AbstractSet[str], names: AbstractSet[str]) -> set[str]:
@@ -1308,8 +1341,8 @@ def warnings_about(
         among = f"{len(wrong):,} of {_count(len(training), 'training image')}"
         where = f"{wrong[0].path}, in {wrong[0].synset}"
         yield f"The directory decides against the name of {among}, such as {where}."
-    others = "ILSVRC2012_val_", "ILSVRC2012_test_"
-    if moved := [i.path for i in unusual if i.filename.startswith(others)]:
+    others = re.compile("ILSVRC2012_(val|test)_")
+    if moved := [i.path for i in unusual if others.search(i.filename)]:
         found = f"{_count(len(moved), 'image')} of another split, such as {moved[0]}"
         yield f"{TRAINING_DIRECTORY}/ holds {found}."
     yield from _class_warnings(dataset)
@@ -3550,7 +3583,12 @@ NOT_TARS = {
     b"\x1f\x8b": "it is compressed; decompress it with gzip -d first",
     b"BZh": "it is compressed; decompress it with bzip2 -d first",
     b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
+    b"(\xb5/\xfd": "it is compressed; decompress it with zstd -d first",
+    b"PK": "it is not a tar but a zip; extract it, and remove it",
     b"<": "it is not a tar but a web page; log in, and download it again",
+    **dict.fromkeys(
+        (b"{", b"version http"), "it is text, not a tar; download it again"
+    ),
 }
 # What follows the name, of 100 bytes, in the header of a plain file: all of its numbers,
 # for tarfile ends at one that is none, and no prefix of the name.

@@ -35,8 +35,8 @@ HUGGING_FACE = (
 )
 UNKNOWN = (
     "Validation images must be of the classes of the training images, such as "
-    "n01440764, n01440801, n01440838 and 1 more; found {}. Line i of synset_labels.txt "
-    "is for the i-th image (README, step 2)."
+    "n01440764, n01440801, n01440838 and 1 more; found {}. README, step 2, says what "
+    "decides a class."
 )
 
 
@@ -139,6 +139,24 @@ REFUSED = {
         f"RAW/validation/{B}/{V[2]} and RAW/validation/{D}/{VAL}02.JPEG are both number 2 "
         "(2 such pairs). Remove the wrong one."
     ),
+    **{
+        f"{INTO_FOLDERS} cp {A}/* '{D}/{copy}'; rm ../*.txt": (
+            f"{paths} are both number 1 (1 such pair). Remove the wrong one."
+        )
+        for copy, paths in (
+            (
+                f"{VAL}00000001 (1).JPEG",
+                f"RAW/validation/{D}/{VAL}00000001 (1).JPEG and RAW/validation/{A}/{V[1]}",
+            ),
+            (
+                f"Copy of {V[1]}",
+                f"RAW/validation/{D}/Copy of {V[1]} and RAW/validation/{A}/{V[1]}",
+            ),
+        )
+    },
+    f"mv validation/{V[1]} validation/{V[0]}": misplaced(
+        "4 lines", "4", f"1 is {V[0]}", missing("1")
+    ),
     f"echo >validation/{T1}; echo {A} >>*.txt": (
         f"{of_test_set(T1)}\n{misplaced('5 lines', '5', f'2 is {V[1]}')}"
     ),
@@ -155,6 +173,18 @@ REFUSED = {
     f"printf '{VAL}0000000%d {A}\\n' 1 2 4 >*.txt": (
         f"RAW/synset_labels.txt has no line of 1 of 4 validation images: {V[3]}."
     ),
+    **{
+        f"printf '{content}' >*.txt": (
+            f"RAW/synset_labels.txt has no line of 4 of 4 validation images: "
+            f"{V[1]}, {V[2]}, {V[3]} and 1 more; its last line is of {last!r}."
+        )
+        for content, last in (
+            ("404: Not Found", "404:"),
+            ("version https://x/1\\noid sha256:1\\nsize 40\\n", "size"),
+            (f"1 {A}\\n2 {B}\\n3 {C}\\n4 {D}\\n", "4"),
+            (f"{A}\\ttench\\n{B}\\tgoldfish\\n", B),
+        )
+    },
     f"printf '%s\\n' 'a {A}' 'a {B}' 'b {A}' >*.txt": (
         "Line 2 of RAW/synset_labels.txt must be a file name and a synset, one for "
         f"each name; found 'a {B}'."
@@ -174,6 +204,10 @@ REFUSED = {
     "mv *.txt synset_labels.txt.txt; touch imagenet_2012_labels notes": (
         f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
         "imagenet_2012_labels, synset_labels.txt.txt beside it."
+    ),
+    "mv *.txt validation": (
+        f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
+        "validation/synset_labels.txt beside it."
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}; rm ../*.txt": (
         f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I}\n"
@@ -228,6 +262,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "": (LINES, []),
     EVERY.format(".JPEG ", ""): (LINES, []),
     EVERY.format(" ", ""): (LINES, []),
+    EVERY.format(".jpg ", ""): (LINES, []),
     EVERY.format("'\t'", "'\ttench'"): (LINES, []),
     EVERY.format(",", "' 12 34 56,7'") + "; sed -i 1iImageId,Prediction *.txt; "
     "sort -r *.txt >x; mv x *.txt": (LINES, []),
@@ -276,6 +311,13 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"cp validation/*[12].JPEG train/{A}": (
         LINES,
         [f"train/ holds 2 images of another split, such as RAW/train/{A}/{V[1]}."],
+    ),
+    f"{INTO_FOLDERS} cp {A}/* {A}/Copy_{V[1]}; rm ../*.txt": (
+        [A, *LINES],
+        [
+            f"RAW/validation/{A}/Copy_{V[1]} and RAW/validation/{A}/{V[1]} are both "
+            "number 1 (1 such pair)."
+        ],
     ),
     f"cd train/{A}; mv {A}_1.JPEG {A}_1_{B}.JPEG": (
         LINES,

@@ -72,6 +72,9 @@ def test_other_files_are_passed_over_when_there_are_images(raw: Path) -> None:
         "train/README",
         "train/.DS_Store",
         "train/ILSVRC2012_img_train_t3.tar",
+        "train/ILSVRC2012_img_train.tar.gz",
+        "train/n01440764.tar.gz",
+        "train/n01440764.txt",
         "train/@eaDir/n01440764_1.JPEG",
         "train/n01440764/@eaDir/n01440764_1.JPEG/thumbnail.jpg",
         "train/lost+found/x.JPEG",
@@ -156,7 +159,8 @@ BOTH = "there. Both splits are required; README, step 2, says in which layouts."
 NO_IMAGES = "No images match RAW/train/<synset>/*.JPEG."
 SEVERAL = "n01440764, n01440801, n01440838 and"
 UNKNOWN = "Validation images must be of the classes of the training images, such as "
-HINT = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
+HINT = "README, step 2, says what decides a class."
+LINE_I = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
 READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
@@ -164,7 +168,7 @@ READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, say
 REFUSALS = {
     **{
         f"rm synset_labels.txt; {command}": (
-            f"Cannot read RAW/synset_labels.txt: {reason}. {HINT}"
+            f"Cannot read RAW/synset_labels.txt: {reason}. {LINE_I}"
         )
         for command, reason in (
             ("", "No such file or directory"),
@@ -173,7 +177,7 @@ REFUSALS = {
         )
     },
     "printf '\\xff\\xfen\\0' >synset_labels.txt": (  # as PowerShell's `>` writes
-        f"RAW/synset_labels.txt is not text in UTF-8. {HINT}"
+        f"RAW/synset_labels.txt is not text in UTF-8. {LINE_I}"
     ),
     **{
         command: (
@@ -237,7 +241,21 @@ REFUSALS = {
         "Cannot read RAW/train/n01440838: Too many levels of symbolic links."
     ),
     "cd train; rm -r n01440838; touch n01440838": (
-        "RAW/train/n01440838 must be a directory or a tar."
+        "RAW/train/n01440838 must be a directory or a *.tar."
+    ),
+    **{
+        f"cd train; mv n01440838 ../x; touch {name}": (
+            f"RAW/train/{name} must be a directory or a *.tar."
+        )
+        for name in (
+            *("n01440838.tar.gz", "n01440838.tar.part", "n01440838.TAR"),
+            *("n01440838.7z", "wolf.tgz", "wolf.Tar.xz"),
+        )
+    },
+    "cd train; touch x.tar.part; for s in n*; do tar -cf $s.tar -C $s .; done; "
+    "mv n01440838.tar n01440838.tar.gz; tar -cf ../ILSVRC2012_img_train.tar *.tar*; "
+    "rm -r ../train": (
+        "RAW/ILSVRC2012_img_train.tar/n01440838.tar.gz must be a directory or a *.tar."
     ),
     "cd train; rm -r n01440838; ln -s nothing wolf": (
         "Cannot read RAW/train/wolf: No such file or directory."
@@ -444,7 +462,7 @@ def test_validation_tar_must_be_extracted_whole(raw: Path) -> None:
         for image in images:
             file.add(image, image.name)
     script.read_dataset(str(raw))
-    images[0].unlink()
+    images[0].rename(images[0].with_name("another.JPEG"))
     with pytest.raises(script.InvalidInputError) as caught:
         script.read_dataset(str(raw))
     assert str(caught.value).startswith(

@@ -280,6 +280,13 @@ REFUSED = {
     "empty": (b"", CUT_SHORT),
     "web page": (b"<!DOCTYPE html>" * 100, WEB_PAGE),
     "small web page": (b"\n <html>", WEB_PAGE),
+    "JSON": (b'{"error": 404}', "it is text, not a tar; download it again."),
+    "LFS": (b"version https://git-lfs", "it is text, not a tar; download it again."),
+    "zip": (b"PK\3\4", "it is not a tar but a zip; extract it, and remove it."),
+    "zstd": (
+        b"(\xb5/\xfd",
+        "it is compressed; decompress it with zstd -d first.",
+    ),
     "joined by cat": (tar_bytes(FILES) * 2, f"{SEVERAL} {DOWNLOAD}"),
     "random": (random.Random(0).randbytes(5000), DAMAGED),
     "gzip": (gzip.compress(tar_bytes(FILES)), f"{COMPRESSED} gzip -d first."),
