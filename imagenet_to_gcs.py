@@ -119,6 +119,7 @@ import pickle
 import queue
 import random
 import re
+import resource
 import shlex
 import shutil
 import socket
@@ -185,7 +186,6 @@ INHERITED_FLAGS = """
   --help: Print this manual and exit."""
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Fix this and rerun the same command."
-FEWER_WORKERS = "Rerun the same command with fewer --num_workers"
 TOO_MANY_THREADS = (
     "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it, or "
     "rerun the same command with fewer --num_workers."
@@ -198,7 +198,8 @@ DISK_ERRORS = (
 LIMITS = {  # which are never the fault of a file
     errno.EMFILE: "Raise the limit (ulimit -n) and rerun the same command.",
     errno.ENFILE: "Raise the limit (sysctl fs.file-max) and rerun the same command.",
-    errno.ENOMEM: f"{FEWER_WORKERS}, or allow it more memory.",
+    errno.ENOMEM: "Allow the run more memory or, if it has several workers, rerun it "
+    "with fewer --num_workers.",
 }
 MACHINE_ERRORS = LIMITS | dict.fromkeys(DISK_ERRORS, f"{DISK_FAILS}. {FIX_AND_RERUN}")
 
@@ -2151,9 +2152,15 @@ def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
 def _cause_of_death(status: int, words: bytes) -> MachineError:
     """Puts an exit status and what was last written to stderr into a line."""
     text = words.decode(errors="replace")
+    killed = "A worker process was killed, most likely because"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # by those that have ended
+    is_over = 0 < resource.getrlimit(resource.RLIMIT_CPU)[1] < sum(used[:2]) + 1
+    if status == -signal.SIGXCPU or (status == -signal.SIGKILL and is_over):
+        cause = "it reached the limit of processor time (ulimit -t)"
+        return MachineError(f"{killed} {cause}. Raise it and rerun the same command.")
     if status == -signal.SIGKILL or "failed to map segment" in text:
-        cause = "most likely because the machine ran out of memory"
-        return MachineError(f"A worker process was killed, {cause}. {FEWER_WORKERS}.")
+        remedy = LIMITS[errno.ENOMEM]
+        return MachineError(f"{killed} the machine ran out of memory. {remedy}")
     if TOO_MANY.search(text):
         return MachineError(TOO_MANY_THREADS)
     _, *lines = text.splitlines()  # the first may be cut

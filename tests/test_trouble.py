@@ -199,10 +199,11 @@ def test_lack_of_memory_is_named(raw: Path) -> None:
     """Most of the image of 700 MB is a hole."""
     path = min(raw.glob("train/*/*.JPEG"))
     os.truncate(path, 700_000_000)
-    done = in_shell(f"ulimit -v 2000000; exec {command(*flags(raw))}")
+    few = command(*flags(raw), "--num_workers=1")
+    done = in_shell(f"ulimit -v 2000000; exec {few}")
     assert only_error(done) == (
-        f"Cannot read {path}: Cannot allocate memory. Rerun the same command with "
-        "fewer --num_workers, or allow it more memory."
+        f"Cannot read {path}: Cannot allocate memory. Allow the run more memory or, if "
+        "it has several workers, rerun it with fewer --num_workers."
     )
 
 

@@ -20,7 +20,12 @@ from imagenet_to_gcs import INSTALL
 FIX = "Fix this and rerun the same command."
 OUT_OF_MEMORY = (
     "A worker process was killed, most likely because the machine ran out of memory. "
-    "Rerun the same command with fewer --num_workers."
+    "Allow the run more memory or, if it has several workers, rerun it with fewer "
+    "--num_workers."
+)
+OUT_OF_TIME = (
+    "A worker process was killed, most likely because it reached the limit of processor "
+    "time (ulimit -t). Raise it and rerun the same command."
 )
 
 
@@ -365,6 +370,25 @@ def test_signal_is_named_when_a_worker_dies(
     with started(*flags(raw, 100)) as run:
         wait_for(lambda: finished_shards(raw / "scratch"), run)
         os.kill(run.workers()[-1], number)
+        done = run.finish()
+    assert (done.status, done.errors) == (1, [error])
+
+
+@pytest.mark.parametrize(
+    ("limit", "code", "error"),
+    [
+        ("-t 2", "while True: pass", OUT_OF_TIME),  # SIGKILL
+        ("-S -t 2", "while True: pass", OUT_OF_TIME),  # SIGXCPU
+        ("-t 600", "import os; os.kill(os.getpid(), 9)", OUT_OF_MEMORY),
+    ],
+)
+def test_limit_of_processor_time_is_named_when_it_is_reached(
+    raw: Path, tmp_path: Path, limit: str, code: str, error: str
+) -> None:
+    (tmp_path / "tensorflow.py").write_text(code)
+    shell = f"ulimit {limit}; exec {shlex.join(command(raw))}"
+    env = {"PYTHONPATH": str(tmp_path)}
+    with running(["bash", "-c", shell], tmp_path / "log", **env) as run:
         done = run.finish()
     assert (done.status, done.errors) == (1, [error])
 
