@@ -2065,7 +2065,7 @@ class Pool:
             self._helper.wait(timeout=5)
         self.close()
         status = self._helper.returncode or 0  # none if a disk holds it
-        return _cause_of_death(status, self._words)
+        return MachineError(_cause_of_death(status, self._words))
 
 
 def _start_helper(sockets: list[int]) -> Any:
@@ -2091,33 +2091,34 @@ def _start_helper(sockets: list[int]) -> Any:
     )
 
 
-def _fork_workers(sockets: Sequence[int]) -> NoReturn:
-    """Imports TensorFlow and forks a worker for each socket; runs in the helper."""
+def _fork_workers(sockets: list[int]) -> NoReturn:
+    """Imports TensorFlow, to use one processor, and forks a worker for each socket."""
     threading.Thread(target=_end_with_run, daemon=True).start()
     gc.disable()  # or the import would take 1.6 times as long
     try:
-        import tensorflow  # noqa: F401
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
         os._exit(IMPORT_FAILED)
     gc.freeze()
     gc.enable()
-    # A fork after TensorFlow has run anything would hang.
-    workers = set()
-    for own in sockets:
-        if not (worker := os.fork()):
-            _make_calls(own, {*sockets} - {own})
-        workers.add(worker)
-    for each in sockets:
-        os.close(each)
-    with contextlib.suppress(ChildProcessError):  # all have ended
-        while child := os.wait():
-            status = os.waitstatus_to_exitcode(child[1])
-            if child[0] in workers and status:  # not a child of TensorFlow's
-                if status < 0:
-                    os.kill(os.getpid(), -status)
-                os._exit(status)
-    os._exit(0)
+    while sockets:
+        own = sockets.pop()
+        if not os.fork():  # after TensorFlow has run anything, that would hang
+            for other in sockets:
+                os.close(other)
+            _make_calls(own)
+        os.close(own)
+    status = 0
+    with contextlib.suppress(ChildProcessError):  # all have ended well
+        while not status:
+            status = os.waitstatus_to_exitcode(os.wait()[1])
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    os._exit(status)
 
 
 def _end_with_run() -> None:
@@ -2125,15 +2126,9 @@ def _end_with_run() -> None:
     os._exit(0)
 
 
-def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
-    """Makes the calls that the run sends to this worker, on one processor."""
-    for other in others:
-        os.close(other)
+def _make_calls(own: int) -> NoReturn:
+    """Makes the calls that the run sends to this worker."""
     threading.Thread(target=_end_with_run, daemon=True).start()
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     connection = socket.socket(fileno=own).makefile("rwb")
     while connection.peek(1):  # nothing once the run has closed its end
         call = pickle.load(connection)
@@ -2149,31 +2144,30 @@ def _make_calls(own: int, others: Iterable[int]) -> NoReturn:
     os._exit(0)
 
 
-def _cause_of_death(status: int, words: bytes) -> MachineError:
+def _cause_of_death(status: int, words: bytes) -> str:
     """Puts an exit status and what was last written to stderr into a line."""
     text = words.decode(errors="replace")
-    killed = "A worker process was killed, most likely because"
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # by those that have ended
-    is_over = 0 < resource.getrlimit(resource.RLIMIT_CPU)[1] < sum(used[:2]) + 1
-    if status == -signal.SIGXCPU or (status == -signal.SIGKILL and is_over):
-        cause = "it reached the limit of processor time (ulimit -t)"
-        return MachineError(f"{killed} {cause}. Raise it and rerun the same command.")
-    if status == -signal.SIGKILL or "failed to map segment" in text:
-        remedy = LIMITS[errno.ENOMEM]
-        return MachineError(f"{killed} the machine ran out of memory. {remedy}")
-    if TOO_MANY.search(text):
-        return MachineError(TOO_MANY_THREADS)
     _, *lines = text.splitlines()  # the first may be cut
     lines = [line for line in lines if not NOISE.match(line)]
     errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
-    said = [signal.Signals(-status).name] if status < 0 else []
-    said += (errors or lines)[-1:]
-    cause = ": ".join(said).rstrip(".") or f"exit status {status}"
+    name = signal.Signals(-status).name if status < 0 else ""
+    said = ": ".join(filter(None, (name, *(errors or lines)[-1:]))).rstrip(".")
+    cause = said or f"exit status {status}"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # by those that have ended
+    is_over = 0 < resource.getrlimit(resource.RLIMIT_CPU)[1] < sum(used[:2]) + 1
+    killed = "A worker process was killed, most likely because"
+    if name == "SIGXCPU" or (name == "SIGKILL" and is_over):
+        limit = "the limit of processor time (ulimit -t)"
+        return f"{killed} it reached {limit}. Raise it and rerun the same command."
+    if name == "SIGKILL" or "failed to map segment" in text:
+        return f"{killed} the machine ran out of memory. {LIMITS[errno.ENOMEM]}"
+    if TOO_MANY.search(text):
+        return TOO_MANY_THREADS
     if status == IMPORT_FAILED:
-        return MachineError(f"TensorFlow cannot be imported: {cause}. Run: {INSTALL}.")
-    if status == -signal.SIGILL:
+        return f"TensorFlow cannot be imported: {cause}. Run: {INSTALL}."
+    if name == "SIGILL":
         cause += ", as if TensorFlow were built for another processor"
-    return MachineError(f"A worker process died: {cause}. {FIX_AND_RERUN}")
+    return f"A worker process died: {cause}. {FIX_AND_RERUN}"
 
 
 LOG_SECONDS = 10.0
