@@ -610,10 +610,18 @@ def _waiting_for(
 
 def _conclude(job: Job) -> None:
     """Looks again at what is there, and completes the data set if all of it is."""
-    if job.destination:
-        job.destination.list_objects()
+    options, destination, work = job.options, job.destination, job.work
+    if destination:
+        destination.list_objects()
     try:
-        work = _check_finished(job)
+        if destination and not destination.is_listed:
+            destination.check_none_passed_over()
+        else:
+            objects = destination.objects if destination else None
+            work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
+            check_none_wrong(work.left, len(options.share(job.shards)), job.place)
+            if problems := list(_bucket_problems(job)):
+                raise RunError(*problems)
     except RunError:
         _remove_manifest(job)
         raise
@@ -676,7 +684,6 @@ class RawImage(NamedTuple):
     Attributes:
       source: The directory or tar that holds it.
       name: Its path below the source; in a tar there can be directories in it.
-      label: 1-based rank of the synset among all synsets; until all are known, a guess.
       fingerprint: `file_fingerprint`, or `tar_fingerprint` of the tar it is in.
       offset: Of its first byte in the tar; None for a file in a directory.
     """
@@ -684,7 +691,6 @@ class RawImage(NamedTuple):
     source: str
     name: str
     synset: str
-    label: int
     num_bytes: int
     fingerprint: int | TarFingerprint
     offset: int | None = None
@@ -713,8 +719,7 @@ class Dataset:
     """The raw data set: training images sorted by path, validation images by name.
 
     Attributes:
-      synsets: Sorted; the label of `synsets[i]` is i + 1, because the models that
-        read the shards keep 0 for "background".
+      synsets: Sorted.
       skipped: Paths of images that are not read; see `warnings_about`.
       warnings: Contradictions about validation images that seem to be meant.
     """
@@ -724,6 +729,11 @@ class Dataset:
     validation: Sequence[RawImage] = ()
     skipped: Sequence[str] = ()
     warnings: Sequence[str] = ()
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """From 1 on, because models that read the shards keep 0 for "background"."""
+        return {synset: label for label, synset in enumerate(self.synsets, start=1)}
 
     @functools.cached_property  # a pass over 1.3 million images
     def trained(self) -> set[str]:
@@ -763,11 +773,6 @@ def read_dataset(raw_data_dir: str) -> Dataset:
         if problems:
             raise InvalidInputError(*problems)
         synsets = tuple(sorted(trained | validated, key=os.fsencode))
-        label_of = {synset: label for label, synset in enumerate(synsets, start=1)}
-        for images in (training, validation):
-            for i, image in enumerate(images):  # in place: a copy would take 150 MB
-                if image.label != label_of[image.synset]:
-                    images[i] = image._replace(label=label_of[image.synset])
     return Dataset(synsets, training, validation, sorted(skipped), warnings)
 
 
@@ -786,7 +791,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawImage]:
-    """Lists images by path, with guessed labels; adds paths of others to `skipped`."""
+    """Lists images by path; adds the paths of other images to `skipped`."""
     directory = os.path.join(raw_data_dir, split)
     paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
     tar = next(map(Tar, filter(os.path.exists, paths)), None)
@@ -877,9 +882,7 @@ def list_all(classes: Iterable[Directory | Tar], skipped: list[str]) -> list[Raw
     in_order = sorted(classes, key=lambda class_: os.fsencode(class_.synset + "/"))
     images, problems = list[RawImage](), list[str]()
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
-        # Their numbers are guesses at their labels, right if there are no others.
-        numbered = enumerate(in_order, start=1)
-        listings = [threads.submit(c.list_images, skipped, i) for i, c in numbered]
+        listings = [threads.submit(each.list_images, skipped) for each in in_order]
     for listing in listings:
         with _collecting(problems):
             images += listing.result()
@@ -897,7 +900,7 @@ class Directory:
     path: str
     synset: str = ""
 
-    def list_images(self, skipped: list[str], label: int = 0) -> list[RawImage]:
+    def list_images(self, skipped: list[str]) -> list[RawImage]:
         """Lists `*.JPEG` by name; adds the paths of other images to `skipped`."""
         images, others = list[RawImage](), list[str]()
         entries = _scan(self.path)
@@ -914,7 +917,7 @@ class Directory:
             except OSError as error:
                 if not entry.is_symlink():
                     raise refusal("read", entry.path, error, is_input=True) from error
-            about = self.synset, label, size, fingerprint
+            about = self.synset, size, fingerprint
             images.append(RawImage(self.path, entry.name, *about))
         if not images:
             raise _no_images(self.path, [entry.name for entry in entries], others)
@@ -941,14 +944,12 @@ class Tar:
     def place(self) -> str:
         return f"{self.path}/{self.synset}.tar" if self.start else self.path
 
-    def list_images(self, skipped: list[str], label: int = 0) -> list[RawImage]:
+    def list_images(self, skipped: list[str]) -> list[RawImage]:
         """Lists `*.JPEG` by path, also in class tars; else as `Directory` does."""
-        images, class_tars = self.list_contents(skipped, label)
+        images, class_tars = self.list_contents(skipped)
         return _by_name(images) + list_all(class_tars, skipped)
 
-    def list_contents(
-        self, skipped: list[str], label: int = 0
-    ) -> tuple[list[RawImage], list[Tar]]:
+    def list_contents(self, skipped: list[str]) -> tuple[list[RawImage], list[Tar]]:
         """Lists the images, in any order, and the class tars in it."""
         images, class_tars, others = list[RawImage](), list[Tar](), list[str]()
         pattern_in: dict[str, str] = {}  # of the directories that hold any
@@ -958,7 +959,7 @@ class Tar:
             directory, _, name = path.rpartition("/")
             synset, pattern = class_of(directory)
             if pattern and has_image_name(name):
-                about = synset, label, size, fingerprint, offset
+                about = synset, size, fingerprint, offset
                 images.append(RawImage(tar, path, *about))
                 pattern_in[directory] = pattern
             elif pattern and name.endswith(".tar") and _is_visible(name):
@@ -1418,6 +1419,7 @@ class Shard:
     index: int  # from 0
     num_shards: int
     images: tuple[RawImage, ...]  # in the order of their records; may be empty
+    labels: Mapping[str, int]  # of all synsets, in all shards the same
 
     @property
     def name(self) -> str:
@@ -1436,7 +1438,8 @@ class Shard:
         """
         lines = [f"{RECORD_FORMAT}\0{self.name}\n"]
         for i in self.images:
-            lines.append(f"{i.filename}\0{i.synset}\0{i.label}\0{i.num_bytes}\n")
+            label = self.labels[i.synset]
+            lines.append(f"{i.filename}\0{i.synset}\0{label}\0{i.num_bytes}\n")
         return _sha256(lines)
 
     def fingerprint(self) -> str:
@@ -1459,7 +1462,7 @@ def plan_shards(
     """
     training = list(dataset.training)
     random.Random(0).shuffle(training)
-    shards = []
+    shards, labels = list[Shard](), dataset.labels
     for split, images, num_shards in (
         (TRAINING_DIRECTORY, training, training_shards),
         (VALIDATION_DIRECTORY, dataset.validation, validation_shards),
@@ -1467,7 +1470,7 @@ def plan_shards(
         size = images_per_shard(len(images), num_shards)
         for i in range(num_shards):
             chunk = tuple(images[i * size : (i + 1) * size])
-            shards.append(Shard(split, i, num_shards, chunk))
+            shards.append(Shard(split, i, num_shards, chunk, labels))
     return shards
 
 
@@ -1730,7 +1733,7 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
 # 6. One record: nine features, and the frame around them
 
 
-def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
+def make_example(image: RawImage, label: int, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
 
     Whatever it takes from `image` must be in `Shard.digest`, too: or else, when that
@@ -1747,7 +1750,7 @@ def make_example(image: RawImage, encoded: EncodedImage) -> bytes:
     feature["image/width"].int64_list.value.append(encoded.width)
     feature["image/colorspace"].bytes_list.value.append(b"RGB")
     feature["image/channels"].int64_list.value.append(3)  # as decoded, gray ones too
-    feature["image/class/label"].int64_list.value.append(image.label)
+    feature["image/class/label"].int64_list.value.append(label)
     feature["image/class/synset"].bytes_list.value.append(os.fsencode(image.synset))
     feature["image/format"].bytes_list.value.append(b"JPEG")
     feature["image/filename"].bytes_list.value.append(os.fsencode(image.filename))
@@ -1840,7 +1843,8 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
         for opened in open_ahead(shard.images):
             try:
                 encoded = check_and_repair(opened.read())
-                example = make_example(opened.image, encoded)
+                label = shard.labels[opened.image.synset]
+                example = make_example(opened.image, label, encoded)
             except Exception as error:  # it concerns one image
                 problem = problem_of(opened.image, error)
                 if not isinstance(problem, BadImagesError):
@@ -3117,20 +3121,6 @@ def _remove_manifest(job: Job) -> None:
     remove(job.manifest_path)
     if job.destination:
         job.destination.delete(MANIFEST_FILE)
-
-
-def _check_finished(job: Job) -> Work:
-    """Looks again at what is there: nothing of this task may be left to do."""
-    options, destination = job.options, job.destination
-    if destination and not destination.is_listed:
-        destination.check_none_passed_over()
-        return job.work
-    objects = destination.objects if destination else None
-    work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
-    check_none_wrong(work.left, len(options.share(job.shards)), job.place)
-    if problems := list(_bucket_problems(job)):
-        raise RunError(*problems)
-    return work
 
 
 def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> None:

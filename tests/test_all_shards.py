@@ -177,9 +177,11 @@ def progress_of(
     scratch_dir = str(raw / "scratch")
     options = script.Options(str(raw), False, None, None, scratch_dir, num_workers=1)
     num_bytes = 10**5 - script.RECORD_OVERHEAD
-    images = (script.RawImage("/raw", "a.JPEG", "n1", 1, num_bytes, 1),) * 1000
+    images = (script.RawImage("/raw", "a.JPEG", "n1", num_bytes, 1),) * 1000
     num_shards = to_write + to_upload
-    shards = [script.Shard("train", i, num_shards, images) for i in range(num_shards)]
+    shards = [
+        script.Shard("train", i, num_shards, images, {}) for i in range(num_shards)
+    ]
     work = script.Work(shards[:to_write], [(s, STAMP) for s in shards[to_write:]])
     destination = object.__new__(script.Destination) if has_upload else None
     return script.Progress(script.Job(options, ("n1",), shards, destination, work))

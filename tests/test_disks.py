@@ -169,8 +169,8 @@ def test_room_is_that_of_new_shards_less_the_old(
 ) -> None:
     """Of 40 shards of 10,000 bytes, in multiples of one; two workers."""
     num_bytes = 10_000 - script.RECORD_OVERHEAD
-    image = script.RawImage("/raw", "a.JPEG", "n1", 1, num_bytes, 1)
-    shards = [script.Shard("train", i, 40, (image,)) for i in range(40)]
+    image = script.RawImage("/raw", "a.JPEG", "n1", num_bytes, 1)
+    shards = [script.Shard("train", i, 40, (image,), {}) for i in range(40)]
     (tmp_path / "train").mkdir()
     for shard in shards if old else []:
         path = Path(script.shard_path(shard, str(tmp_path)))

@@ -13,7 +13,7 @@ ENCODED = script.EncodedImage(JPEG, 48, 64)
 
 
 def make_image(filename: str) -> script.RawImage:
-    return script.RawImage("/raw", filename, "n02091831", 9, 1, 1)
+    return script.RawImage("/raw", filename, "n02091831", 1, 1)
 
 
 @pytest.mark.parametrize("filename", [b"n02091831_7.JPEG", "é".encode(), b"\xff.JPEG"])
@@ -31,7 +31,7 @@ def test_example_has_the_nine_features_for_tensorflow(filename: bytes) -> None:
         "image/filename": filename,
         "image/encoded": JPEG,
     }
-    serialized = script.make_example(make_image(os.fsdecode(filename)), ENCODED)
+    serialized = script.make_example(make_image(os.fsdecode(filename)), 9, ENCODED)
     features: dict[str, object] = {
         name: tf.io.FixedLenFeature([], tf.int64 if isinstance(v, int) else tf.string)
         for name, v in expected.items()
@@ -47,12 +47,12 @@ def test_example_has_the_same_bytes_each_time() -> None:
     code = """if True:
         import sys
         import imagenet_to_gcs as script
-        image = script.RawImage("/elsewhere", "x.JPEG", "n02091831", 9, 22, 33)
+        image = script.RawImage("/elsewhere", "x.JPEG", "n02091831", 22, 33)
         encoded = script.EncodedImage(bytes.fromhex(sys.argv[1]), 48, 64)
-        print(script.make_example(image, encoded).hex())
+        print(script.make_example(image, 9, encoded).hex())
     """
     image = make_image("x.JPEG")
-    expected = script.make_example(image, ENCODED)
-    assert {script.make_example(image, ENCODED) for _ in range(50)} == {expected}
+    expected = script.make_example(image, 9, ENCODED)
+    assert {script.make_example(image, 9, ENCODED) for _ in range(50)} == {expected}
     finished = run_code(code, JPEG.hex())
     assert bytes.fromhex(finished.stdout) == expected

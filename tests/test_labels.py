@@ -315,8 +315,10 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{INTO_FOLDERS} cp {A}/* {A}/Copy_{V[1]}; rm ../*.txt": (
         [A, *LINES],
         [
-            f"RAW/validation/{A}/Copy_{V[1]} and RAW/validation/{A}/{V[1]} are both "
-            "number 1 (1 such pair)."
+            (
+                f"RAW/validation/{A}/Copy_{V[1]} and RAW/validation/{A}/{V[1]} are both "
+                "number 1 (1 such pair)."
+            ),
         ],
     ),
     f"cd train/{A}; mv {A}_1.JPEG {A}_1_{B}.JPEG": (
@@ -473,7 +475,7 @@ def test_names_without_zeros_are_compared_by_number(
     for i, synset in enumerate(synsets, start=1):
         name = f"{VAL}{i}_{synset}.JPEG" if by == "name" else f"{VAL}{i}.JPEG"
         folder = synset if by == "directory" else ""
-        images.append(script.RawImage("/", name, folder, 0, 9, 9))
+        images.append(script.RawImage("/", name, folder, 9, 9))
     if by == "line":
         lines = [f"{i.name} {synset}\n" for i, synset in zip(images, synsets)]
         (tmp_path / "labels").write_text("".join(lines))
@@ -498,7 +500,7 @@ def test_names_without_zeros_are_compared_by_number(
 def test_classes_that_are_not_imagenets_are_said(
     synsets: list[str], warning: str | None
 ) -> None:
-    images = [script.RawImage("/", f"{s}_1.JPEG", s, 1, 9, 9) for s in synsets]
+    images = [script.RawImage("/", f"{s}_1.JPEG", s, 9, 9) for s in synsets]
     dataset = script.Dataset(tuple(sorted(synsets)), images, images)
     found = [w for w in script.warnings_about(dataset, 1, 1) if "labels differ" in w]
     rule = "not the 1,000 of ImageNet-1k: labels differ from those of models trained on it."

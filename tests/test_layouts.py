@@ -22,7 +22,7 @@ from imagenet_to_gcs import (
 
 SHARDS = ("--training_shards=5", "--validation_shards=3", "--num_workers=2")
 
-Content = tuple[str, str, int, bytes]
+Content = tuple[str, str, bytes]
 
 
 def problems(raw: Path) -> list[str]:
@@ -46,12 +46,15 @@ def content(image: RawImage) -> Content:
     with open(path, "rb") as file:
         file.seek(image.offset or 0)
         data = file.read(image.num_bytes)
-    return image.filename, image.synset, image.label, data
+    return image.filename, image.synset, data
 
 
-def planned(raw: Path) -> list[list[Content]]:
-    shards = plan_shards(read_dataset(str(raw)), 5, 3)
-    return [[content(image) for image in shard.images] for shard in shards]
+def planned(raw: Path) -> tuple[tuple[str, ...], list[list[Content]]]:
+    """Plans shards; returns the synsets, in the order of labels, and the contents."""
+    dataset = read_dataset(str(raw))
+    shards = plan_shards(dataset, 5, 3)
+    contents = [[content(image) for image in shard.images] for shard in shards]
+    return dataset.synsets, contents
 
 
 @pytest.mark.parametrize("training", tars.TRAINING_LAYOUTS)

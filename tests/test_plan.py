@@ -1,5 +1,6 @@
 """Which image goes into which shard."""
 
+import collections
 import dataclasses
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import imagenet_to_gcs as script
 def make_images(number: int) -> list[script.RawImage]:
     """Makes images of files that do not exist: a plan must not look at any."""
     return [
-        script.RawImage("/no/such", f"{i:05d}.JPEG", f"n{i % 7}", i % 7 + 1, 100 + i, i)
+        script.RawImage("/no/such", f"{i:05d}.JPEG", f"n{i % 7}", 100 + i, i)
         for i in range(number)
     ]
 
@@ -59,7 +60,9 @@ def test_plan_is_the_contracts(
     shards = script.plan_shards(script.read_dataset(str(raw)), *numbers)
     found = {
         shard.name: [
-            contract.ExpectedRecord(i.filename, i.label, i.synset, i.path)
+            contract.ExpectedRecord(
+                i.filename, shard.labels[i.synset], i.synset, i.path
+            )
             for i in shard.images
         ]
         for shard in shards
@@ -69,7 +72,8 @@ def test_plan_is_the_contracts(
 
 # ----------------------------------------------------------------------- the digest
 
-SHARD = script.Shard("train", 3, 8, tuple(make_images(5)))
+LABELS = collections.defaultdict(int, {f"n{i}": i for i in range(10)})
+SHARD = script.Shard("train", 3, 8, tuple(make_images(5)), LABELS)
 
 
 def with_image(**changes: Any) -> script.Shard:
@@ -89,7 +93,9 @@ def with_images(*images: script.RawImage) -> script.Shard:
         pytest.param(with_image(name="x.JPEG"), id="file name"),
         pytest.param(with_image(name="\udcff.JPEG"), id="file name not in UTF-8"),
         pytest.param(with_image(synset="n9"), id="synset"),
-        pytest.param(with_image(label=9), id="label"),
+        pytest.param(
+            dataclasses.replace(SHARD, labels={**LABELS, "n2": 9}), id="label"
+        ),
         pytest.param(with_image(num_bytes=9), id="size"),
         pytest.param(with_images(*SHARD.images[::-1]), id="order"),
         pytest.param(with_images(*SHARD.images[:-1]), id="image removed"),
@@ -118,7 +124,7 @@ def test_digest_differs_when_only_the_borders_of_the_names_do(separator: str) ->
     """A file's or a directory's name may hold anything but `/` and NUL."""
 
     def image(filename: str, synset: str) -> script.RawImage:
-        return script.RawImage("/no/such", filename, synset, 1, 9, 9)
+        return script.RawImage("/no/such", filename, synset, 9, 9)
 
     shards = [
         with_images(image(f"a{separator}b", "c")),
