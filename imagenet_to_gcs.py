@@ -148,6 +148,7 @@ try:
     import google_crc32c
     from absl import app, logging
     from absl.flags import FLAGS, DEFINE_bool, DEFINE_integer, DEFINE_string
+    from absl.flags import Error as FlagError
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -3067,8 +3068,12 @@ def _differences(text: str, contents: Mapping[str, Mapping[str, Any]]) -> Iterat
 
 
 def _scratch_problems(job: Job) -> Iterator[str]:
-    """Yields a problem if the disk has no room for the shards that are to be written."""
+    """Says why the shards that are to be written cannot be: their names, or no room."""
     options, needed = job.options, _needed_room(job)
+    paths = [shard_path(shard, options.scratch_dir) for shard in job.work.to_write]
+    names = [job.manifest_path, *paths, *map(_stamp_path, paths)]
+    if taken := [n for n in names if os.path.isdir(n) and not os.path.islink(n)]:
+        yield f"Shards must be written, but these are directories: {_some(taken)}."
     free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
     if needed > free:
         can_go = options.gcs_upload and options.keep_local_shards
@@ -3099,9 +3104,9 @@ def _needed_room(job: Job) -> int:
 
 
 def nearest_existing(path: StrPath) -> pathlib.Path:
-    """The path itself, or the nearest thing above it that exists."""
+    """The path itself, or the nearest thing above it, even a dangling link."""
     place = pathlib.Path(path)
-    return next(p for p in (place, *place.parents) if os.path.exists(p))
+    return next(p for p in (place, *place.parents) if os.path.lexists(p))
 
 
 def _remove_temporary_files(options: Options) -> None:
@@ -3224,18 +3229,19 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
-TYPES = dict[str, Any](StrPath=(str, os.PathLike), str=str, int=int, bool=bool)
+HELP = re.compile(r"--?(h|\?|help(short|full|xml)?)(=.*)?")
+NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # bytes are U+DC80-U+DCFF
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the user asks for: the flags, checked, and the client."""
 
-    raw_data_dir: StrPath | None
+    raw_data_dir: str | os.PathLike[str] | None
     gcs_upload: bool
     gcs_project: str | None
     gcs_output_path: str | None
-    local_scratch_dir: StrPath | None
+    local_scratch_dir: str | os.PathLike[str] | None
     client: storage.Client | None = None
     num_workers: int | None = None
     training_shards: int = TRAINING_SHARDS
@@ -3247,13 +3253,7 @@ class Options:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            kind, *optional = str(field.type).split(" | ")
-            value = getattr(self, field.name)
-            is_none = optional and value is None
-            if not (is_none or isinstance(value, TYPES.get(kind, object))):
-                problem = f"{field.name} must be of type {field.type}; found {value!r}."
-                raise InvalidInputError(problem)
+        check_arguments(**vars(self))
         checks = itertools.chain(self._directory_checks(), self._checks())
         problems = [problem for holds, problem in checks if not holds]
         if self.gcs_upload and self.gcs_output_path:
@@ -3315,39 +3315,69 @@ class Options:
             yield is_there, f"The package {name} is missing: run {INSTALL}."
 
     def _directory_checks(self) -> Iterator[tuple[object, str]]:
-        given, directory = os.fspath(self.raw_data_dir or ""), self.raw_dir
-        if self.fake_imagenet and not os.path.lexists(directory):  # it may be missing
-            directory = str(nearest_existing(directory))
-        fault = _directory_fault(given, directory)
+        given = os.fspath(self.raw_data_dir or "")
+        fault = _directory_fault(given, self.raw_dir, self.fake_imagenet)
         must = f"must be the directory of the raw ImageNet, but {fault}."
         yield not fault, f"--raw_data_dir={given} {must}"
         if fault and not self.local_scratch_dir:
             return
         yield given, "--raw_data_dir must name the directory of the raw ImageNet."
         flag = f"--local_scratch_dir={self.local_scratch_dir or self.scratch_dir}"
+        given = os.fspath(self.local_scratch_dir or "")
+        splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
+        paths = [os.path.join(self.scratch_dir, split) for split in splits]
+        faults = [_directory_fault(given, p, True) for p in (self.scratch_dir, *paths)]
+        fault = next(filter(None, faults), "")
         place = nearest_existing(self.scratch_dir)
-        fault = _directory_fault(os.fspath(self.local_scratch_dir or ""), str(place))
         yield not fault, f"{flag} must be a local directory, but {fault}."
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
         raw, *taken, scratch = (  # not `resolve`, which fails on a loop of links
             pathlib.Path(os.path.realpath(os.path.join(self.raw_dir, each)))
-            for each in ("", TRAINING_DIRECTORY, VALIDATION_DIRECTORY, self.scratch_dir)
+            for each in ("", *splits, self.scratch_dir)
         )
         is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
         others = f"nor be in its {TRAINING_DIRECTORY}/ or {VALIDATION_DIRECTORY}/"
         yield is_free, f"{flag} must not be --raw_data_dir, {others}."
 
 
-def _directory_fault(given: str, path: str) -> str:
+def _directory_fault(given: str, path: str, may_be_missing: bool) -> str:
     """Says why a flag's value is not a local directory; empty if it is one."""
-    if given.startswith("gs://"):
-        return "it is in Cloud Storage"
+    if url := re.match(r"\w[\w+.-]*://", given):
+        is_ours = url[0] == "gs://"
+        return "it is in Cloud Storage" if is_ours else f"it is a URL ({url[0]})"
+    names = os.fsencode(path).split(b"/")
+    if len(b"/".join(names)) > 3900 or max(map(len, names)) > 255:
+        return "it is too long: the limit is 255 bytes a name, 3,900 in all"
+    place = str(nearest_existing(path))
+    if not os.path.isdir(place):
+        return f"{place} is a {'file' if os.path.exists(place) else 'dangling link'}"
     if closed := closed_directory(path):
         return f"{closed} cannot be entered"
-    if not os.path.exists(path):
-        return f"{path} does not exist"
-    return "" if os.path.isdir(path) else f"{path} is a file"
+    return "" if place == path or may_be_missing else f"{path} does not exist"
+
+
+def check_arguments(**values: object) -> None:
+    """Refuses what is not as `Options` annotates it, or is no text for the system."""
+    # If it was never imported, the client is none of it.
+    client = getattr(sys.modules.get("google.cloud.storage"), "Client", ())
+    types: dict[str, Any] = {"str": str, "int": int, "bool": bool, "None": type(None)}
+    types |= {"os.PathLike[str]": os.PathLike, "storage.Client": client}
+    for name, value in values.items():
+        annotation = Options.__annotations__[name]
+        kinds = tuple(types[kind] for kind in annotation.split(" | "))
+        # A bool is an int, too.
+        is_right = (
+            bool in kinds if isinstance(value, bool) else isinstance(value, kinds)
+        )
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if not is_right or isinstance(text, bytes):
+            problem = f"must be of type {annotation}"
+        elif isinstance(text, str) and (wrong := NOT_IN_NAMES.search(text)):
+            problem = f"must not contain {wrong[0]!r}"
+        else:
+            continue
+        raise InvalidInputError(f"{name} {problem}; found {text!r}.")
 
 
 def absolute(path: StrPath) -> str:
@@ -3363,8 +3393,9 @@ def convert_to_tf_records(
     raw_data_dir: StrPath, local_scratch_dir: StrPath
 ) -> tuple[list[str], list[str]]:
     """Writes all shards, as `run` does; returns the paths, in order, of both splits."""
-    run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
-    scratch_dir = absolute(local_scratch_dir)
+    local = False, None, None, local_scratch_dir
+    scratch_dir = Options(raw_data_dir, *local).scratch_dir
+    run(raw_data_dir, *local)
     paths = [shard_path(shard, scratch_dir) for shard in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
@@ -3382,10 +3413,31 @@ def upload_to_gcs(
       InvalidInputError: A ValueError: a path that is no file, or none of Cloud Storage.
       RunError: What stopped the upload; what has arrived stays.
     """
-    for records in training_records, validation_records:
-        if isinstance(records, (str, bytes, os.PathLike)):
+    check_arguments(
+        gcs_output_path=gcs_output_path, gcs_project=gcs_project, client=client
+    )
+    path_of = _record_paths(training_records, validation_records)
+    with contained():
+        path = GcsPath.parse(gcs_output_path or "")
+        destination = Destination(path, gcs_project, client)
+        destination.list_objects()
+        if new := [name for name in path_of if name not in destination.objects]:
+            destination.check_access(new[0])
+        stamps = {path: measure(path) for path in path_of.values()}
+        destination.upload_missing(stamps)
+        destination.list_objects()
+        if destination.is_listed:
+            wrong = [*map(os.path.basename, destination.missing(stamps))]
+            check_none_wrong(wrong, len(stamps), destination.path)
+        destination.check_none_passed_over()
+
+
+def _record_paths(*lists: Sequence[StrPath]) -> dict[str, str]:
+    """Checks the records of `upload_to_gcs`; returns their paths by base name."""
+    for records in lists:
+        if isinstance(records, (str, bytes)) or not isinstance(records, Iterable):
             raise TypeError(f"Records must be a list of paths; found {records!r}.")
-    paths = [os.fsdecode(path) for path in (*training_records, *validation_records)]
+    paths = [os.fsdecode(path) for path in itertools.chain(*lists)]
     if missing := [path for path in paths if not os.path.isfile(path)]:
         found = f"found none at {_some(missing)}"
         raise InvalidInputError(f"Shards must be files; {found}.")
@@ -3393,19 +3445,12 @@ def upload_to_gcs(
     if lost := sorted({*paths} - {*path_of.values()}):
         found = f"found {lost[0]} and {path_of[os.path.basename(lost[0])]}"
         raise InvalidInputError(f"Shards must differ in their base names; {found}.")
-    with contained():
-        path = GcsPath.parse(os.fspath(gcs_output_path))
-        destination = Destination(path, gcs_project, client)
-        destination.list_objects()
-        if new := [name for name in path_of if name not in destination.objects]:
-            destination.check_access(new[0])
-        stamps = {path: measure(path) for path in paths}
-        destination.upload_missing(stamps)
-        destination.list_objects()
-        if destination.is_listed:
-            wrong = [*map(os.path.basename, destination.missing(stamps))]
-            check_none_wrong(wrong, len(stamps), destination.path)
-        destination.check_none_passed_over()
+    if manifest := path_of.get(MANIFEST_FILE):
+        problem = f"must come without {MANIFEST_FILE}, which vouches for all of them"
+        raise InvalidInputError(f"Shards {problem}; found {manifest}.")
+    if others := [name for name in path_of if not SHARD_NAME.fullmatch(name)]:
+        logging.warning(f"Will upload what is not named as a shard: {_some(others)}.")
+    return path_of
 
 
 @contextlib.contextmanager
@@ -3455,8 +3500,11 @@ def locked(options: Options) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    if path.is_symlink() or path.is_dir() or path.is_socket():
+        problem = "must be a file, not a link, directory or socket: remove it."
+        raise InvalidInputError(f"The lock {path} {problem}")
     with trying_to("write", path, is_input=True):
+        mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, mode, 0o666)
     with open(descriptor, "rb+", buffering=0) as file:
         try:
@@ -3503,15 +3551,22 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Answers --help and --version, or parses the flags."""
-    if {"-h", "-help", "--help"} & set(arguments[1:]):
+    try:
+        given = FLAGS.read_flags_from_files(arguments[1:], force_gnu=False)
+        asks_help = any(map(HELP.fullmatch, given))
+        rest = [] if asks_help else FLAGS([arguments[0], *given])
+    except (FlagError, ValueError, OSError) as error:
+        must = "--flagfile must be text: " if isinstance(error, UnicodeError) else ""
+        problem = escaped(must + str(error).removeprefix("ERROR:: "))
+        sys.exit(f"FATAL Flags parsing error: {problem}\nSee --help.")
+    if asks_help:
         usage = "Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n"
         own_flags = FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
         answer = f"{usage}\n{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}"
-    else:
-        rest = app.parse_flags_with_usage(arguments)
-        if not FLAGS.version:
-            return rest
+    elif FLAGS.version:
         answer = f"imagenet_to_gcs.py {__version__}"
+    else:
+        return rest
     try:
         print(answer, flush=True)
     except BrokenPipeError:

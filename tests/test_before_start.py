@@ -73,6 +73,18 @@ def test_scratch_is_refused_when_it_has_no_room(raw: Path) -> None:
 
 OBSTACLES = {
     "touch parent": "but TMP/parent is a file",
+    "ln -s nothing parent": "but TMP/parent is a dangling link",
+    "mkdir -p parent/scratch; cd $_; touch train": "but TMP/.*/train is a file",
+    "mkdir -p parent/scratch; cd $_; ln -s nothing validation": (
+        "but TMP/parent/scratch/validation is a dangling link"
+    ),
+    "mkdir -p parent/scratch/train; cd $_; mkdir train-0000{0,3}-of-00004": (
+        "are directories: TMP/.*/train/train-00000-of-00004, TMP/.*-00003-of-00004"
+    ),
+    "mkdir -p parent/scratch/validation/.validation-00001-of-00002.json": (
+        "are directories: TMP/.*/.validation-00001-of-00002.json"
+    ),
+    "mkdir -p parent/scratch/manifest.json": "directories: TMP/.*/manifest.json",
     "mkdir -m 555 parent": "must be writable, but TMP/parent is not",
     "mkdir parent; touch parent/scratch": "but TMP/parent/scratch is a file",
     "mkdir -p parent/scratch; cd $_; mkdir -m 555 train": (
@@ -91,7 +103,7 @@ OBSTACLES = {
     ("commands", "said", "more"),
     [
         *((*obstacle, ()) for obstacle in OBSTACLES.items()),
-        *((*obstacle, ("--dry_run",)) for obstacle in list(OBSTACLES.items())[:3]),
+        *((*obstacle, ("--dry_run",)) for obstacle in list(OBSTACLES.items())[:9]),
     ],
 )
 def test_scratch_is_refused_in_one_line_when_it_cannot_be_written(
@@ -106,6 +118,7 @@ def test_scratch_is_refused_in_one_line_when_it_cannot_be_written(
     [error] = done.errors
     assert re.search(said.replace("TMP", str(tmp_path)), error)
     assert (done.status, done.lines[-1]) == (1, f"ERROR: {error}")
+    assert not done.says("Writing ") or "Permission denied" in said
 
 
 @pytest.mark.parametrize("more", [(), ("--dry_run",)], ids=["run", "dry_run"])

@@ -2,7 +2,9 @@
 
 import os
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import contract
 import pytest
@@ -42,9 +44,13 @@ def files_in(directory: Path) -> list[str]:
 # --------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h", "-help"])
+HELP = ("--help", "-h", "-help", "-?", "--helpshort", "--helpfull", "--flagfile=help")
+
+
+@pytest.mark.parametrize("flag", HELP)
 def test_help_begins_with_how_to_use_it(tmp_path: Path, flag: str) -> None:
     """And lists the flags, without those of libraries that no user needs."""
+    (tmp_path / "help").write_text("--nogcs_upload\n--help\n")
     finished = run_light(flag, cwd=tmp_path)
     assert (finished.status, finished.lines) == (0, [])
     assert re.match(r"(?i)usage", finished.stdout)
@@ -60,7 +66,7 @@ def test_help_begins_with_how_to_use_it(tmp_path: Path, flag: str) -> None:
     for name in ("pdb", "only_check_args", "xml_output_file", "logger_levels"):
         assert f"--{name}" not in finished.stdout
         assert f"--[no]{name}" not in finished.stdout
-    assert files_in(tmp_path) == []
+    assert files_in(tmp_path) == ["help"]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:
@@ -85,14 +91,37 @@ def test_constants_are_the_references() -> None:
         ("--task_index=", "flag --task_index=: invalid literal for int()"),
         ("--raw_data_dir", "Missing value for flag --raw_data_dir"),
         ("--gcs_upload=perhaps", "flag --gcs_upload=perhaps: "),
+        ("--nodry_run=true", "--nodry_run=true does not take an argument"),
+        ("--verbosity=junk", "flag --verbosity=junk: invalid literal for int()"),
+        ("--stderrthreshold=zzz", "--stderrthreshold must be one of"),
+        ("--logger_levels=a:b", "Unknown level: 'b'"),
+        ("--flagfile", "--flagfile with no argument"),
+        (
+            "--flagfile=no",
+            "Unable to open flagfile: [Errno 2] No such file or directory",
+        ),
+        ("--flagfile=.", "Unable to open flagfile: [Errno 21] Is a directory: '.'"),
+        (f"--flagfile={300 * 'x'}", "Unable to open flagfile: [Errno 36] File name"),
+        ("--flagfile=binary", "--flagfile must be text: 'utf-8' codec can't decode"),
+        ("--flagfile=nested", "Unable to open flagfile: [Errno 2] No such file or dir"),
+        ("--flagfile=wrong", "flag --num_workers=x: invalid literal for int()"),
     ],
 )
 def test_flag_is_refused(tmp_path: Path, flag: str, error: str) -> None:
     """`--task_index=` is what an engine's variable gives outside of the engine."""
+    files = {
+        "binary": b"\xff\n",
+        "nested": b"--flagfile=no\n",
+        "wrong": b"--num_workers=x",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
     finished = run_light(flag, cwd=tmp_path)
     assert finished.status == 1
-    assert finished.lines[0].startswith(f"FATAL Flags parsing error: {error}")
-    assert files_in(tmp_path) == []
+    first, *others = finished.lines
+    assert first.startswith(f"FATAL Flags parsing error: {error}")
+    assert others == ["See --help."]
+    assert files_in(tmp_path) == sorted(files)
 
 
 def test_argument_is_refused_when_it_is_no_flag(tmp_path: Path) -> None:
@@ -148,6 +177,30 @@ LOCAL = [RAW, "--nogcs_upload"]
             [*LOCAL, "--local_scratch_dir=gs://bucket/x"],
             ["--local_scratch_dir=gs://bucket/x .*, but it is in Cloud Storage."],
             id="scratch directory in the cloud",
+        ),
+        *(
+            pytest.param(
+                [*LOCAL, "--local_scratch_dir=RAW/new", f"{flag}={url}x"],
+                [rf"{flag}={url}x must be .* directory.*, but it is a URL \({url}\)\."],
+                id=f"{flag} is a {url} URL",
+            )
+            for flag in ("--raw_data_dir", "--local_scratch_dir")
+            for url in ("s3://", "file://", "https://", "wasb-s.x://")
+        ),
+        *(
+            pytest.param(
+                [*LOCAL, "--local_scratch_dir=RAW/new", *more, f"{flag}={path}"],
+                [
+                    f"{flag}={path} must be .* directory.*, but it is too long: the limit"
+                ],
+                id=f"{flag} is too long",
+            )
+            for flag, *more in (
+                ["--raw_data_dir"],
+                ["--raw_data_dir", "--fake_imagenet"],
+                ["--local_scratch_dir"],
+            )
+            for path in ("/tmp/new/" + 256 * "x", 1000 * "/abc")
         ),
         pytest.param(
             [*LOCAL, "--local_scratch_dir=RAW/validation/.."],
@@ -270,6 +323,63 @@ def test_run_raises_when_it_cannot_work(raw: Path) -> None:
     lines = str(caught.value).splitlines()
     assert sorted(lines) == sorted([f"--num_workers {RANGE} 0.", NO_PROJECT, NO_GS])
     assert files_in(raw) == before
+
+
+class BytesPath(os.PathLike[bytes]):
+    def __fspath__(self) -> bytes:
+        return b"raw"
+
+
+@pytest.mark.parametrize(
+    "value", ["a\0b", "a\ud800b", Path("a\0b"), BytesPath(), 7], ids=range(5)
+)
+@pytest.mark.parametrize(
+    "name", ["raw_data_dir", "local_scratch_dir", "gcs_output_path", "gcs_project"]
+)
+def test_argument_is_refused_when_it_names_nothing(
+    raw: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    """In one line of its name, what it must be, and what was found."""
+    path, project = "gs://bucket/x", "project"
+    arguments = {"gcs_output_path": path, "gcs_project": project, name: value}
+    run: Any = script.run  # arguments of any type
+    upload: Any = script.upload_to_gcs
+    calls: list[Any] = [partial(run, **{"raw_data_dir": raw, **arguments})]
+    if name == "local_scratch_dir":
+        calls.append(partial(script.convert_to_tf_records, raw, value))
+    elif name != "raw_data_dir":
+        (tmp_path / "train-00000-of-00001").touch()
+        records = [tmp_path / "train-00000-of-00001"]
+        calls.append(partial(upload, records, [], **arguments))
+    for call in calls:
+        with pytest.raises(script.InvalidInputError) as caught:
+            call()
+        found = os.fspath(value) if isinstance(value, os.PathLike) else value
+        must = r"must (be of type str \|.*|not contain '\\(x00|ud800)')"
+        assert re.fullmatch(rf"{name} {must}; found (.*)\.", str(caught.value))
+        assert str(caught.value).endswith(f"; found {found!r}.")
+
+
+def test_path_may_be_of_any_bytes(raw: Path) -> None:
+    """They arrive as surrogates; so they do from `os.listdir`."""
+    path = raw.rename(raw.parent / os.fsdecode(b"raw\xff"))
+    scratch = raw.parent / os.fsdecode(b"\xfe")
+    flags = [f"--raw_data_dir={path}", f"--local_scratch_dir={scratch}"]
+    small = ["--nogcs_upload", "--training_shards=3", "--validation_shards=2"]
+    finished = run_command(*flags, *small)
+    assert finished.status == 0, finished.stderr
+    contract.assert_shards(contract.local_shards(scratch), path, 3, 2)
+    assert script.Options(path, False, None, None, scratch).raw_dir == str(path)
+
+
+def test_manifest_is_no_shard_to_upload(tmp_path: Path) -> None:
+    """Uploaded, it would say that the data set is complete."""
+    path = tmp_path / "manifest.json"
+    path.touch()
+    with pytest.raises(script.InvalidInputError) as caught:
+        script.upload_to_gcs([], [str(path)], "gs://bucket/x", "project")
+    said = "Shards must come without manifest.json, which vouches for all of them"
+    assert str(caught.value) == f"{said}; found {path}."
 
 
 @pytest.mark.parametrize(

@@ -362,21 +362,29 @@ def test_refusal_while_planning_is_the_service_s(raw: Path, emulator: Emulator) 
         ("training_shards", "8", "int"),
         ("num_workers", 2.0, "int | None"),
         ("gcs_project", 7, "str | None"),
-        ("local_scratch_dir", 7, "StrPath | None"),
+        ("local_scratch_dir", 7, "str | os.PathLike[str] | None"),
         ("dry_run", "no", "bool"),
+        ("num_workers", True, "int | None"),
+        ("raw_data_dir", b"raw", "str | os.PathLike[str] | None"),
+        ("client", "junk", "storage.Client | None"),
+        ("client", [], "storage.Client | None"),
     ],
 )
 def test_argument_of_another_type_is_named(
     raw: Path, field: str, value: object, wanted: str
 ) -> None:
     with pytest.raises(script.InvalidInputError) as caught:
-        script.run(raw, gcs_upload=False, **{field: value})  # type: ignore[arg-type]
+        arguments = {"raw_data_dir": raw, "gcs_upload": False, field: value}
+        script.run(**arguments)  # type: ignore[arg-type]
     assert str(caught.value) == f"{field} must be of type {wanted}; found {value!r}."
 
 
 def test_records_must_be_a_list_of_files(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Records must be a list of paths; found 'x'"):
-        script.upload_to_gcs("x", [], "gs://bucket/x", "project")
+    for records in "x", b"x", tmp_path, None, 7:
+        with pytest.raises(TypeError) as wrong:
+            script.upload_to_gcs(records, [], "gs://bucket/x", "p")  # type: ignore[arg-type]
+        said = f"Records must be a list of paths; found {records!r}."
+        assert str(wrong.value) == said
     missing = tmp_path / "x"
     with pytest.raises(script.InvalidInputError) as caught:
         script.upload_to_gcs([missing], [], "gs://bucket/x", "project")
