@@ -488,7 +488,8 @@ class Work:
 
 def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
-    options, work, own = job.options, job.work, job.options.share(job.shards)
+    options, work = job.options, job.work
+    own = list(filter(options.is_own, job.shards))
     if strangers := _strangers(local_shards(options.scratch_dir), job.shards):
         logging.warning(
             f"{options.scratch_dir} also holds {_count(len(strangers), 'shard')} of "
@@ -620,7 +621,7 @@ def _conclude(job: Job) -> None:
         else:
             objects = destination.objects if destination else None
             work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
-            check_none_wrong(work.left, len(options.share(job.shards)), job.place)
+            check_none_wrong(work.left, sum(map(options.is_own, job.shards)), job.place)
             if problems := list(_bucket_problems(job)):
                 raise RunError(*problems)
     except RunError:
@@ -3074,6 +3075,10 @@ def _scratch_problems(job: Job) -> Iterator[str]:
     names = [job.manifest_path, *paths, *map(_stamp_path, paths)]
     if taken := [n for n in names if os.path.isdir(n) and not os.path.islink(n)]:
         yield f"Shards must be written, but these are directories: {_some(taken)}."
+    for split in sorted({os.path.dirname(path) for path in paths}):
+        is_open = os.access(split, os.W_OK | os.X_OK, effective_ids=True)
+        if os.path.isdir(split) and not is_open:
+            yield f"Cannot write {split}/*: Permission denied, or a read-only disk."
     free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
     if needed > free:
         can_go = options.gcs_upload and options.keep_local_shards
@@ -3287,9 +3292,6 @@ class Options:
     def is_own(self, shard: Shard) -> bool:
         """Whether a shard, of either split, is for this task."""
         return shard.index % self.task_count == self.task
-
-    def share(self, shards: Iterable[Shard]) -> list[Shard]:
-        return list(filter(self.is_own, shards))
 
     def _checks(self) -> Iterator[tuple[object, str]]:
         """Pairs what must hold with what to say if it does not."""
@@ -3524,10 +3526,7 @@ def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def main(arguments: Sequence[str]) -> None:
     """Runs the command; ends the process with the exit status of the manual."""
     logging.get_absl_handler().setFormatter(_LogFormatter())
-    if FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.INFO)
-    is_terminal = sys.stderr and sys.stderr.isatty()
-    live_line.is_on = bool(is_terminal and os.environ.get("TERM") != "dumb")
+    live_line.is_on = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     try:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup SIGHUP

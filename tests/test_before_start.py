@@ -118,7 +118,7 @@ def test_scratch_is_refused_in_one_line_when_it_cannot_be_written(
     [error] = done.errors
     assert re.search(said.replace("TMP", str(tmp_path)), error)
     assert (done.status, done.lines[-1]) == (1, f"ERROR: {error}")
-    assert not done.says("Writing ") or "Permission denied" in said
+    assert not done.says("Writing ")
 
 
 @pytest.mark.parametrize("more", [(), ("--dry_run",)], ids=["run", "dry_run"])
