@@ -2364,16 +2364,25 @@ class GcsPath:
         strange += [part or "//" for part in parts if part in ("", ".", "..")]
         found = ", ".join(map(repr, dict.fromkeys(strange)))
         found += "a final blank" if text.endswith(" ") and not found else ""
+        # https://cloud.google.com/storage/docs/buckets#naming
+        is_plain = re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket)
+        is_short = all(0 < len(part) < 64 for part in bucket.split("."))
+        is_address = re.fullmatch(r"\d+(\.\d+){3}", bucket)
+        shard_name = cls(bucket, directory).name_of("validation-00000-of-00000")
+        size = len(shard_name.encode(errors="replace"))
         if not text.startswith("gs://"):
             problem = "must start with gs://, as in gs://bucket/directory."
         elif found:
             problem = f"must not contain {found}: readers would not find the data set."
-        # https://cloud.google.com/storage/docs/buckets#naming
-        elif not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        elif is_address or not (is_plain and is_short):
             problem = (
-                "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, "
-                f"'-', '_' and '.'; found {bucket!r}."
+                "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', "
+                "'_' and '.', 1 to 63 of them between dots, a letter or digit at both "
+                f"ends, and no IP address; found {bucket!r}."
             )
+        elif size > 1024:
+            most = "the name of an object has at most 1,024 bytes"
+            problem = f"must be shorter: {most}, that of a shard {size:,}."
         else:
             return cls(bucket, directory)
         raise InvalidInputError(f"--gcs_output_path={escaped(text)} {problem}")

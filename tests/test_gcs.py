@@ -39,6 +39,9 @@ SMALL_NAMES = [
         ("gs://bucket/a/b c/", "bucket", "a/b c", "gs://bucket/a/b c"),
         ("gs://my-b_1.example.com/a", "my-b_1.example.com", "a", None),
         ("gs://abc", "abc", "", None),
+        ("gs://" + "b" * 63, "b" * 63, "", None),
+        ("gs://1.2.3", "1.2.3", "", None),
+        ("gs://bucket/" + "ü" * 499, "bucket", "ü" * 499, None),  # 1,024 with a shard
     ],
 )
 def test_path_is_parsed(
@@ -66,7 +69,13 @@ def test_path_is_parsed(
         ("gs://My-Bucket/imagenet", "My-Bucket"),
         ("gs://bucket-", "bucket-"),
         ("gs://$BUCKET/imagenet", "$BUCKET"),
-        ("gs://" + "b" * 223, "b" * 223),
+        ("gs://" + "b" * 64, "b" * 64),
+        ("gs://" + "b." * 111 + "b", "b." * 111 + "b"),
+        ("gs://b." + "b" * 64, "b." + "b" * 64),
+        ("gs://192.168.1.1/x", "192.168.1.1"),
+        ("gs://a..b", "a..b"),
+        ("gs://-a", "-a"),
+        ("gs://-ab", "-ab"),
     ],
 )
 def test_path_is_refused(text: str, found: str | None) -> None:
@@ -75,7 +84,8 @@ def test_path_is_refused(text: str, found: str | None) -> None:
     else:
         problem = (
             "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', '_' "
-            f"and '.'; found {found!r}."
+            "and '.', 1 to 63 of them between dots, a letter or digit at both ends, and no "
+            f"IP address; found {found!r}."
         )
     with pytest.raises(ValueError) as caught:
         script.GcsPath.parse(text)
@@ -111,6 +121,16 @@ def test_path_is_refused_when_it_holds_what_nobody_means(
         line = f"--gcs_output_path={shown} must start with gs://, as in "
         line += "gs://bucket/directory."
     assert str(caught.value) == line
+
+
+def test_path_is_refused_when_names_of_shards_would_be_too_long() -> None:
+    text = "gs://bucket/" + "ü" * 500
+    with pytest.raises(script.InvalidInputError) as caught:
+        script.GcsPath.parse(text)
+    assert str(caught.value) == (
+        f"--gcs_output_path={text} must be shorter: the name of an object has at most "
+        "1,024 bytes, that of a shard 1,026."
+    )
 
 
 @pytest.mark.parametrize(
