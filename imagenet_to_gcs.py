@@ -583,9 +583,9 @@ def _take_shard(
         progress.writing.stamps.append(stamp)
     if job.destination:
         path = shard_path(shard, scratch_dir)
-        with job.destination.slots:
-            if not job.destination.upload(path, stamp, progress.sent):
-                return
+        sent = functools.partial(progress.sent, shard.name)
+        if not job.destination.upload(path, stamp, sent):
+            return
         progress.uploading.stamps.append(stamp)
         if not is_kept:
             remove(path)
@@ -2067,31 +2067,28 @@ class Pool:
     def _death(self) -> MachineError:
         """Ends the processes, and says what the first to die has died of."""
         time.sleep(0.2)  # a signal to the whole run may still be on its way
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a disk holds it
             self._helper.wait(timeout=5)
         self.close()
-        status = self._helper.returncode or 0  # none if a disk holds it
-        return MachineError(_cause_of_death(status, self._words))
+        return MachineError(_cause_of_death(self._helper.returncode or 0, self._words))
 
 
 def _start_helper(sockets: list[int]) -> Any:
     """Runs this file, whatever its name, as the same module; see its last lines."""
-    paths = [path for path in sys.path if os.path.isabs(path)]
     # With runpy, importing TensorFlow would take 0.5 s longer.
     code = (
-        f"import sys; sys.path[:] = {paths}; WORKER_SOCKETS = {sockets}; "
+        f"import sys; sys.path[:] = {sys.path}; WORKER_SOCKETS = {sockets}; "
         f"__file__, __name__ = {(os.path.abspath(__file__), __name__)}; "
         "sys.modules[__name__] = sys.modules['__main__']; "
         "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
     )
-    quiet = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code],  # no warning is a cause of death
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         pass_fds=sockets,
-        env={**os.environ, **quiet},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"},
         cwd="/",  # the current directory may be gone, which TensorFlow minds
         start_new_session=True,  # which neither Ctrl-C nor hangups reach
     )
@@ -2142,9 +2139,9 @@ def _make_calls(own: int) -> NoReturn:
             answer: Any = call(), None
         except (RunError, OSError, MemoryError) as error:
             answer = None, error
-        except BaseException:  # noqa: BLE001  # not all can be sent, so in words
-            words = f"in a worker process:\n{traceback.format_exc()}"
-            answer = None, RuntimeError(words)
+        except BaseException:  # noqa: BLE001  # not all can be sent; words can
+            what = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+            answer = None, what
         pickle.dump(answer, connection)
         connection.flush()
     os._exit(0)
@@ -2209,15 +2206,13 @@ class Progress:
         self.uploading = Stage(shards if job.destination else [])
         self._all_bytes = sum(shard.estimated_bytes for shard in shards) or 1
         self._job = job
-        self._sent_bytes = 0  # of shards that are being uploaded, too
-        self._lock = threading.Lock()
+        self._sent_bytes = {shard.name: 0 for shard in shards}
         self._start = time.monotonic()
         self._history = collections.deque([(0.0, 0, 0)])
 
-    def sent(self, num_bytes: int) -> None:
-        """Counts what was uploaded; less than none if it has to be sent again."""
-        with self._lock:
-            self._sent_bytes += num_bytes
+    def sent(self, shard_name: str, num_bytes: int) -> None:
+        """Takes down how much of a shard has been uploaded so far."""
+        self._sent_bytes[shard_name] = num_bytes
 
     def seconds(self) -> float:
         return max(time.monotonic() - self._start, 1e-3)
@@ -2226,7 +2221,7 @@ class Progress:
         """Says how far the run is, in the order of interest: terminals are narrow."""
         writing, uploading, options = self.writing, self.uploading, self._job.options
         begun = pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
-        if not (writing.stamps or self._sent_bytes or any(begun)):
+        if not (writing.stamps or any(self._sent_bytes.values()) or any(begun)):
             return f"Starting {_count(options.workers, 'worker')}."
         images_per_second, bytes_per_second = self._measure()
         left = max(self._all_bytes - self._done_bytes(), 0)
@@ -2245,7 +2240,8 @@ class Progress:
 
     def _done_bytes(self) -> int:
         """Bytes of the upload if there is one, of the written shards otherwise."""
-        return self._sent_bytes if self._job.destination else self.writing.num_bytes
+        sent = sum(self._sent_bytes.values())
+        return sent if self._job.destination else self.writing.num_bytes
 
     def _measure(self) -> tuple[float, float]:
         """Measures images written, and bytes done, a second in the last half minute."""
@@ -2327,8 +2323,8 @@ TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
 # The first also bounds the sending of a piece. The system's buffer (4 MB) takes it when
 # a third is free, and must be empty before the answer comes: both are met at 20 KB/s.
 CHUNK_TIMEOUT = (120, 300)
-# A request is repeated if `Fault.may_pass`, by `_persist`, which the client gets as its
-# `retry`; an upload begins anew if `Fault.is_lost`, in `upload`.
+# A request is repeated if `Fault.may_pass`, by `_persist` instead of the client; an
+# upload begins anew if `Fault.is_lost`, in `upload`.
 REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
@@ -2403,7 +2399,6 @@ class Destination:
       is_listed: Whether that listing was permitted.
       passed_over: Base names of what is there and may be neither seen nor replaced.
       stopping: Ends uploads and pauses, with a CancelledError, once it is set.
-      slots: To be held during an upload: so many at a time.
     """
 
     def __init__(
@@ -2420,7 +2415,7 @@ class Destination:
         self.is_listed = True
         self.passed_over: list[str] = []
         self.stopping = stopping or threading.Event()
-        self.slots = threading.Semaphore(PARALLEL_UPLOADS)
+        self._slots = threading.Semaphore(PARALLEL_UPLOADS)
         self._project = project
         self._next_warning = 0.0
         with self._explained():
@@ -2432,14 +2427,20 @@ class Destination:
         """Lists the destination by base name; nothing if that is not permitted.
 
         It must come before parallel uploads: the client makes its session unlocked.
+        Where the requester pays, the project does, from then on; only there, for its
+        account then needs a permission in the project.
         """
 
-        def list_stamps(**options: Any) -> dict[str, Stamp]:
-            where = {"prefix": self.path.name_of(""), "delimiter": "/"}
-            blobs = self.client.list_blobs(self._bucket, **where, **options)
-            return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
+        def is_denied(fault: Fault) -> bool:
+            return fault.failure == DENIED
 
-        found = self._ask("", list_stamps, lambda fault: fault.meaning()[0] == DENIED)
+        def is_unpaid(fault: Fault) -> bool:
+            return fault.status == 400 and "required" in fault.codes
+
+        found = self._ask("", lambda f: is_denied(f) or is_unpaid(f), self._list)
+        if isinstance(found, Fault) and is_unpaid(found):
+            self._bucket = self.client.bucket(self.path.bucket, self._project)
+            found = self._ask("", is_denied, self._list)
         is_refused = isinstance(found, Fault)
         if is_refused and self.is_listed:
             logging.warning(
@@ -2449,42 +2450,41 @@ class Destination:
         self.is_listed, self.objects = not is_refused, {} if is_refused else found
         return self.objects
 
+    def _list(self, **options: Any) -> dict[str, Stamp]:
+        where = {"prefix": self.path.name_of(""), "delimiter": "/"}
+        blobs = self.client.list_blobs(self._bucket, **where, **options)
+        return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
+
     def missing(self, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
         """Picks the files, given by path, whose bytes the last listing did not find."""
-        there = {path: self.objects.get(os.path.basename(path)) for path in stamps}
         return {
-            p: stamp for p, stamp in stamps.items() if not stamp.same_bytes(there[p])
+            path: stamp
+            for path, stamp in stamps.items()
+            if not stamp.same_bytes(self.objects.get(os.path.basename(path)))
         }
 
     def check_access(self, filename: str) -> None:
         """Starts an upload, which needs the permission; the service forgets it."""
-
-        def start(**options: Any) -> None:
-            self._blob(filename).create_resumable_upload_session(**options)
-
-        self._ask(filename, start, self._is_taken)
+        start = self._blob(filename).create_resumable_upload_session
+        self._ask(filename, self._is_taken, start)
 
     def read(self, filename: str) -> str:
         """Reads a small object; empty if there is none, or reading is not permitted."""
         if self.is_listed and filename not in self.objects:
             return ""
-
-        def download(**options: Any) -> str:
-            # At most 16 MiB, for anybody may have put it there; so, no checksum.
-            options |= {"end": 2**24, "checksum": None}
-            data = self._blob(filename).download_as_bytes(**options)
-            return str(data, "utf-8", "replace")
-
+        # At most 16 MiB, for anybody may have put it there; so, no checksum.
+        download = self._blob(filename).download_as_bytes
+        part = {"end": 2**24, "checksum": None}
         harmless = (403, 404, 416)  # an empty object has no bytes from 0 on: 416
-        text = self._ask(filename, download, lambda fault: fault.status in harmless)
-        return text if isinstance(text, str) else ""
+        data = self._ask(filename, lambda f: f.status in harmless, download, **part)
+        return "" if isinstance(data, Fault) else str(data, "utf-8", "replace")
 
     def delete(self, filename: str) -> None:
         """Deletes an object; without a listing, that may be refused."""
         if not self.is_listed or filename in self.objects:
             harmless = (404,) if self.is_listed else (403, 404)
             delete = self._blob(filename).delete
-            self._ask(filename, delete, lambda fault: fault.status in harmless)
+            self._ask(filename, lambda fault: fault.status in harmless, delete)
 
     def upload(
         self, path: str, stamp: Stamp, sent: Callable[[int], None] = lambda _: None
@@ -2493,22 +2493,13 @@ class Destination:
 
         The client retries single requests, but neither a lost upload nor an answer
         that does not match. Before each piece, `sent` gets the number of bytes that
-        have left since its last call; after a fault, it is negative.
+        have left; after a fault, it is less than before.
         """
-        name, sent_so_far = os.path.basename(path), 0
-
-        def before_piece(position: int) -> None:
-            nonlocal sent_so_far
-            self._pause(0)
-            sent(position - sent_so_far)
-            sent_so_far = position
-
-        delays = iter(RESTART_DELAYS)
-        with self._explained(name):
+        name, delays = os.path.basename(path), iter(RESTART_DELAYS)
+        with self._slots, self._explained(name):
             while True:
                 try:
-                    self._pause(0)
-                    self._upload_once(path, stamp, before_piece)
+                    self._upload_once(path, stamp, sent)
                     return True
                 except Exception as error:
                     fault, seconds = Fault(error), next(delays, None)
@@ -2547,8 +2538,15 @@ class Destination:
             )
 
     def _upload_once(
-        self, path: str, stamp: Stamp, before_piece: Callable[[int], None]
+        self, path: str, stamp: Stamp, sent: Callable[[int], None]
     ) -> None:
+        def before_piece(position: int) -> None:
+            self._pause(0)
+            sent(position)
+
+        def patiently(request: Callable[..., Any]) -> Callable[..., Any]:
+            return functools.partial(self._persist, UPLOAD_SECONDS, request)
+
         blob = self._blob(os.path.basename(path), chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
         with trying_to("read", path):
@@ -2562,7 +2560,7 @@ class Destination:
                 timeout=CHUNK_TIMEOUT,
                 checksum=None,
                 crc32c_checksum_value=stamp.crc32c,
-                retry=self._patiently(UPLOAD_SECONDS),
+                retry=patiently,
             )
         stored = _stamp_of(blob)
         if not stored.same_bytes(stamp):
@@ -2576,51 +2574,41 @@ class Destination:
 
     def _is_taken(self, fault: Fault) -> bool:
         """Whether an upload is refused only because such an object is there, unseen."""
-        is_refused = fault.status == 403 and "storage.objects.delete" in fault.codes
+        is_refused = fault.status == 403 and "storage.objects.delete" in fault.words
         return is_refused and not self.is_listed
 
     def _ask(
         self,
         filename: str,
-        request: Callable[..., Any],
         is_excused: Callable[[Fault], bool],
+        request: Callable[..., Any],
+        **options: Any,
     ) -> Any:
-        """Makes a request; returns what it does, or the Fault that excuses it.
-
-        Where the requester pays, the project does; only there, for its account then
-        needs a permission in the project.
-        """
+        """Makes a request; returns what it does, or the Fault that is excused."""
+        options |= {"timeout": TIMEOUT, "retry": None}
         with self._explained(filename):
-            for may_pay in (True, False):
-                try:
-                    patiently = self._patiently(REQUEST_SECONDS)
-                    return request(timeout=TIMEOUT, retry=patiently)
-                except Exception as error:
-                    fault = Fault(error)
-                    if is_excused(fault):
-                        return fault
-                    must_pay = fault.status == 400 and "required" in fault.codes
-                    if not (may_pay and must_pay):
-                        raise
-                self._bucket = self.client.bucket(self.path.bucket, self._project)
+            try:
+                return self._persist(REQUEST_SECONDS, request, **options)
+            except Exception as error:
+                fault = Fault(error)
+                if is_excused(fault):
+                    return fault
+                raise
 
     def _pause(self, seconds: float) -> None:
         """Waits, or raises if the run is stopping."""
-        if self.stopping.wait(seconds) if seconds else self.stopping.is_set():
+        if self.stopping.wait(seconds):
             raise concurrent.futures.CancelledError
 
-    def _patiently(self, seconds: float) -> Callable[..., Callable[..., Any]]:
-        """Returns a `retry` for the client, which waits so long for a fault to pass."""
-        return lambda request: functools.partial(self._persist, seconds, request)
-
     def _persist(
-        self, seconds: float, request: Callable[..., Any], *args: Any, **more: Any
+        self, seconds: float, request: Callable[..., Any], *args: Any, **options: Any
     ) -> Any:
         """Repeats a request until it succeeds, fails for good, or time is over."""
         start, end = time.monotonic(), math.inf
         for delay in itertools.chain(RETRY_DELAYS, itertools.repeat(RETRY_DELAYS[-1])):
+            self._pause(0)
             try:
-                return request(*args, **more)
+                return request(*args, **options)
             except Exception as error:
                 now = time.monotonic()
                 end = min(end, now + seconds)
@@ -2644,9 +2632,8 @@ class Destination:
             fault = Fault(error)
             place = f"{self.path}/{filename}".removesuffix("/")
             bucket = f"gs://{self.path.bucket}"
-            failure, remedy = fault.meaning()
-            remedy = remedy.format(bucket=bucket, project=self._project)
-            line = f"{failure.format(place)}: {fault.words}. {remedy}".rstrip()
+            remedy = fault.remedy.format(bucket=bucket, project=self._project)
+            line = f"{fault.failure.format(place)}: {fault.words}. {remedy}".rstrip()
             may_pass = fault.may_pass or remedy == RERUN
             raise ServiceError(line, may_pass=may_pass) from error
 
@@ -2754,19 +2741,30 @@ def _is_googles_machine() -> bool:
 
 KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
+# Names of classes of errors, which need not be imported then
+LOST_LINES = {"ConnectionError", "ChunkedEncodingError", "Timeout", "TransportError"}
+WRONG_SETTINGS = {"InvalidSchema", "InvalidProxyURL"}
+SPOKEN = {"OSError", "GoogleAuthError", "HTTPError", "WrongContentError"}
+STATUS_IN_TEXT = re.compile(
+    r"""(?:Tunnel connection failed: |["']code["']\s*:\s*)(\d{3})\b"""
+)
+JSON_STRING = re.compile(
+    r'"(\w+)"\s*:\s*("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")'
+)
 LOG_IN = "run `gcloud auth application-default login`"
 DENIED, FAILED = "Access to {} is denied", "Cloud Storage failed at {}"
+NO_WAY, NO_LOGIN = "No way through the proxy to {}", "Cannot log in for {}"
 # What helps, by the permission, the reason or the error of OAuth in the answer
 REMEDIES = {
     "invalid_grant": f"As a person, {LOG_IN} again; with a key, check this machine's "
     "clock, and that account and key still exist.",
-    "iam.serviceAccounts": "Grant roles/iam.serviceAccountTokenCreator on that service "
+    "iam.serviceAccounts.": "Grant roles/iam.serviceAccountTokenCreator on that service "
     "account to the account that impersonates it.",
     "insufficientPermissions": "Stop the VM and run: gcloud compute instances "
     "set-service-account NAME --scopes=cloud-platform",
-    "serviceusage.services": "Grant roles/serviceusage.serviceUsageConsumer on the "
+    "serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer on the "
     "project to the account of this run.",
-    "storage.objects": "Grant roles/storage.objectUser on {bucket} to the account of "
+    "storage.objects.": "Grant roles/storage.objectUser on {bucket} to the account of "
     "this run.",
 }
 BIND = (
@@ -2788,103 +2786,87 @@ AUTHORITY = (
 
 
 class Fault:
-    """What an error of the client or of `google.auth` says, whatever the body.
+    """What an error of the client or of `google.auth` says, and what it means.
 
     Attributes:
       status: Of HTTP; 0 if no answer came.
-      codes: Its reasons and errors of OAuth; permissions that it names, and their kinds.
+      codes: Its reasons, and errors of OAuth.
       words: In one line, without a final period.
+      may_pass: Whether the same request may succeed later.
+      is_lost: Whether an upload is lost, but may succeed from its beginning.
+      failure: What failed, with {} for the place.
+      remedy: What helps, with {bucket} and {project}; empty if that is not known.
     """
 
     def __init__(self, error: BaseException):
-        from google.auth.exceptions import GoogleAuthError
-
         self._chain = chain = list(_chain(error))
+        self._kinds = set[str]().union(*map(_kinds, chain))
         parts = [p for e in chain for p in (getattr(e, "response", None), *e.args)]
-        answers = (part for part in parts if hasattr(part, "headers"))
-        response: Any = next(answers, None)
-        body = _body(response)
-        self._is_json = False
-        with contextlib.suppress(ValueError, RecursionError):
-            self._is_json = isinstance(json.loads(body), dict)
+        response: Any = next((part for part in parts if hasattr(part, "headers")), None)
+        # Of a proxy, and of what google.auth has read, only a text says the status.
+        told = STATUS_IN_TEXT.search(str(parts))
+        status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
+        self.status = status or int(told[1] if told else 0)
+        body = ""
+        with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
+            data = response.data if hasattr(response, "data") else response.content
+            body = bytes(data).decode(errors="replace")
+        # Strings by key, however odd the JSON around them is, or cut short
+        said = collections.defaultdict[str, list[str]](list)
+        for part in (body, *parts):
+            text = json.dumps(part) if isinstance(part, dict) else str(part)
+            for key, literal in JSON_STRING.findall(text):
+                said[key].append(json.loads(literal, strict=False))
+        self.codes = {*said["reason"], *said["error"]}
         self._is_page = any(str(t).lstrip()[:1] == "<" for t in (body, *error.args[:1]))
         self._is_session = "upload_id=" in str(getattr(response, "url", ""))
         # https://cloud.google.com/compute/docs/metadata/querying-metadata
         self._is_metadata = "Metadata-Flavor" in getattr(response, "headers", ())
-        # http.client says the status of a proxy nowhere else.
-        tunnel = re.match(r"Tunnel connection failed: (\d{3})", str(chain[-1]))
-        statuses = (getattr(response, name, 0) for name in ("status_code", "status"))
-        # google.auth may hand on no more than the text, or what was parsed of it.
-        text_alone = "" if response else str(error.args)
-        code = re.search(r"""["']code["']\s*:\s*(\d{3})\b""", text_alone)
-        told = tunnel or code
-        self.status = int(told[1]) if told else next(filter(None, statuses), 0)
+        self.words = self._quote(said, body)
+        self._judge()
 
-        keys = "message", "reason", "error", "error_description"
-        found = [[s for p in (body, *parts) for s in _strings(p, key)] for key in keys]
-        messages, reasons, oauth, descriptions = found
-        words = "".join(messages[:1]) or ": ".join(oauth[:1] + descriptions[:1])
+    def _quote(self, said: Mapping[str, list[str]], body: str) -> str:
+        """Says what came back, in its own words if it has any."""
+        chain, words = self._chain, "".join(said["message"][:1])
+        words = words or ": ".join(said["error"][:1] + said["error_description"][:1])
         if status := self.status:
             plain = body[:300] if re.match(r"[^\W\d]", body) else ""
             phrase = http.client.responses.get(status, "") if status >= 300 else ""
             odd = "with a web page" if self._is_page else "with what is not understood"
             words = f"{status} {words or plain or phrase or odd}"
-        words = words or ("a web page came back" if self._is_page else _words_of(chain))
-        self.words = " ".join(words.split()).rstrip(".")
-        if (key := os.environ.get(KEY_FILE)) and self._is_a(GoogleAuthError):
-            self.words += f" ({KEY_FILE}={key})"
-        permissions = re.findall(r"\b(([A-Za-z]+(?:\.[A-Za-z]+)+)\.[A-Za-z]+)", words)
-        self.codes = {*reasons, *oauth, *itertools.chain(*permissions)}
+        elif not words:
+            words = "a web page came back" if self._is_page else _last_words(chain)
+        words = " ".join(words.split()).rstrip(".")
+        key_file = os.environ.get(KEY_FILE) if "GoogleAuthError" in self._kinds else ""
+        return f"{words} ({KEY_FILE}={key_file})" if key_file else words
 
-    def _is_a(self, *kinds: type) -> bool:
-        return any(isinstance(each, kinds) for each in self._chain)
-
-    @functools.cached_property
-    def may_pass(self) -> bool:
-        """Whether the same request may succeed later."""
-        from google.auth.exceptions import TransportError
-        from requests import exceptions as http_errors
-
-        lost_lines = http_errors.ConnectionError, http_errors.ChunkedEncodingError
-        is_plain = getattr(self._chain[-1], "reason", "") == "WRONG_VERSION_NUMBER"
-        wrong_settings = http_errors.InvalidSchema, http_errors.InvalidProxyURL
-        is_final = self.status or is_plain or self._is_a(*wrong_settings)
-        return bool(
-            self.status in (408, 429, 500, 502, 503, 504)
-            or (self.status == 403 and self.codes & RATES)
+    def _judge(self) -> None:
+        """Finds out whether the fault may pass, and what it means."""
+        status, cause = self.status, self._chain[-1]
+        # Nothing is there to log in with, or not yet, as on a new machine.
+        is_unknown = type(cause).__name__ == "DefaultCredentialsError"
+        is_unset = is_unknown and not os.environ.get(KEY_FILE)
+        is_nobody = is_unset or (self._is_metadata and status == 404)
+        obstacle = self._obstacle()
+        is_plain = getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER"
+        is_final = status or obstacle or is_plain or self._kinds & WRONG_SETTINGS
+        self.may_pass = bool(
+            status in (408, 429, 500, 502, 503, 504)
+            or (status == 403 and self.codes & RATES)
             or any(getattr(each, "retryable", False) for each in self._chain)
-            or (self._lacks_identity and _is_googles_machine())
-            or (
-                self._is_a(*lost_lines, http_errors.Timeout, TransportError)
-                and not (is_final or self._in_the_way)
-            )
+            or (is_nobody and _is_googles_machine())
+            or (self._kinds & LOST_LINES and not is_final)
         )
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether an upload is lost, but may succeed from its beginning."""
+        is_over = self._is_session and status in (200, 308, 400, 404, 410)
         # A ValueError is the client's word for a bucket that kept less than was sent.
-        is_wrong = self._is_a(WrongContentError) or type(self._chain[0]) is ValueError
-        is_over = self.status in (200, 308, 400, 404, 410)
-        return is_wrong or (self._is_session and is_over)
+        is_short = type(self._chain[0]) is ValueError
+        self.is_lost = is_over or is_short or "WrongContentError" in self._kinds
+        self.failure, self.remedy = self._meaning(is_nobody, obstacle)
 
-    @property
-    def _lacks_identity(self) -> bool:
-        """Whether nothing is there to log in with, or not yet, as on a new machine."""
-        from google.auth.exceptions import DefaultCredentialsError
-
-        is_default = type(self._chain[-1]) is DefaultCredentialsError
-        is_unset = not os.environ.get(KEY_FILE)
-        return (is_default and is_unset) or (self._is_metadata and self.status == 404)
-
-    @property
-    def _in_the_way(self) -> str:
+    def _obstacle(self) -> str:
         """What helps against what is in the way to the service; empty if nothing is."""
-        from requests.exceptions import InvalidSchema
-
-        cause = self._chain[-1]
-        proxies = urllib.request.getproxies().values()
-        if self._is_a(InvalidSchema) and any(p.startswith("socks") for p in proxies):
+        cause, proxies = self._chain[-1], urllib.request.getproxies().values()
+        if "InvalidSchema" in self._kinds and any("socks" in p for p in proxies):
             return "Run: python3 -m pip install 'requests[socks]'"
         if self._is_page:
             return "A sign-in page or a proxy may be in the way."
@@ -2894,30 +2876,26 @@ class Fault:
         is_set = bool(os.environ.get("REQUESTS_CA_BUNDLE"))
         return AUTHORITY if is_refused or is_unread or (is_missing and is_set) else ""
 
-    def meaning(self) -> tuple[str, str]:
-        """Says what failed, with {} for the place, and what helps, if that is known."""
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-        from requests.exceptions import InvalidProxyURL, ProxyError
-
-        remedy = next((REMEDIES[code] for code in REMEDIES if code in self.codes), "")
+    def _meaning(self, is_nobody: bool, obstacle: str) -> tuple[str, str]:
+        """Picks what failed, and what helps."""
+        status, kinds, codes = self.status, self._kinds, self.codes
+        known = (code for code in REMEDIES if code in codes or code in self.words)
+        grant = REMEDIES.get(next(known, ""), "")
         rerun = RERUN if self.may_pass else ""
-        way = rerun or self._in_the_way
-        is_proxy = self._is_a(ProxyError, InvalidProxyURL)
-        is_unknown = self._is_a(DefaultCredentialsError)
-        is_login = self.status == 401 or self._is_a(GoogleAuthError)
-        is_service = self._is_json and not self._is_session
-        refuses, denies = "No way through the proxy to {}", "Cannot log in for {}"
+        way = rerun or obstacle
+        is_unknown = "DefaultCredentialsError" in kinds
+        is_login = status == 401 or "GoogleAuthError" in kinds
+        is_service = "notFound" in codes and not self._is_session
         cases = (  # the first that holds
-            (self.status == 407, refuses, PROXY_PASSWORD),
-            (is_proxy, refuses, rerun or PROXY_HOSTS),
-            (is_unknown and self._lacks_identity, "No credentials for {}", NOBODY),
-            (is_unknown, "No credentials for {}", rerun),
-            (is_login and self._lacks_identity, denies, ATTACH),
-            (is_login and self._is_metadata and remedy, denies, BIND),
-            (is_login, denies, remedy or way),
+            (status == 407, NO_WAY, PROXY_PASSWORD),
+            (kinds & {"ProxyError", "InvalidProxyURL"}, NO_WAY, rerun or PROXY_HOSTS),
+            (is_unknown, "No credentials for {}", NOBODY if is_nobody else rerun),
+            (is_login and is_nobody, NO_LOGIN, ATTACH),
+            (is_login and self._is_metadata and grant, NO_LOGIN, BIND),
+            (is_login, NO_LOGIN, grant or way),
             (way, FAILED, way),
-            (self.status == 403, DENIED, remedy),
-            (self.status == 404 and is_service, "No bucket for {}", CREATE),
+            (status == 403, DENIED, grant),
+            (status == 404 and is_service, "No bucket for {}", CREATE),
             (True, FAILED, RERUN if self.is_lost else ""),
         )
         return next(case[1:] for case in cases if case[0])
@@ -2932,39 +2910,21 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in within if isinstance(e, BaseException)), None)
 
 
-def _body(response: Any) -> str:
-    """Reads the text of an answer; empty if it cannot be decoded."""
-    with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
-        data = response.data if hasattr(response, "data") else response.content
-        return bytes(data).decode(errors="replace")
-    return ""
+def _kinds(error: BaseException) -> set[str]:
+    """Names of an error's classes."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _strings(text: Any, key: str) -> list[str]:
-    """Finds the strings under a key, however odd the JSON around them, or cut short."""
-    where = json.dumps(text) if isinstance(text, dict) else str(text)
-    literals = re.findall(
-        rf'"{key}"\s*:\s*("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{{4}})*")', where
-    )
-    return [json.loads(each, strict=False) for each in literals]
-
-
-def _words_of(chain: Sequence[BaseException]) -> str:
+def _last_words(chain: Iterable[BaseException]) -> str:
     """What the innermost error of the network or the login says, and of which host."""
-    from google.auth.exceptions import GoogleAuthError
-    from urllib3.exceptions import HTTPError
-
     text = "what came back is not understood"
-    # Not errors of Python's own
-    spoken = OSError, GoogleAuthError, HTTPError, WrongContentError
-    for error in filter(lambda each: isinstance(each, spoken), chain):
-        if not isinstance(error, json.JSONDecodeError):
+    for error in chain:
+        if _kinds(error) & SPOKEN and "JSONDecodeError" not in _kinds(error):
             words = (getattr(error, n, "") for n in ("verify_message", "strerror"))
             text = str(next(filter(None, (*words, *error.args)), ""))
-            text = re.sub(r"(?s)Response( details)?:.*|{.*", " ", text)
-            text = text if text.strip() else "the answer is empty"
-    requests = [getattr(error, "request", None) for error in chain]
-    for request in filter(None, requests):
+            text = re.sub(r"(?s)Response( details)?:.*|{.*", " ", text).strip()
+            text = text or "the answer is empty"
+    for request in filter(None, (getattr(error, "request", None) for error in chain)):
         return f"cannot reach {urllib.parse.urlsplit(request.url).hostname} ({text})"
     return text
 
@@ -3225,7 +3185,7 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
         write_text(path, (in_bucket or texts)[0])
     if destination:
         if not in_bucket:
-            destination.upload_missing({path: measure(path)})
+            destination.upload(path, measure(path))
         destination.check_none_passed_over()
     num_images = sum(len(shard.images) for shard in job.shards)
     num_bytes = sum(stamp.num_bytes for stamp in stamps.values())

@@ -245,7 +245,7 @@ def test_line_says_what_is_left_before_how_fast_it_is(
     progress = progress_of(raw, to_write, to_upload, uploaded is not None)
     progress.writing.stamps += [STAMP] * written
     progress.uploading.stamps += [STAMP] * (uploaded or 0)
-    progress.sent((uploaded or 0) * STAMP.num_bytes)
+    progress.sent("train", (uploaded or 0) * STAMP.num_bytes)
     monkeypatch.setattr(progress, "seconds", lambda: 1000.0)
     assert progress.line() == expected
 
