@@ -669,12 +669,16 @@ VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
 # Directories in a tar that are of no class; "" is that of `x.JPEG`
 CLASSLESS = ("", "val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values()))
-OTHER_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-SYSTEM_NAMES = (  # how names begin that operating systems and network disks leave
-    *(".", "#recycle", "#snapshot", "$RECYCLE.BIN", "@Recycle", "@eaDir"),
-    *("System Volume Information", "__MACOSX", "lost+found"),
+# Files that seem to hold images, but are not read, whole or half downloaded
+UNREAD = re.compile(
+    r"(?i)\.(avif|bmp|gif|heic|jfif|jp2|jpe|jpe?g|png|tga|tiff?|webp"
+    r"|7z|rar|tar\.\w+|tbz2?|tgz|txz|zip)(~| +|\.(\d+|crdownload|part))?$"
 )
-PACKED = re.compile(r"\.(tar|tgz|zip)\b", re.IGNORECASE)
+SYSTEM_NAMES = {  # which operating systems and network disks leave, besides `.x`
+    *("#recycle", "#snapshot", "$recycle.bin", "@recycle", "@recently-snapshot"),
+    *("@eadir", "@__thumb", "system volume information", "__macosx", "lost+found"),
+    *("network trash folder", "temporary items"),
+}
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
 TarFingerprint: TypeAlias = tuple[int, int, int]
@@ -796,7 +800,7 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     """Lists images by path; adds the paths of other images to `skipped`."""
     directory = os.path.join(raw_data_dir, split)
     paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
-    tar = next(map(Tar, filter(os.path.exists, paths)), None)
+    tar = next(map(Tar, filter(os.path.lexists, paths)), None)
     if not tar and not os.path.lexists(directory):
         found = _some(sorted(e.name for e in _scan(raw_data_dir)), 10) or "nothing"
         raise InvalidInputError(
@@ -807,6 +811,8 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     is_training = split == TRAINING_DIRECTORY
     if not is_training and any(has_image_name(entry.name) for entry in entries):
         images = Directory(directory).list_images(skipped)
+        if len(skipped) > len(images):  # so it is another layout
+            raise InvalidInputError(_describe_skipped(skipped))
         if tar and len(images) != IMAGENET_SIZES["validation"][0]:
             packed = {image.filename for image in tar.list_images([])}
             there = packed & {image.filename for image in images}
@@ -814,8 +820,7 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
                 only = f"{directory} holds only {len(there):,} of the {len(packed):,}"
                 raise InvalidInputError(f"{only} in {tar.path}. Extract it whole.")
         return images
-    directories, class_tars = _find_classes(entries)
-    beside = [entry.path for entry in entries if _looks_like_image(entry.name)]
+    directories, class_tars, beside = _find_classes(entries)
     skipped += beside
     if directories or class_tars:
         _check_extracted(directories, class_tars, tar)
@@ -831,12 +836,12 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
 
 def _find_classes(
     entries: Iterable[os.DirEntry[str]],
-) -> tuple[dict[str, Directory], dict[str, Tar]]:
-    """Picks class directories and class tars, by synset."""
+) -> tuple[dict[str, Directory], dict[str, Tar], list[str]]:
+    """Picks class directories and class tars, by synset, and what is not read."""
     directories, class_tars, others = {}, {}, list[str]()
     for entry in entries:
         name, path = entry.name, entry.path
-        if not _is_visible(name) or _looks_like_image(name):
+        if not _is_visible(name):
             continue
         with trying_to("read", path, is_input=True):  # also refuses broken links
             is_directory = stat.S_ISDIR(entry.stat().st_mode)
@@ -847,16 +852,14 @@ def _find_classes(
         else:
             others.append(path)
     _check_others(others, directories | class_tars)
-    return directories, class_tars
+    return directories, class_tars, [path for path in others if UNREAD.search(path)]
 
 
 def _check_others(paths: Iterable[str], classes: Container[str]) -> None:
-    """Refuses what seems to hold a class, but is not read: `n01440764.tar.gz`, `x.TAR`."""
+    """Refuses a class that is neither a directory nor a tar, as `n01440764.tar.gz`."""
     for path in paths:
-        name = os.path.basename(path)
-        synset = name.partition(".")[0]
-        is_packed = PACKED.search(name) and not name.startswith("ILSVRC")
-        if (is_packed or SYNSET.fullmatch(synset)) and synset not in classes:
+        synset = os.path.basename(path).partition(".")[0]
+        if SYNSET.fullmatch(synset) and synset not in classes:
             raise InvalidInputError(f"{path} must be a directory or a *.tar.")
 
 
@@ -908,7 +911,7 @@ class Directory:
         entries = _scan(self.path)
         for entry in entries:
             if not has_image_name(entry.name):
-                others += _images_below(entry)
+                others += _unread_below(entry)
                 continue
             size = fingerprint = 0  # a dangling link; `warnings_about` counts it
             try:
@@ -971,7 +974,7 @@ class Tar:
             elif pattern and _is_visible(name):
                 others.append(path)
         patterns = {*pattern_in.values()}
-        unread = sorted(p for p in others if p.lower().endswith(OTHER_SUFFIXES))
+        unread = sorted(filter(UNREAD.search, others))
         if not patterns:
             raise _no_images(self.place, files, unread)
         if len(patterns) > 1:
@@ -980,7 +983,7 @@ class Tar:
                 f"side, or class tars; {self.place} holds {_some(sorted(patterns))}. "
                 "Extract it."
             )
-        for directory, _, name in (path.rpartition("/") for path in unread):
+        for directory, _, name in (path.rpartition("/") for path in sorted(others)):
             if directory not in pattern_in and class_of(directory)[1] in patterns:
                 raise _no_images(f"{self.place}/{directory}", [name])
         classes = {class_of(directory)[0] for directory in pattern_in}
@@ -1019,23 +1022,20 @@ def has_image_name(name: str) -> bool:
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith(SYSTEM_NAMES)
+    return name[:1] != "." and name.casefold() not in SYSTEM_NAMES
 
 
-def _looks_like_image(name: str) -> bool:
-    return name.lower().endswith(OTHER_SUFFIXES) and _is_visible(name)
-
-
-def _images_below(entry: os.DirEntry[str]) -> list[str]:
-    """Lists what looks like an image: the entry itself, or below it."""
+def _unread_below(entry: os.DirEntry[str]) -> list[str]:
+    """Lists what seems to hold images: the entry, or what is below it, but for links."""
     if not _is_visible(entry.name):
         return []
-    if not entry.is_dir():
-        return [entry.path] if _looks_like_image(entry.name) else []
+    if not entry.is_dir(follow_symlinks=False):
+        return [entry.path] if UNREAD.search(entry.name) else []
     found = []
     for place, directories, names in os.walk(entry.path):
         directories[:] = filter(_is_visible, directories)
-        found += [f"{place}/{name}" for name in names if _looks_like_image(name)]
+        unread = filter(UNREAD.search, filter(_is_visible, names))
+        found += [f"{place}/{name}" for name in unread]
     return found
 
 
@@ -1048,11 +1048,11 @@ def _no_images(
 
 
 def _describe_skipped(paths: Sequence[str]) -> str:
-    """Describes images that are not read, with what would make them be."""
+    """Describes what is not read, with what would make it be."""
     suffixes = collections.Counter(os.path.splitext(path)[1] for path in paths)
     found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
     return (
-        f"{_count(len(paths), 'image')} skipped ({found}), such as {min(paths)}: only "
+        f"{_count(len(paths), 'file')} skipped ({found}), such as {min(paths)}: only "
         f"JPEG and PNG files named *{IMAGE_SUFFIX} are read, where README, step 2, says."
     )
 
@@ -1088,8 +1088,7 @@ NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
 VALIDATION_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)")  # also `Copy of ...`
 NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
-# The first column, up to a tab or comma, for a file name may hold blanks; or a word
-COLUMN = re.compile(r"^[^\t,]+?(?=\s*[\t,])|[^\s,]+")
+STEM_END = re.compile(r"(?i)(_n[0-9]{8})?(\.(jpe?g|png))?$")
 ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
 TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
 # The synset of each line or, of two columns, of each file name without its suffix
@@ -1103,13 +1102,16 @@ def assign_synsets(
     directories = [image.synset for image in images]
     names = [_synset_in(image.filename) for image in images]
     known = [directory or name for directory, name in zip(directories, names)]
-    all_say_it = bool(images) and all(known)
+    all_say_it = all(known)
     problems, warnings = _intruders(images, known)
     label_file: LabelFile = []
     if not all_say_it or os.path.lexists(labels_path):
-        with _collecting(problems):
+        about_file = list[str]()
+        with _collecting(about_file):
             label_file = read_label_file(labels_path)
-            problems += _misaligned(images, label_file, labels_path, not all_say_it)
+            about_file += _misaligned(images, label_file, labels_path, not all_say_it)
+        free = " If directories and names are right, remove it." * all_say_it
+        problems += [f"{problem}{free}" for problem in about_file]
     if problems:
         about = [_describe_skipped(skipped)] if images and skipped else []
         raise InvalidInputError(*problems, *about)
@@ -1131,7 +1133,7 @@ def _synset_in(filename: str) -> str:
 
 
 def _stem(path: str) -> str:
-    return re.sub(r"(?i)\.(jpe?g|png)$", "", os.path.basename(path))
+    return STEM_END.sub("", os.path.basename(path))
 
 
 def _number(image: RawImage) -> int | None:
@@ -1170,12 +1172,12 @@ def _intruders(
 def read_label_file(path: str) -> LabelFile:
     """Reads the synset of each validation image: a line each, or by the file's name."""
     lines = _read_lines(path)
-    rows = [COLUMN.findall(line.replace('"', "").strip(" \t,")) for line in lines]
+    rows = [*map(_columns, lines)]
     pairs = [(_stem(row[0]), row[1]) for row in rows if len(row) > 1]
     by_name = dict(reversed(pairs))  # of two lines for a name, the first is right
     if has_names := 2 * len(pairs) > len(rows):
         rule = "a file name and a synset, one for each name"
-        good = [len(row) > 1 and by_name[_stem(row[0])] == row[1] for row in rows]
+        good = [len(row) > 1 and by_name[_stem(row[0])] == row[1] != "" for row in rows]
     else:
         rule = "a single synset such as n01440764"
         good = [len(row) == 1 and row[0].isprintable() for row in rows]
@@ -1184,6 +1186,19 @@ def read_label_file(path: str) -> LabelFile:
         problem = f"Line {i + 1:,} of {path} must be {rule}"
         raise InvalidInputError(f"{problem}; found {lines[i].strip()[:60]!r}.")
     return by_name if has_names else [row[0] for row in rows]
+
+
+def _columns(line: str) -> list[str]:
+    """Splits a line at tabs, commas or blanks; in a table, a column can hold blanks."""
+    line = line.replace('"', "").strip(" \t,")
+    words = line.split()
+    delimiter = next((each for each in "\t," if each in line), None)
+    if not delimiter or any(map(SYNSET.fullmatch, words[1:2])):
+        return words
+    columns = [column.strip() for column in line.split(delimiter)]
+    if SYNSET.match(columns[1]):
+        columns[1] = columns[1].split()[0]  # Kaggle's are followed by boxes
+    return columns
 
 
 def _read_lines(path: str) -> list[str]:
@@ -1241,22 +1256,22 @@ def _misaligned(
         problem += f". There is no number {_some([f'{n:,}' for n in sorted(lacking)])}"
     if len(given) == num_images and given != sorted(given):
         problem += ". Without leading zeros, names sort wrongly: 1, 10, 2"
-    free = "If directories and names are right, remove it."
-    yield f"{problem}. {TWO_COLUMNS if is_needed else free}"
+    yield f"{problem}.{f' {TWO_COLUMNS}' if is_needed else ''}"
 
 
 def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
-    """Warns of names that are numbered alike, but not one after another."""
+    """Warns of names that sort otherwise than they count, or of numbers left out."""
+    parts = [re.split("([0-9]+)", image.filename) for image in images]
+    counts = [[*zip(part[::2], map(int, [*part[1::2], "0"]))] for part in parts]
+    wrong = [i for i, count in enumerate(sorted(counts)) if count != counts[i]]
     matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
-    numbers = [int(match[2]) for match in matches if match]
-    around = {match and match.group(1, 3) for match in matches}
-    if not numbers or len(around) > 1:
-        return
-    num_missing = max(numbers) - min(numbers) + 1 - len(numbers)
-    # Where most are missing, the numbers do not count the images.
-    if numbers != sorted(numbers) or 0 < num_missing < len(numbers):
-        i = next(i for i, number in enumerate(numbers) if number != numbers[0] + i)
-        where = f"line {i + 1:,} of {path} is taken for {images[i].filename}"
+    if len({match and match.group(1, 3) for match in matches}) == 1:  # named alike
+        numbers = [int(match[2]) for match in matches if match]
+        num_missing = max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+        if 0 < num_missing < len(numbers):  # else they do not count the images
+            wrong += [i for i, n in enumerate(numbers) if n != numbers[0] + i]
+    if wrong:
+        where = f"line {wrong[0] + 1:,} of {path} is for {images[wrong[0]].filename}"
         yield f"The numbers in names do not follow one another: {where}."
 
 
@@ -1281,7 +1296,9 @@ def _check_agreement(
             meant.append(f"{problem} The {decisive} decides.")
         else:
             slips.append(f"{problem} Correct it.")
-    in_order = sorted((_number(image) or 0, image.synset) for image in images)
+    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
+    numbers = [int(match[2]) if match else 0 for match in matches]
+    in_order = sorted(zip(numbers, (image.synset for image in images)))
     synsets = [synset for _, synset in in_order]
     all_numbers = [*range(1, IMAGENET_SIZES["validation"][0] + 1)]
     has_all = [number for number, _ in in_order] == all_numbers
@@ -1311,12 +1328,14 @@ def class_problems(
         remedy = f"or have validation images; move these out of {directory}"
         yield f"{rule}, {remedy}: {_some(stray)}."
     unknown = validated - trained
-    # With part of the classes, one may lack training images, if named like the others.
-    if trained & validated and len(trained) != IMAGENET_CLASSES:
+    # With part of ImageNet, or of the training images, some classes may have none.
+    is_part = trained & validated and len(trained) != IMAGENET_CLASSES
+    if is_part and (validated > trained or all(map(SYNSET.fullmatch, unknown))):
         unknown &= misnamed
     if unknown:
         rule = "Validation images must be of the classes of the training images"
-        found = f"such as {_some(sorted(trained))}; found {_some(sorted(unknown))}"
+        odd = [name if name.isascii() else ascii(name) for name in sorted(unknown)]
+        found = f"such as {_some(sorted(trained))}; found {_some(odd)}"
         yield f"{rule}, {found}. README, step 2, says what decides a class."
 
 
@@ -3598,7 +3617,9 @@ NOT_TARS = {
     b"BZh": "it is compressed; decompress it with bzip2 -d first",
     b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
     b"(\xb5/\xfd": "it is compressed; decompress it with zstd -d first",
-    b"PK": "it is not a tar but a zip; extract it, and remove it",
+    **dict.fromkeys(
+        (b"PK", b"7z", b"Rar!"), "it is not a tar but a zip; extract it, and remove it"
+    ),
     b"<": "it is not a tar but a web page; log in, and download it again",
     **dict.fromkeys(
         (b"{", b"version http"), "it is text, not a tar; download it again"
@@ -3653,6 +3674,8 @@ def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
                 found[name] = offset, size
             elif member.islnk() and target in found:
                 found[name] = found[target]
+            elif not all(map(_is_visible, name.split("/"))):
+                pass  # of macOS or a network disk
             elif member.issym() or name.endswith((IMAGE_SUFFIX, ".tar")):
                 what = "a symbolic link" if member.issym() else "no plain file"
                 raise ValueError(f"{name} in it is {what}; extract the tar instead")

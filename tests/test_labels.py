@@ -104,11 +104,11 @@ REFUSED = {
     f"rm validation/{V[2]}": misplaced("4 lines", "3", f"2 is {V[3]}", missing("2")),
     f"cd validation; mv {V[3]} x.jpg": (
         f"{misplaced('4 lines', '3', f'3 is {V[4]}', missing('3'))}\n"
-        f"1 image skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ}"
+        f"1 file skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ}"
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}": (
         f"{misplaced('4 lines', '3', f'3 is {V[4]}', missing('3'))}\n"
-        f"1 image skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
+        f"1 file skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
     ),
     f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 lines", "4", remedy=NOT_NEEDED),
     f"{INTO_FOLDERS} sed -i 3s/.*/{D}/ ../*.txt": (
@@ -205,13 +205,35 @@ REFUSED = {
         f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
         "imagenet_2012_labels, synset_labels.txt.txt beside it."
     ),
+    f"{INTO_FOLDERS} cp {A}/* x.JPEG": (
+        f"4 files skipped (4 *.JPEG), such as RAW/validation/{A}/{V[1]}: {READ}"
+    ),
+    f"{INTO_FOLDERS} echo '<html>' >../*.txt": (
+        f"RAW/synset_labels.txt is a web page; download the file itself. {LINE_I} "
+        f"{NOT_NEEDED}"
+    ),
+    f"printf '{VAL}0000000%d,,{A}\\n' 1 2 3 4 >*.txt": (
+        "Line 1 of RAW/synset_labels.txt must be a file name and a synset, one for "
+        f"each name; found '{VAL}00000001,,{A}'."
+    ),
+    "rm -r train validation/* *.txt; mkdir -p {train,validation}/x "
+    "train/caf$'\\xc3\\xa9' validation/cafe$'\\xcc\\x81'; "
+    "for d in */*; do echo >$d/1.JPEG; done": (
+        "Validation images must be of the classes of the training images, such as "
+        "caf\xe9, x; found 'cafe\\u0301'. README, step 2, says what decides a class."
+    ),
+    "rm -r train validation/* *.txt; mkdir -p train/{0..3} validation/{1..4}; "
+    "for d in */*; do echo >$d/x.JPEG; done": (
+        "Validation images must be of the classes of the training images, such as "
+        "0, 1, 2 and 1 more; found 4. README, step 2, says what decides a class."
+    ),
     "mv *.txt validation": (
         f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
         "validation/synset_labels.txt beside it."
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}; rm ../*.txt": (
         f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I}\n"
-        f"1 image skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
+        f"1 file skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
     ),
     "sed -i 's/$/ tench/; 1s/.*/ImageId/; 3s/.*/x/' *.txt": (
         "Line 2 of RAW/synset_labels.txt must be a single synset such as n01440764; "
@@ -250,7 +272,11 @@ def misnamed(count: str, name: str, folder: str = A) -> str:
 RANK = "Labels are ranks of names as text: class {} has label {}."
 NUMBERS = (
     "The numbers in names do not follow one another: line {} of RAW/synset_labels.txt "
-    "is taken for {}."
+    "is for {}."
+)
+EMPTY = (
+    "4 images of zero bytes or without a file, such as RAW/validation/a1.JPEG: no shard "
+    "with one will be written."
 )
 LINES = [A, B, C, D]
 BY_NAME = "i=0; for s in $(<*.txt); do i=$((i+1)); echo {}; done >x; mv x *.txt"
@@ -263,6 +289,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     EVERY.format(".JPEG ", ""): (LINES, []),
     EVERY.format(" ", ""): (LINES, []),
     EVERY.format(".jpg ", ""): (LINES, []),
+    f"{HUGGING_FACE} cd ..; {EVERY.format(' ', '')}": (LINES, []),
     EVERY.format("'\t'", "'\ttench'"): (LINES, []),
     EVERY.format(",", "' 12 34 56,7'") + "; sed -i 1iImageId,Prediction *.txt; "
     "sort -r *.txt >x; mv x *.txt": (LINES, []),
@@ -335,12 +362,23 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} {RENAME.format('val_$((i+=4)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [NUMBERS.format(2, "val_16.JPEG")],
+        [NUMBERS.format(1, "val_12.JPEG")],
+    ),
+    f"{TEN} rm *; touch a{{1,2,10}}.JPEG b1.JPEG; cd ..; "
+    "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
+        ["a"] * 4,
+        [EMPTY, NUMBERS.format(2, "a10.JPEG")],
+    ),
+    f"{TEN} rm *; mkdir -p ../train/{{dog,dog\\ sled,@Recycled_paper,web.jpg}}; "
+    'for d in ../train/*; do echo >"$d/1.JPEG"; done; echo >1.JPEG; echo >2.JPEG; '
+    "printf '1.JPEG,dog sled\\n2.JPEG,@Recycled_paper\\n' >../*.txt": (
+        ["dog sled", "@Recycled_paper"],
+        [],
     ),
     f"{TEN} {RENAME.format('$((i+=7))-x.JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [NUMBERS.format(2, "21-x.JPEG")],
+        [NUMBERS.format(1, "14-x.JPEG")],
     ),
     f"{TEN} {RENAME.format('val_$((++i == 3 ? 5 : i)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
@@ -464,16 +502,17 @@ def test_labels_of_all_validation_images_must_be_imagenets(
     assert found == ([says] if says else [])
 
 
+@pytest.mark.parametrize("prefix", [VAL, ""])
 @pytest.mark.parametrize("by", ["directory", "name", "line"])
 @pytest.mark.parametrize(
     ("synsets", "says"), [(LABELS.split(), []), (SWAPPED, [NOT_ITS_LABELS])]
 )
 def test_names_without_zeros_are_compared_by_number(
-    tmp_path: Path, by: str, synsets: list[str], says: list[str]
+    tmp_path: Path, by: str, prefix: str, synsets: list[str], says: list[str]
 ) -> None:
     images = []
     for i, synset in enumerate(synsets, start=1):
-        name = f"{VAL}{i}_{synset}.JPEG" if by == "name" else f"{VAL}{i}.JPEG"
+        name = f"{prefix}{i}_{synset}.JPEG" if by == "name" else f"{prefix}{i}.JPEG"
         folder = synset if by == "directory" else ""
         images.append(script.RawImage("/", name, folder, 9, 9))
     if by == "line":

@@ -71,8 +71,6 @@ def test_other_files_are_passed_over_when_there_are_images(raw: Path) -> None:
         "train/README",
         "train/.DS_Store",
         "train/ILSVRC2012_img_train_t3.tar",
-        "train/ILSVRC2012_img_train.tar.gz",
-        "train/n01440764.tar.gz",
         "train/n01440764.txt",
         "train/@eaDir/n01440764_1.JPEG",
         "train/n01440764/@eaDir/n01440764_1.JPEG/thumbnail.jpg",
@@ -83,7 +81,9 @@ def test_other_files_are_passed_over_when_there_are_images(raw: Path) -> None:
         "train/n01440764/._n01440764_1.JPEG",
         "train/n01440764/.hidden.JPEG",
         "train/n01440764/notes.txt",
-        "train/n01440764/n01440764_9.JPEG.part",
+        "train/n01440764/n01440764_9.JPEG.xml",
+        "train/@Recently-Snapshot/x.JPEG",
+        "train/Network Trash Folder/x.JPEG",
         "validation/._ILSVRC2012_val_00000001.JPEG",
         "validation/Thumbs.db",
         "tf_records/train/x",
@@ -211,7 +211,7 @@ REFUSALS = {
         f"{NO_IMAGES} Found a, b, c and 2 more there."
     ),
     "rm -r train/*; touch train/n1_1.JPEG": (
-        f"{NO_IMAGES} 1 image skipped (1 *.JPEG), such as RAW/train/n1_1.JPEG: {READ}"
+        f"{NO_IMAGES} 1 file skipped (1 *.JPEG), such as RAW/train/n1_1.JPEG: {READ}"
     ),
     "rm train/n01440838/*": (
         "No images match RAW/train/n01440838/*.JPEG. Found nothing there."
@@ -248,13 +248,21 @@ REFUSALS = {
         )
         for name in (
             *("n01440838.tar.gz", "n01440838.tar.part", "n01440838.TAR"),
-            *("n01440838.7z", "wolf.tgz", "wolf.Tar.xz"),
+            "n01440838.7z",
         )
     },
     "cd train; touch x.tar.part; for s in n*; do tar -cf $s.tar -C $s .; done; "
     "mv n01440838.tar n01440838.tar.gz; tar -cf ../ILSVRC2012_img_train.tar *.tar*; "
     "rm -r ../train": (
         "RAW/ILSVRC2012_img_train.tar/n01440838.tar.gz must be a directory or a *.tar."
+    ),
+    "cd train; rm n01440838/*; touch n01440838/x.txt; "
+    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
+        "No images match RAW/ILSVRC2012_img_train.tar/n01440838/*.JPEG. Found x.txt "
+        "there."
+    ),
+    "rm -r validation *.txt; ln -s nothing ILSVRC2012_img_val.tar": (
+        "Cannot list the tar RAW/ILSVRC2012_img_val.tar: No such file or directory."
     ),
     "cd train; rm -r n01440838; ln -s nothing wolf": (
         "Cannot read RAW/train/wolf: No such file or directory."
@@ -281,13 +289,13 @@ REFUSALS = {
     ),
     **{
         f"cd train/n01440764; for f in *; do mv $f ${{f%.JPEG}}{suffix}; done": (
-            f"{EMPTY} 3 images skipped (3 *{suffix}), such as "
+            f"{EMPTY} 3 files skipped (3 *{suffix}), such as "
             f"RAW/train/n01440764/n01440764_1{suffix}: {READ}"
         )
         for suffix in (".png", ".jpg", ".JPG", ".Jpeg", ".webp", ".bmp")
     },
     "cd train/n01440764; mkdir images; mv *.JPEG images": (
-        f"{EMPTY} 3 images skipped (3 *.JPEG), such as "
+        f"{EMPTY} 3 files skipped (3 *.JPEG), such as "
         f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
     ),
     "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
@@ -331,28 +339,33 @@ def skipped(what: str, first: str) -> str:
 
 WARNINGS = {
     "cd train; touch n01440764/{a.jpg,b.jpeg,c.JPG} n01440801/{d,e}.png": skipped(
-        "5 images skipped (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png)",
+        "5 files skipped (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png)",
         "train/n01440764/a.jpg",
     ),
+    "cd train; touch {wolf.tgz,wolf.Tar.xz,n01440764.tar.gz} "
+    "n01440764/{a.jfif,b.JPEG.part,c.JPEG~,d.JPEG.1}": skipped(
+        "7 files skipped (1 *.1, 1 *.JPEG~, 1 *.gz, 1 *.jfif, 1 *.part, 1 *.tgz, 1 *.xz)",
+        "train/n01440764.tar.gz",
+    ),
     "touch train/n01440764_9.JPEG": skipped(
-        "1 image skipped (1 *.JPEG)", "train/n01440764_9.JPEG"
+        "1 file skipped (1 *.JPEG)", "train/n01440764_9.JPEG"
     ),
     "mkdir -p {train/n01440801,validation}/more/even; "
     "touch train/n01440801/more/m.JPEG validation/more/even/n.JPEG": skipped(
-        "2 images skipped (2 *.JPEG)", "train/n01440801/more/m.JPEG"
+        "2 files skipped (2 *.JPEG)", "train/n01440801/more/m.JPEG"
     ),
     "cd validation; touch x.png; mkdir n01440764; mv *.JPEG n01440764; "
     "mkdir n01440764/deep; touch n01440764/deep/x.JPEG; rm ../*.txt": skipped(
-        "2 images skipped (1 *.JPEG, 1 *.png)", "validation/n01440764/deep/x.JPEG"
+        "2 files skipped (1 *.JPEG, 1 *.png)", "validation/n01440764/deep/x.JPEG"
     ),
     "cd train; touch x.jpg; mkdir n01440801/more; touch n01440801/more/y.jpg; "
     "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": skipped(
-        "2 images skipped (2 *.jpg)",
+        "2 files skipped (2 *.jpg)",
         "ILSVRC2012_img_train.tar/n01440801/more/y.jpg",
     ),
     "cd train; touch n01440801/d.png; for d in *; do tar -cf $d.tar -C $d .; done; "
     "tar -cf ../ILSVRC2012_img_train.tar *.tar; rm -r ../train": skipped(
-        "1 image skipped (1 *.png)", "ILSVRC2012_img_train.tar/d.png"
+        "1 file skipped (1 *.png)", "ILSVRC2012_img_train.tar/d.png"
     ),
     f": >{IMAGE}; ln -sf nowhere validation/ILSVRC2012_val_00000001.JPEG": (
         f"2 images of zero bytes or without a file, such as RAW/{IMAGE}: no shard "

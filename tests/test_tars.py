@@ -164,6 +164,14 @@ LISTED: dict[str, tuple[bytes, dict[str, bytes]]] = {
         + END,
         {"b.JPEG": b"b"},
     ),
+    "links and directories of a system": (
+        link(".git/x", "y")
+        + link("a/@eaDir/n1", "y")
+        + member("._x.JPEG", kind=tarfile.DIRTYPE)
+        + B
+        + END,
+        {"b.JPEG": b"b"},
+    ),
     "directory of v7": (
         member("sub/", kind=tarfile.AREGTYPE) + member("sub/b.JPEG", b"b") + END,
         {"sub/b.JPEG": b"b"},
