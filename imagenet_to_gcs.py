@@ -3060,13 +3060,13 @@ def _scratch_problems(job: Job) -> Iterator[str]:
     """Says why the shards that are to be written cannot be: their names, or no room."""
     options, needed = job.options, _needed_room(job)
     paths = [shard_path(shard, options.scratch_dir) for shard in job.work.to_write]
-    names = [job.manifest_path, *paths, *map(_stamp_path, paths)]
-    if taken := [n for n in names if os.path.isdir(n) and not os.path.islink(n)]:
-        yield f"Shards must be written, but these are directories: {_some(taken)}."
-    for split in sorted({os.path.dirname(path) for path in paths}):
-        is_open = os.access(split, os.W_OK | os.X_OK, effective_ids=True)
-        if os.path.isdir(split) and not is_open:
-            yield f"Cannot write {split}/*: Permission denied, or a read-only disk."
+    names = {job.manifest_path, *paths, *map(_stamp_path, paths)}
+    for place in filter(os.path.isdir, sorted(set(map(os.path.dirname, names)))):
+        there = [each for each in _scan(place) if each.path in names]
+        if taken := sorted(e.path for e in there if e.is_dir(follow_symlinks=False)):
+            yield f"Shards must be written, but these are directories: {_some(taken)}."
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            yield f"Cannot write {place}/*: Permission denied, or a read-only disk."
     free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
     if needed > free:
         can_go = options.gcs_upload and options.keep_local_shards
@@ -3223,7 +3223,7 @@ def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 HELP = re.compile(r"--?(h|\?|help(short|full|xml)?)(=.*)?")
-NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # bytes are U+DC80-U+DCFF
+NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # U+DC80-U+DCFF are bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3349,7 +3349,7 @@ def _directory_fault(given: str, path: str, may_be_missing: bool) -> str:
 
 def check_arguments(**values: object) -> None:
     """Refuses what is not as `Options` annotates it, or is no text for the system."""
-    # If it was never imported, the client is none of it.
+    # No client was made of a class that was never imported.
     client = getattr(sys.modules.get("google.cloud.storage"), "Client", ())
     types: dict[str, Any] = {"str": str, "int": int, "bool": bool, "None": type(None)}
     types |= {"os.PathLike[str]": os.PathLike, "storage.Client": client}
@@ -3429,7 +3429,7 @@ def _record_paths(*lists: Sequence[StrPath]) -> dict[str, str]:
             raise TypeError(f"Records must be a list of paths; found {records!r}.")
     paths = [os.fsdecode(path) for path in itertools.chain(*lists)]
     if missing := [path for path in paths if not os.path.isfile(path)]:
-        found = f"found none at {_some(missing)}"
+        found = f"found none at {escaped(_some(missing))}"
         raise InvalidInputError(f"Shards must be files; {found}.")
     path_of = {os.path.basename(path): path for path in paths}
     if lost := sorted({*paths} - {*path_of.values()}):
