@@ -3312,14 +3312,14 @@ class Options:
         if fault and not self.local_scratch_dir:
             return
         yield given, "--raw_data_dir must name the directory of the raw ImageNet."
-        flag = f"--local_scratch_dir={self.local_scratch_dir or self.scratch_dir}"
-        given = os.fspath(self.local_scratch_dir or "")
+        given = os.fspath(self.local_scratch_dir or self.scratch_dir)
+        flag = f"--local_scratch_dir={given}"
         splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
         paths = [os.path.join(self.scratch_dir, split) for split in splits]
         faults = [_directory_fault(given, p, True) for p in (self.scratch_dir, *paths)]
         fault = next(filter(None, faults), "")
-        place = nearest_existing(self.scratch_dir)
         yield not fault, f"{flag} must be a local directory, but {fault}."
+        place = nearest_existing(self.scratch_dir)
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
         raw, *taken, scratch = (  # not `resolve`, which fails on a loop of links
@@ -3356,10 +3356,9 @@ def check_arguments(**values: object) -> None:
     for name, value in values.items():
         annotation = Options.__annotations__[name]
         kinds = tuple(types[kind] for kind in annotation.split(" | "))
-        # A bool is an int, too.
-        is_right = (
-            bool in kinds if isinstance(value, bool) else isinstance(value, kinds)
-        )
+        is_right = isinstance(value, kinds)
+        if isinstance(value, bool):  # which is an int, too
+            is_right = bool in kinds
         text = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not is_right or isinstance(text, bytes):
             problem = f"must be of type {annotation}"

@@ -9,7 +9,8 @@ from typing import Any
 import contract
 import pytest
 from absl.flags import FLAGS
-from command import IMPORTS, SCRIPT, UPLOAD, Finished, run_command
+from command import IMPORTS, SCRIPT, UPLOAD, Finished, run_code, run_command
+from emulator import Emulator
 
 import imagenet_to_gcs as script
 
@@ -380,6 +381,27 @@ def test_manifest_is_no_shard_to_upload(tmp_path: Path) -> None:
         script.upload_to_gcs([], [str(path)], "gs://bucket/x", "project")
     said = "Shards must come without manifest.json, which vouches for all of them"
     assert str(caught.value) == f"{said}; found {path}."
+
+
+def test_other_names_than_of_shards_are_uploaded_and_warned_of(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    """They may be meant, but no model reads them."""
+    names = ["train-00000-of-00001", ".train-00000-of-00001.json", "part-0"]
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.touch()
+    code = """if True:
+        import sys, imagenet_to_gcs
+        imagenet_to_gcs.upload_to_gcs(sys.argv[1:], [], "gs://bucket/x", "project")
+    """
+    finished = run_code(code, *map(str, paths), env=emulator.environment)
+    assert finished.status == 0, finished.stderr
+    said = (
+        "Will upload what is not named as a shard: .train-00000-of-00001.json, part-0."
+    )
+    assert said in finished.stderr
+    assert sorted(emulator.objects()) == sorted(f"x/{name}" for name in names)
 
 
 @pytest.mark.parametrize(
