@@ -669,6 +669,7 @@ VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
 # Directories in a tar that are of no class; "" is that of `x.JPEG`
 CLASSLESS = ("", "val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values()))
+WHOLE_TAR = re.compile(r"ILSVRC.*|(train|val|validation)\.tar")
 # Files that seem to hold images, but are not read, whole or half downloaded
 UNREAD = re.compile(
     r"(?i)\.(avif|bmp|gif|heic|jfif|jp2|jpe|jpe?g|png|tga|tiff?|webp"
@@ -847,7 +848,7 @@ def _find_classes(
             is_directory = stat.S_ISDIR(entry.stat().st_mode)
         if is_directory:
             directories[name] = Directory(path, name)
-        elif name.endswith(".tar") and not name.startswith("ILSVRC"):
+        elif name.endswith(".tar") and not WHOLE_TAR.fullmatch(name):
             class_tars[name[:-4]] = Tar(path, name[:-4])
         else:
             others.append(path)
@@ -1252,7 +1253,9 @@ def _misaligned(
         problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
     lacking = {*range(1, max(num_lines, num_images) + 1)}.difference(numbers)
     given = [number for number in numbers if number is not None]
-    if len(given) == num_images and lacking:
+    if header := _named_unlike_most({*label_file}, {*label_file[:1]}):
+        problem += f". Line 1 is {header.pop()!r}"
+    elif len(given) == num_images and lacking:
         problem += f". There is no number {_some([f'{n:,}' for n in sorted(lacking)])}"
     if len(given) == num_images and given != sorted(given):
         problem += ". Without leading zeros, names sort wrongly: 1, 10, 2"

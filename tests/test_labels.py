@@ -154,6 +154,7 @@ REFUSED = {
             ),
         )
     },
+    "sed -i 1ilabel *.txt": misplaced("5 lines", "4", more=" Line 1 is 'label'."),
     f"mv validation/{V[1]} validation/{V[0]}": misplaced(
         "4 lines", "4", f"1 is {V[0]}", missing("1")
     ),

@@ -71,6 +71,7 @@ def test_other_files_are_passed_over_when_there_are_images(raw: Path) -> None:
         "train/README",
         "train/.DS_Store",
         "train/ILSVRC2012_img_train_t3.tar",
+        "train/train.tar",
         "train/n01440764.txt",
         "train/@eaDir/n01440764_1.JPEG",
         "train/n01440764/@eaDir/n01440764_1.JPEG/thumbnail.jpg",
