@@ -2137,10 +2137,7 @@ def _fork_workers(sockets: list[int]) -> NoReturn:
                 os.close(other)
             _make_calls(own)
         os.close(own)
-    status = 0
-    with contextlib.suppress(ChildProcessError):  # all have ended well
-        while not status:
-            status = os.waitstatus_to_exitcode(os.wait()[1])
+    status = os.waitstatus_to_exitcode(os.wait()[1])  # 0 only at the run's end
     if status < 0:
         os.kill(os.getpid(), -status)
     os._exit(status)
@@ -2345,8 +2342,9 @@ TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
 # The first also bounds the sending of a piece. The system's buffer (4 MB) takes it when
 # a third is free, and must be empty before the answer comes: both are met at 20 KB/s.
 CHUNK_TIMEOUT = (120, 300)
-# A request is repeated if `Fault.may_pass`, by `_persist` instead of the client; an
-# upload begins anew if `Fault.is_lost`, in `upload`.
+# A request that fails is repeated by `_persist`, instead of the client, if that
+# `Fault.may_pass`; an upload that `Fault.is_lost` begins anew, in `upload`; all else ends
+# the run, with the line of `_explained`.
 REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
@@ -2452,17 +2450,10 @@ class Destination:
         Where the requester pays, the project does, from then on; only there, for its
         account then needs a permission in the project.
         """
-
-        def is_denied(fault: Fault) -> bool:
-            return fault.failure == DENIED
-
-        def is_unpaid(fault: Fault) -> bool:
-            return fault.status == 400 and "required" in fault.codes
-
-        found = self._ask("", lambda f: is_denied(f) or is_unpaid(f), self._list)
-        if isinstance(found, Fault) and is_unpaid(found):
+        found = self._ask("", lambda f: f.must_pay or f.failure == DENIED, self._list)
+        if isinstance(found, Fault) and found.must_pay:
             self._bucket = self.client.bucket(self.path.bucket, self._project)
-            found = self._ask("", is_denied, self._list)
+            found = self._ask("", lambda fault: fault.failure == DENIED, self._list)
         is_refused = isinstance(found, Fault)
         if is_refused and self.is_listed:
             logging.warning(
@@ -2607,7 +2598,7 @@ class Destination:
         **options: Any,
     ) -> Any:
         """Makes a request; returns what it does, or the Fault that is excused."""
-        options |= {"timeout": TIMEOUT, "retry": None}
+        options |= {"timeout": TIMEOUT, "retry": None}  # for `_persist` does that
         with self._explained(filename):
             try:
                 return self._persist(REQUEST_SECONDS, request, **options)
@@ -2625,7 +2616,10 @@ class Destination:
     def _persist(
         self, seconds: float, request: Callable[..., Any], *args: Any, **options: Any
     ) -> Any:
-        """Repeats a request until it succeeds, fails for good, or time is over."""
+        """Repeats a request until it succeeds, fails for good, or time is over.
+
+        The time begins with the first failure.
+        """
         start, end = time.monotonic(), math.inf
         for delay in itertools.chain(RETRY_DELAYS, itertools.repeat(RETRY_DELAYS[-1])):
             self._pause(0)
@@ -2763,7 +2757,8 @@ def _is_googles_machine() -> bool:
 
 KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
-# Names of classes of errors, which need not be imported then
+# Names of classes of errors, so that none is imported: of those that may pass, of those
+# that do not, and of those whose words are for people
 LOST_LINES = {"ConnectionError", "ChunkedEncodingError", "Timeout", "TransportError"}
 WRONG_SETTINGS = {"InvalidSchema", "InvalidProxyURL"}
 SPOKEN = {"OSError", "GoogleAuthError", "HTTPError", "WrongContentError"}
@@ -2812,10 +2807,10 @@ class Fault:
 
     Attributes:
       status: Of HTTP; 0 if no answer came.
-      codes: Its reasons, and errors of OAuth.
       words: In one line, without a final period.
       may_pass: Whether the same request may succeed later.
       is_lost: Whether an upload is lost, but may succeed from its beginning.
+      must_pay: Whether the requester has to name a project that pays.
       failure: What failed, with {} for the place.
       remedy: What helps, with {bucket} and {project}; empty if that is not known.
     """
@@ -2839,16 +2834,17 @@ class Fault:
             text = json.dumps(part) if isinstance(part, dict) else str(part)
             for key, literal in JSON_STRING.findall(text):
                 said[key].append(json.loads(literal, strict=False))
-        self.codes = {*said["reason"], *said["error"]}
+        self._codes = {*said["reason"], *said["error"]}  # the latter are of OAuth
+        # A web page is not of Cloud Storage; a session is an upload under way; metadata
+        # are a machine's identity: https://cloud.google.com/compute/docs/metadata
         self._is_page = any(str(t).lstrip()[:1] == "<" for t in (body, *error.args[:1]))
         self._is_session = "upload_id=" in str(getattr(response, "url", ""))
-        # https://cloud.google.com/compute/docs/metadata/querying-metadata
         self._is_metadata = "Metadata-Flavor" in getattr(response, "headers", ())
         self.words = self._quote(said, body)
         self._judge()
 
     def _quote(self, said: Mapping[str, list[str]], body: str) -> str:
-        """Says what came back, in its own words if it has any."""
+        """Puts what came back into words: its own, if it has any."""
         chain, words = self._chain, "".join(said["message"][:1])
         words = words or ": ".join(said["error"][:1] + said["error_description"][:1])
         if status := self.status:
@@ -2874,7 +2870,7 @@ class Fault:
         is_final = status or obstacle or is_plain or self._kinds & WRONG_SETTINGS
         self.may_pass = bool(
             status in (408, 429, 500, 502, 503, 504)
-            or (status == 403 and self.codes & RATES)
+            or (status == 403 and self._codes & RATES)
             or any(getattr(each, "retryable", False) for each in self._chain)
             or (is_nobody and _is_googles_machine())
             or (self._kinds & LOST_LINES and not is_final)
@@ -2883,6 +2879,7 @@ class Fault:
         # A ValueError is the client's word for a bucket that kept less than was sent.
         is_short = type(self._chain[0]) is ValueError
         self.is_lost = is_over or is_short or "WrongContentError" in self._kinds
+        self.must_pay = status == 400 and "required" in self._codes
         self.failure, self.remedy = self._meaning(is_nobody, obstacle)
 
     def _obstacle(self) -> str:
@@ -2900,11 +2897,11 @@ class Fault:
 
     def _meaning(self, is_nobody: bool, obstacle: str) -> tuple[str, str]:
         """Picks what failed, and what helps."""
-        status, kinds, codes = self.status, self._kinds, self.codes
+        status, kinds, codes = self.status, self._kinds, self._codes
         known = (code for code in REMEDIES if code in codes or code in self.words)
         grant = REMEDIES.get(next(known, ""), "")
         rerun = RERUN if self.may_pass else ""
-        way = rerun or obstacle
+        advice = rerun or obstacle
         is_unknown = "DefaultCredentialsError" in kinds
         is_login = status == 401 or "GoogleAuthError" in kinds
         is_service = "notFound" in codes and not self._is_session
@@ -2914,8 +2911,8 @@ class Fault:
             (is_unknown, "No credentials for {}", NOBODY if is_nobody else rerun),
             (is_login and is_nobody, NO_LOGIN, ATTACH),
             (is_login and self._is_metadata and grant, NO_LOGIN, BIND),
-            (is_login, NO_LOGIN, grant or way),
-            (way, FAILED, way),
+            (is_login, NO_LOGIN, grant or advice),
+            (advice, FAILED, advice),
             (status == 403, DENIED, grant),
             (status == 404 and is_service, "No bucket for {}", CREATE),
             (True, FAILED, RERUN if self.is_lost else ""),
