@@ -2854,17 +2854,14 @@ class Fault:
             words = f"{status} {words or plain or phrase or odd}"
         elif not words:
             words = "a web page came back" if self._is_page else _last_words(chain)
-        words = " ".join(words.split()).rstrip(".")
-        key_file = os.environ.get(KEY_FILE) if "GoogleAuthError" in self._kinds else ""
-        return f"{words} ({KEY_FILE}={key_file})" if key_file else words
+        return " ".join(words.split()).rstrip(".")
 
     def _judge(self) -> None:
         """Finds out whether the fault may pass, and what it means."""
-        status, cause = self.status, self._chain[-1]
+        status, cause, key_file = self.status, self._chain[-1], os.environ.get(KEY_FILE)
         # Nothing is there to log in with, or not yet, as on a new machine.
-        is_unknown = type(cause).__name__ == "DefaultCredentialsError"
-        is_unset = is_unknown and not os.environ.get(KEY_FILE)
-        is_nobody = is_unset or (self._is_metadata and status == 404)
+        is_unknown = type(cause).__name__ == "DefaultCredentialsError" and not key_file
+        is_nobody = is_unknown or (self._is_metadata and status == 404)
         obstacle = self._obstacle()
         is_plain = getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER"
         is_final = status or obstacle or is_plain or self._kinds & WRONG_SETTINGS
@@ -2881,6 +2878,8 @@ class Fault:
         self.is_lost = is_over or is_short or "WrongContentError" in self._kinds
         self.must_pay = status == 400 and "required" in self._codes
         self.failure, self.remedy = self._meaning(is_nobody, obstacle)
+        if key_file and "GoogleAuthError" in self._kinds:
+            self.words += f" ({KEY_FILE}={key_file})"
 
     def _obstacle(self) -> str:
         """What helps against what is in the way to the service; empty if nothing is."""
@@ -2891,7 +2890,7 @@ class Fault:
             return "A sign-in page or a proxy may be in the way."
         is_refused = isinstance(cause, ssl.SSLCertVerificationError)
         is_unread = getattr(cause, "library", "") in ("X509", "PEM")
-        is_missing = type(cause) is OSError and not cause.errno  # as requests says it
+        is_missing = type(cause) is OSError and not cause.errno  # so says requests
         is_set = bool(os.environ.get("REQUESTS_CA_BUNDLE"))
         return AUTHORITY if is_refused or is_unread or (is_missing and is_set) else ""
 
