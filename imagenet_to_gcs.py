@@ -1103,7 +1103,7 @@ def assign_synsets(
     directories = [image.synset for image in images]
     names = [_synset_in(image.filename) for image in images]
     known = [directory or name for directory, name in zip(directories, names)]
-    all_say_it = all(known)
+    all_say_it = bool(images) and all(known)
     problems, warnings = _intruders(images, known)
     label_file: LabelFile = []
     if not all_say_it or os.path.lexists(labels_path):

@@ -262,7 +262,7 @@ REFUSALS = {
         "No images match RAW/ILSVRC2012_img_train.tar/n01440838/*.JPEG. Found x.txt "
         "there."
     ),
-    "rm -r validation *.txt; ln -s nothing ILSVRC2012_img_val.tar": (
+    "rm -r validation; ln -s nothing ILSVRC2012_img_val.tar": (
         "Cannot list the tar RAW/ILSVRC2012_img_val.tar: No such file or directory."
     ),
     "cd train; rm -r n01440838; ln -s nothing wolf": (
