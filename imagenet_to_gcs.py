@@ -2070,14 +2070,14 @@ class Pool:
                 raise concurrent.futures.CancelledError
             pickle.dump(functools.partial(function, *arguments), connection)
             connection.flush()
-            result, error = pickle.load(connection)
+            answer = pickle.load(connection)
         except (EOFError, ConnectionError, pickle.UnpicklingError):
             raise self._death() from None
         finally:
             self._idle.put(connection)
-        if error:
-            raise error
-        return result
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def _listen(self) -> None:
         """Keeps the last of what the helper and the workers write to stderr."""
@@ -2155,12 +2155,11 @@ def _make_calls(own: int) -> NoReturn:
     while connection.peek(1):  # nothing once the run has closed its end
         call = pickle.load(connection)
         try:
-            answer: Any = call(), None
+            answer = call()
         except (RunError, OSError, MemoryError) as error:
-            answer = None, error
+            answer = error
         except BaseException:  # noqa: BLE001  # not all can be sent; words can
-            what = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-            answer = None, what
+            answer = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
         pickle.dump(answer, connection)
         connection.flush()
     os._exit(0)

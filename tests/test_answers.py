@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from command import UPLOAD, run_code, run_command
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from emulator import Emulator, Status
+from google.auth.exceptions import RefreshError
 
 import imagenet_to_gcs as script
 
@@ -498,6 +500,62 @@ def test_junk_in_a_listing_is_said_in_a_line(
     with serving(always(200, listing.encode())) as url:
         line, _ = refuse({"STORAGE_EMULATOR_HOST": url}, request_of="list")
     assert line.startswith(f"Cloud Storage failed at {PLACE}: {said}.")
+
+
+# ----------------------------------------------------------------- wherever it is said
+
+
+def answer(status: int, body: str) -> requests.Response:
+    response = requests.Response()
+    response.status_code, response._content = status, body.encode()
+    return response
+
+
+def within(error: Exception) -> Exception:
+    outer = RuntimeError("outer")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "remedy"),
+    [
+        pytest.param(
+            requests.HTTPError('{"code": 503}', response=answer(403, "")),
+            "403 Forbidden",
+            "",
+            id="status of the answer before that of a text",
+        ),
+        pytest.param(
+            within(RefreshError("Busy", '{"error": {"code": 503}}')),  # type: ignore[no-untyped-call]
+            "503 Service Unavailable",
+            script.RERUN,
+            id="status within",
+        ),
+        pytest.param(
+            RefreshError("invalid_grant: Bad Request", "{}"),  # type: ignore[no-untyped-call]
+            "invalid_grant: Bad Request",
+            INVALID_GRANT,
+            id="error of OAuth in a text",
+        ),
+        pytest.param(
+            requests.HTTPError(response=answer(404, '{"message": "No route."}')),
+            "404 No route",
+            "",
+            id="404 of something else than Cloud Storage",
+        ),
+        pytest.param(
+            ConnectionResetError(104, "Connection reset by peer"),
+            "Connection reset by peer",
+            script.RERUN,
+            id="lost connection of Python's own",
+        ),
+    ],
+)
+def test_fault_is_read_from(error: Exception, words: str, remedy: str) -> None:
+    fault = script.Fault(error)
+    assert (fault.words, fault.remedy) == (words, remedy)
+    assert fault.may_pass == (remedy == script.RERUN)
 
 
 # ------------------------------------------------------------- proxies, certificates
