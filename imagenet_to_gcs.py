@@ -43,7 +43,7 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
     image/filename             bytes  n01440764_18.JPEG
     image/encoded              bytes  the file; a PNG or CMYK JPEG as RGB JPEG
 
-Beside them lie hidden files: stamps, which tell a later run what is finished,
+Beside the local shards lie hidden files: stamps, which tell a later run what is finished,
 and locks. The same raw directory and TensorFlow give the same bytes, with any
 number of workers, however often the run was interrupted. To resume, rerun the
 command.
@@ -196,7 +196,7 @@ DISK_ERRORS = (
     *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT),
     *(errno.ENOTCONN, errno.EREMOTEIO, errno.EUCLEAN),
 )
-LIMITS = {  # which are never the fault of a file
+LIMITS = {  # of the machine; no file is to blame
     errno.EMFILE: "Raise the limit (ulimit -n) and rerun the same command.",
     errno.ENFILE: "Raise the limit (sysctl fs.file-max) and rerun the same command.",
     errno.ENOMEM: "Allow the run more memory or, if it has several workers, rerun it "
@@ -217,7 +217,7 @@ class RunError(RuntimeError):
 
     def __init__(self, *problems: str, may_pass: bool = False):
         super().__init__(*problems)
-        self.may_pass = may_pass  # by itself: then the same command succeeds later
+        self.may_pass = may_pass  # whether the same command may succeed later
 
     def __str__(self) -> str:
         return "\n".join(self.args)
@@ -375,7 +375,7 @@ def run(
 
 
 def plan_job(options: Options, pool: Pool | None = None) -> Job:
-    """Plans, checks all that can be checked before the first image, and says so."""
+    """Plans the run, checks all that can be checked before an image is read, logs it."""
     problems: list[str] = []
     dataset, destination = Dataset(), None  # if its listing fails, the rest is checked
     with _collecting(problems):
@@ -389,7 +389,7 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
             destination.list_objects()
         objects = destination.objects if destination else None
         work = find_work(shards, options.scratch_dir, objects, options.is_own)
-        job = Job(options, dataset.synsets, shards, destination, work)
+        job = Job(options, dataset.labels, shards, destination, work)
         for check in _finished_problems, _scratch_problems, _bucket_problems:
             problems += check(job)
         if destination and work.left:
@@ -405,7 +405,7 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
 
 
 def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
-    """Lists the raw directory, or makes a fake one first, and says what it holds."""
+    """Lists the raw directory, after generating a fake one if asked; logs the result."""
     if options.fake_imagenet and pool:
         make_fake_imagenet(options, pool)
     with reporting(lambda: f"Still listing {options.raw_dir}."):
@@ -433,7 +433,7 @@ class Job:
     """
 
     options: Options
-    synsets: tuple[str, ...]
+    labels: Mapping[str, int]  # of all synsets
     shards: list[Shard]
     destination: Destination | None
     work: Work
@@ -480,7 +480,7 @@ class Work:
         return [shard.name for shard, _ in self.in_turn()]
 
     def in_turn(self) -> list[tuple[Shard, Stamp | None]]:
-        """What is left to write, and to upload with its stamp; so that neither waits."""
+        """Shards left to do, uploads and writes alternating, so that neither waits."""
         to_write = ((shard, None) for shard in self.to_write)
         pairs = itertools.zip_longest(self.to_upload, to_write)
         return [each for pair in pairs for each in pair if each]
@@ -539,10 +539,10 @@ def carry_out(job: Job, pool: Pool) -> None:
 
 
 def write_and_upload(job: Job, pool: Pool) -> None:
-    """Takes each shard all the way, in a thread of its own.
+    """Takes each shard all the way, in one of `num_workers` + 16 threads.
 
-    There are `num_workers` + 16 threads, so no more shards than that are on their way
-    at any time, however slow the network is. Bad images do not stop the others.
+    So no more shards than that are on their way at any time, however slow the network
+    is. Bad images do not stop the others.
     """
     progress = Progress(job)
     take = functools.partial(_take_shard, job, pool, progress)
@@ -632,7 +632,7 @@ def _conclude(job: Job) -> None:
         _complete(job, work.done)
         return
     if missing == len(work.differing):
-        problem = f"{_difference(job, work)}. Rerun all tasks on equal ones."
+        problem = f"{_difference(job, work)}. Give all tasks the same raw images and rerun them."
         raise RunError(problem, may_pass=True)
     if work.differing != job.work.differing:
         logging.warning(f"{_difference(job, work)}.")
@@ -785,7 +785,7 @@ def read_dataset(raw_data_dir: str) -> Dataset:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Lists millions of images 2.5 times as fast; then exempts them from collection."""
+    """Lists millions of images 2.5 times as fast; the command then exempts them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -811,16 +811,7 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     entries = _scan(directory) if os.path.lexists(directory) else []
     is_training = split == TRAINING_DIRECTORY
     if not is_training and any(has_image_name(entry.name) for entry in entries):
-        images = Directory(directory).list_images(skipped)
-        if len(skipped) > len(images):  # so it is another layout
-            raise InvalidInputError(_describe_skipped(skipped))
-        if tar and len(images) != IMAGENET_SIZES["validation"][0]:
-            packed = {image.filename for image in tar.list_images([])}
-            there = packed & {image.filename for image in images}
-            if there < packed:
-                only = f"{directory} holds only {len(there):,} of the {len(packed):,}"
-                raise InvalidInputError(f"{only} in {tar.path}. Extract it whole.")
-        return images
+        return _list_flat(directory, tar, skipped)
     directories, class_tars, beside = _find_classes(entries)
     skipped += beside
     if directories or class_tars:
@@ -832,6 +823,22 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     images = tar.list_images(skipped)
     if unnamed := [i.path for i in images if is_training and not i.synset]:
         raise InvalidInputError(f"A folder must name the class of {unnamed[0]}.")
+    return images
+
+
+def _list_flat(directory: str, tar: Tar | None, skipped: list[str]) -> list[RawImage]:
+    """Lists `validation/*.JPEG`, unless there is more beside it that is not read."""
+    others = list[str]()
+    images = Directory(directory).list_images(others)
+    if len(others) > len(images):
+        raise InvalidInputError(_describe_skipped(others))
+    if tar and len(images) != IMAGENET_SIZES["validation"][0]:
+        packed = {image.filename for image in tar.list_images([])}
+        there = packed & {image.filename for image in images}
+        if there < packed:
+            only = f"{directory} holds only {len(there):,} of the {len(packed):,}"
+            raise InvalidInputError(f"{only} in {tar.path}. Extract it whole.")
+    skipped += others
     return images
 
 
@@ -914,7 +921,7 @@ class Directory:
             if not has_image_name(entry.name):
                 others += _unread_below(entry)
                 continue
-            size = fingerprint = 0  # a dangling link; `warnings_about` counts it
+            size = fingerprint = 0  # a link to nothing; `warnings_about` counts it
             try:
                 status = entry.stat()
                 size, fingerprint = status.st_size, file_fingerprint(status)
@@ -1072,11 +1079,11 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 #    and refused.
 # 3. Where it does so for half of them or more, it is meant, and warned of; so is every
 #    training image whose name contradicts its directory.
-# 4. All of ImageNet's validation images and classes are compared with its own list,
-#    known by digest: labels by a file of one column that differ are refused, others are
-#    warned of.
-# 5. A label file of two columns overrules all of these: whoever means what 2 or 4
-#    refuse writes one, and is only warned.
+# 4. If all of ImageNet's validation images and classes are there, their labels are
+#    compared with ImageNet's own, known by digest. A difference is refused if a label
+#    file of one column decides, else warned of.
+# 5. A label file of two columns overrules the rest: write one to have your way where 2
+#    or 4 refuse; you are then only warned.
 
 
 IMAGENET_CLASSES = 1000  # https://image-net.org/challenges/LSVRC/2012
@@ -1111,8 +1118,8 @@ def assign_synsets(
         with _collecting(about_file):
             label_file = read_label_file(labels_path)
             about_file += _misaligned(images, label_file, labels_path, not all_say_it)
-        free = " If directories and names are right, remove it." * all_say_it
-        problems += [f"{problem}{free}" for problem in about_file]
+        hint = " If directories and names are right, remove it." if all_say_it else ""
+        problems += [f"{problem}{hint}" for problem in about_file]
     if problems:
         about = [_describe_skipped(skipped)] if images and skipped else []
         raise InvalidInputError(*problems, *about)
@@ -1146,11 +1153,11 @@ def _number(image: RawImage) -> int | None:
 def _intruders(
     images: Sequence[RawImage], synsets: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Describes images of the test set, or of two classes; and images that are twice.
+    """Describes images of the test set, or of two classes; and those that occur twice.
 
     What is known of their synsets can be empty.
     """
-    problems, wrong, double = (list[str]() for _ in range(3))
+    problems, warnings, wrong, double = (list[str]() for _ in range(4))
     if tests := [i.path for i in images if "ILSVRC2012_test_" in i.filename]:
         where = f"{VALIDATION_DIRECTORY}/ holds images of the test set"
         problems.append(f"{where}: {_some(tests)}. Move them out of it.")
@@ -1161,12 +1168,11 @@ def _intruders(
         if number is not None and first is not image:
             pair = f"{first.path} and {image.path} are both number {number:,}"
             (double if synset == its_synset else wrong).append(pair)
-    for pairs, found, remedy in (
-        (wrong, problems, " Remove the wrong one."),
-        (double, warnings := list[str](), ""),
-    ):
-        if pairs:
-            found.append(f"{pairs[0]} ({_count(len(pairs), 'such pair')}).{remedy}")
+    if wrong:
+        pairs = f"{wrong[0]} ({_count(len(wrong), 'such pair')})"
+        problems.append(f"{pairs}. Remove the wrong one.")
+    if double:
+        warnings.append(f"{double[0]} ({_count(len(double), 'such pair')}).")
     return problems, warnings
 
 
@@ -1203,7 +1209,7 @@ def _columns(line: str) -> list[str]:
 
 
 def _read_lines(path: str) -> list[str]:
-    """Reads the lines of a label file; refuses what is no text."""
+    """Reads the lines of a label file; refuses what is not text."""
     try:
         with trying_to("read", path, is_input=True), open_file(path) as file:
             data = file.read().removeprefix(b"\xef\xbb\xbf").rstrip()
@@ -1294,24 +1300,28 @@ def _check_agreement(
             f"{_count(len(images), 'validation image')} disagree: image {i + 1:,}, "
             f"{images[i].path}, is {images[i].synset} by {decisive}, {said[i]} by {by}."
         )
-        # Only the line of a label file of two columns precedes another.
+        # The line precedes another only if its file has two columns.
         if decisive == "line" or 2 * len(wrong) >= len(images):
             meant.append(f"{problem} The {decisive} decides.")
         else:
             slips.append(f"{problem} Correct it.")
-    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
-    numbers = [int(match[2]) if match else 0 for match in matches]
-    in_order = sorted(zip(numbers, (image.synset for image in images)))
-    synsets = [synset for _, synset in in_order]
-    all_numbers = [*range(1, IMAGENET_SIZES["validation"][0] + 1)]
-    has_all = [number for number, _ in in_order] == all_numbers
-    is_imagenet = has_all and has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
-    if is_imagenet and not has_digest(synsets, VALIDATION_DIGEST):
+    if _differ_from_imagenets(images):
         problem = "These are ImageNet's validation images and classes, not its labels."
         (slips if is_by_order else meant).append(problem)
     if slips:
         raise InvalidInputError(*(f"{slip} {TWO_COLUMNS}" for slip in slips))
     return meant
+
+
+def _differ_from_imagenets(images: Sequence[RawImage]) -> bool:
+    """Whether all of ImageNet's validation images and classes are there, mislabeled."""
+    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
+    numbers = [int(match[2]) if match else 0 for match in matches]
+    if sorted(numbers) != [*range(1, IMAGENET_SIZES["validation"][0] + 1)]:
+        return False
+    synsets = [image.synset for _, image in sorted(zip(numbers, images))]
+    is_imagenet = has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
+    return is_imagenet and not has_digest(synsets, VALIDATION_DIGEST)
 
 
 def has_digest(synsets: Iterable[str], digest: str) -> bool:
@@ -1390,17 +1400,17 @@ def _class_warnings(dataset: Dataset) -> Iterator[str]:
     validated = {image.synset for image in dataset.validation}
     if odd := sorted(_named_unlike_most({*synsets}, trained & validated)):
         yield f"Classes that are named unlike most others count, too: {_some(odd)}."
-    labeled = [*enumerate(synsets, start=1)]
+    labels = dataset.labels
     if all(map(NUMBER.fullmatch, synsets)):
-        label, name = max(labeled, key=lambda pair: abs(int(pair[1]) - pair[0]))
-        if int(name) != label:
-            found = f"class {name} has label {label:,}"
+        name = max(synsets, key=lambda name: abs(int(name) - labels[name]))
+        if int(name) != labels[name]:
+            found = f"class {name} has label {labels[name]:,}"
             yield f"Labels are ranks of names as text: {found}."
     only = {"training": trained - validated, "validation": validated - trained}
     if 3 * len(validated) < 2 * len(trained):
         del only["training"]  # with validation images of few classes: a trial
     for split, those in only.items():
-        if lone := [f"{s} (label {label})" for label, s in labeled if s in those]:
+        if lone := [f"{s} (label {labels[s]})" for s in sorted(those, key=os.fsencode)]:
             among = f"{len(lone):,} of {_count(len(synsets), 'synset')}"
             yield f"There are only {split} images of {among}: {_some(lone)}."
 
@@ -1575,7 +1585,7 @@ def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
 
 
 def _keep_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Yields all items, and has always taken the 32 that come next."""
+    """Yields all items, with 32 taken at any time: that one, and those after it."""
     ahead = collections.deque(itertools.islice(items, READ_AHEAD))
     while ahead:
         yield ahead.popleft()
@@ -1588,26 +1598,23 @@ class _ImageError(ValueError):
 
 def problem_of(image: RawImage, error: Exception) -> Exception:
     """Says why an image cannot be used; all but a BadImagesError stop the run."""
-    if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's
-        error = MemoryError()
+    if isinstance(error, _ImageError):
+        return BadImagesError(f"Cannot decode {image.path}: {error}.")
+    is_tensorflows = type(error).__name__ == "ResourceExhaustedError"
+    if isinstance(error, MemoryError) or is_tensorflows:
+        return refusal("read", image.path, MemoryError())
+    if not isinstance(error, OSError):
+        return BadImagesError(f"Cannot use {image.path}: {error!r}.")
+    if error.errno in LIMITS:
+        return refusal("read", image.path, error)
+    if isinstance(error, _ChangedError) and image.offset is not None:
+        return MachineError(f"{image.source} {CHANGED}. {RERUN}", may_pass=True)
     was_there = image.fingerprint or image.num_bytes  # when it was listed
-    match error:
-        case _ImageError():
-            return BadImagesError(f"Cannot decode {image.path}: {error}.")
-        case MemoryError():
-            return refusal("read", image.path, error)
-        case OSError(errno=number) if number in LIMITS:
-            return refusal("read", image.path, error)
-        case _ChangedError() if image.offset is not None:
-            return MachineError(f"{image.source} {CHANGED}. {RERUN}", may_pass=True)
-        case FileNotFoundError() | NotADirectoryError():
-            reason = GONE if was_there else "it is a dangling link"
-        case OSError(errno=number) if number in DISK_ERRORS:
-            reason = f"{error.strerror}. {DISK_FAILS}"
-        case OSError():
-            reason = error.strerror or repr(error)
-        case _:
-            return BadImagesError(f"Cannot use {image.path}: {error!r}.")
+    reason = error.strerror or repr(error)
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        reason = GONE if was_there else "it is a dangling link"
+    elif error.errno in DISK_ERRORS:
+        reason = f"{reason}. {DISK_FAILS}"
     what = f"{image.path}: {reason}"
     # A dangling link or a file without permission says nothing about the disk.
     is_disk = was_there and not isinstance(error, PermissionError)
@@ -1760,11 +1767,12 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
 def make_example(image: RawImage, label: int, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
 
-    Whatever it takes from `image` must be in `Shard.digest`, too: or else, when that
-    changes, shards that are there count as up to date.
+    Whatever it takes from `image` must also be in `Shard.digest`; otherwise shards that
+    were written before a change count as up to date. A new feature needs a new
+    `RECORD_FORMAT`.
 
-    Filling a new one in place is three times as fast as composing one of parts; one
-    that is reused keeps the memory of every JPEG.
+    Filling a new one in place is three times as fast as composing it; reusing one would
+    keep the memory of every JPEG.
     """
     import tensorflow as tf
 
@@ -1934,7 +1942,7 @@ def remove(path: StrPath) -> None:
 
 def _flush(path: str) -> None:
     """Waits until the disk has a file, if the file system can tell."""
-    with open(path, "r+b") as file:  # SMB does not flush one that is open for reading
+    with open(path, "r+b") as file:  # SMB flushes none that is open only for reading
         try:
             os.fsync(file.fileno())
         except OSError as error:
@@ -1969,7 +1977,7 @@ def read_stamp(path: str) -> Stamp | None:
     """
     try:
         fields = json.loads(read_text(_stamp_path(path)))
-        if "versions" in fields:  # what 2.x called it
+        if isinstance(fields, dict) and "versions" in fields:  # what 2.x called it
             fields["fingerprint"] = fields.pop("versions")
         return Stamp(**fields)
     except (ValueError, TypeError, RecursionError):
@@ -2087,7 +2095,7 @@ class Pool:
                 time.sleep(0.05)  # else each image would wake this thread
 
     def _death(self) -> MachineError:
-        """Ends the processes, and says what the first to die has died of."""
+        """Ends the processes, and says what the first of them died of."""
         time.sleep(0.2)  # a signal to the whole run may still be on its way
         with contextlib.suppress(subprocess.TimeoutExpired):  # a disk holds it
             self._helper.wait(timeout=5)
@@ -2166,7 +2174,7 @@ def _make_calls(own: int) -> NoReturn:
 
 
 def _cause_of_death(status: int, words: bytes) -> str:
-    """Puts an exit status and what was last written to stderr into a line."""
+    """Explains in a line why a process died."""
     text = words.decode(errors="replace")
     _, *lines = text.splitlines()  # the first may be cut
     lines = [line for line in lines if not NOISE.match(line)]
@@ -2338,8 +2346,8 @@ live_line = LiveLine()
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # what is sent again after a fault
 PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
 TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
-# The first also bounds the sending of a piece. The system's buffer (4 MB) takes it when
-# a third is free, and must be empty before the answer comes: both are met at 20 KB/s.
+# The first also bounds the sending of a piece: the system's buffer (4 MB) takes it once
+# a third is free, and must be empty before the answer comes. 20 KB/s are enough for both.
 CHUNK_TIMEOUT = (120, 300)
 # A request that fails is repeated by `_persist`, instead of the client, if that
 # `Fault.may_pass`; an upload that `Fault.is_lost` begins anew, in `upload`; all else ends
@@ -2445,9 +2453,9 @@ class Destination:
     def list_objects(self) -> dict[str, Stamp]:
         """Lists the destination by base name; nothing if that is not permitted.
 
-        It must come before parallel uploads: the client makes its session unlocked.
-        Where the requester pays, the project does, from then on; only there, for its
-        account then needs a permission in the project.
+        Call it before parallel uploads: the client creates its session without a lock.
+        If the requester pays for the bucket, later requests name our project; not
+        otherwise, since that needs a permission in the project.
         """
         found = self._ask("", lambda f: f.must_pay or f.failure == DENIED, self._list)
         if isinstance(found, Fault) and found.must_pay:
@@ -2503,8 +2511,8 @@ class Destination:
     ) -> bool:
         """Uploads a file; False if it was passed over.
 
-        The client retries single requests, but neither a lost upload nor an answer
-        that does not match. Before each piece, `sent` gets the number of bytes that
+        `_persist` repeats single requests; a lost upload, or an answer that does not
+        match, begins anew here. Before each piece, `sent` gets the number of bytes that
         have left; after a fault, it is less than before.
         """
         name, delays = os.path.basename(path), iter(RESTART_DELAYS)
@@ -2597,7 +2605,7 @@ class Destination:
         **options: Any,
     ) -> Any:
         """Makes a request; returns what it does, or the Fault that is excused."""
-        options |= {"timeout": TIMEOUT, "retry": None}  # for `_persist` does that
+        options |= {"timeout": TIMEOUT, "retry": None}  # `_persist` repeats instead
         with self._explained(filename):
             try:
                 return self._persist(REQUEST_SECONDS, request, **options)
@@ -2824,7 +2832,7 @@ class Fault:
         status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
         self.status = status or int(told[1] if told else 0)
         body = ""
-        with contextlib.suppress(Exception):  # of any kind: there is none, a wrong gzip
+        with contextlib.suppress(Exception):  # there may be none, or a corrupt gzip
             data = response.data if hasattr(response, "data") else response.content
             body = bytes(data).decode(errors="replace")
         # Strings by key, however odd the JSON around them is, or cut short
@@ -2966,18 +2974,18 @@ def find_work(
     for shard in shards:
         path, is_ours = shard_path(shard, scratch_dir), is_own(shard)
         # What was last written here, even if the file is gone (--nokeep_local_shards).
-        # Of others' shards, the bucket alone decides, if there is one.
+        # Of others' shards, the bucket alone decides, if there is one, and times never.
         counts = is_ours or (objects is None and os.path.exists(path))
         here = read_stamp(path) if counts else None
         there = (objects or {}).get(shard.name)
         digest = shard.digest() if here or there else ""
         known = here if here and here.digest in (digest, "") else None  # or unreadable
-        # Before all else, for the bucket's copy is no newer. Of others' shards, times
-        # say nothing, because other machines may have other copies of the images.
-        if is_ours and known and known.fingerprint != shard.fingerprint():
-            work.to_write.append(shard)  # an image was touched
+        is_touched = is_ours and known and known.fingerprint != shard.fingerprint()
         # By bytes where they are known: another TensorFlow encodes some in another way.
-        elif there and (there.same_bytes(known) if known else there.digest == digest):
+        equal = there and (there.same_bytes(known) if known else there.digest == digest)
+        if is_touched:  # before all else, for the bucket's copy is no newer
+            work.to_write.append(shard)
+        elif there and equal:
             work.done[shard.name] = there
             work.spare += [path] if known and os.path.exists(path) else []
         elif known and is_as_stamped(path, known):  # its bytes are not read again
@@ -3032,7 +3040,7 @@ def _finished_problems(job: Job) -> Iterator[str]:
     if destination and job.num_missing:
         remove_it = ["gcloud", "storage", "rm", f"{destination.path}/{MANIFEST_FILE}"]
         found.append((destination.path, destination.read(MANIFEST_FILE), remove_it))
-    for place, text, remove_it in found if job.synsets else ():
+    for place, text, remove_it in found if job.labels else ():
         if differences := "; ".join(_differences(text, _contents(job))):
             yield (
                 f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
@@ -3135,7 +3143,7 @@ def _contents(job: Job) -> dict[str, dict[str, Any]]:
     examples = collections.Counter[str]()
     for shard in job.shards:
         examples[shard.split] += len(shard.images)
-    labels = {str(label): synset for label, synset in enumerate(job.synsets, start=1)}
+    labels = {str(label): synset for synset, label in job.labels.items()}
     return {"examples": examples, "labels": labels}
 
 
@@ -3164,7 +3172,7 @@ def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
     validation = (s for s in job.shards if s.split == VALIDATION_DIRECTORY)
     labels = [image.synset for shard in validation for image in shard.images]
     imagenet = {
-        "classes": has_digest(job.synsets, SYNSETS_DIGEST),
+        "classes": has_digest(job.labels, SYNSETS_DIGEST),
         "validation_labels": has_digest(labels, VALIDATION_DIGEST),
     }
     return json_text({**facts, "imagenet_1k": imagenet}), json_text(facts)
@@ -3562,7 +3570,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 
 class Stopped(BaseException):
-    """A signal that ends the run: Ctrl-C, or the preemption of the machine."""
+    """A signal that ends the run: Ctrl-C, SIGHUP, or SIGTERM, such as preemption."""
 
 
 def _ignore_signals() -> None:
@@ -3615,7 +3623,7 @@ NOT_TARS = {
     b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
     b"(\xb5/\xfd": "it is compressed; decompress it with zstd -d first",
     **dict.fromkeys(
-        (b"PK", b"7z", b"Rar!"), "it is not a tar but a zip; extract it, and remove it"
+        (b"PK", b"7z", b"Rar!"), "it is another kind of archive; extract and remove it"
     ),
     b"<": "it is not a tar but a web page; log in, and download it again",
     **dict.fromkeys(

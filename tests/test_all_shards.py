@@ -184,7 +184,7 @@ def progress_of(
     ]
     work = script.Work(shards[:to_write], [(s, STAMP) for s in shards[to_write:]])
     destination = object.__new__(script.Destination) if has_upload else None
-    return script.Progress(script.Job(options, ("n1",), shards, destination, work))
+    return script.Progress(script.Job(options, {"n1": 1}, shards, destination, work))
 
 
 def test_speed_is_that_of_late(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def test_room_is_that_of_new_shards_less_the_old(
         num_workers=2,
         keep_local_shards=is_kept,
     )
-    job = script.Job(options, ("n1",), shards, None, script.Work(shards))
+    job = script.Job(options, {"n1": 1}, shards, None, script.Work(shards))
     assert script._needed_room(job) == needed * 10_000
 
 

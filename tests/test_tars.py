@@ -290,7 +290,7 @@ REFUSED = {
     "small web page": (b"\n <html>", WEB_PAGE),
     "JSON": (b'{"error": 404}', "it is text, not a tar; download it again."),
     "LFS": (b"version https://git-lfs", "it is text, not a tar; download it again."),
-    "zip": (b"PK\3\4", "it is not a tar but a zip; extract it, and remove it."),
+    "zip": (b"PK\3\4", "it is another kind of archive; extract and remove it."),
     "zstd": (
         b"(\xb5/\xfd",
         "it is compressed; decompress it with zstd -d first.",
