@@ -43,15 +43,15 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
     image/filename             bytes  n01440764_18.JPEG
     image/encoded              bytes  the file; a PNG or CMYK JPEG as RGB JPEG
 
-Beside the local shards lie hidden files: stamps, which tell a later run what is finished,
-and locks. The same raw directory and TensorFlow give the same bytes, with any
-number of workers, however often the run was interrupted. To resume, rerun the
-command.
+Beside the local shards lie hidden files: stamps, which tell a later run what is
+finished, and locks. The same raw directory and TensorFlow give the same bytes,
+with any number of workers, however often the run was interrupted. To resume,
+rerun the command.
 
 Errors have a line per problem; finished shards are kept:
 
     InvalidInputError   what must be fixed before a shard can be written
-    RunError            what stopped the run later, such as another run; and,
+    RunError            what else stopped the run, such as another run; and,
       BadImagesError      images to be replaced; all other shards are done
       MachineError        what this machine lacks: a disk, memory, open files
       ServiceError        what Cloud Storage, or the way to it, refused
@@ -371,6 +371,7 @@ def run(
             return
         # The pool imports TensorFlow while images are listed.
         with locked(options), contextlib.closing(Pool(options.workers)) as pool:
+            _remove_temporary_files(options)  # before free space is measured
             carry_out(plan_job(options, pool), pool)
 
 
@@ -391,7 +392,8 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
         work = find_work(shards, options.scratch_dir, objects, options.is_own)
         job = Job(options, dataset.labels, shards, destination, work)
         for check in _finished_problems, _scratch_problems, _bucket_problems:
-            problems += check(job)
+            with _collecting(problems):
+                problems += check(job)
         if destination and work.left:
             destination.check_access(work.left[0])
     except ServiceError as error:
@@ -512,7 +514,10 @@ def log_intent(job: Job) -> None:
     if work.to_write:
         num_images = sum(len(shard.images) for shard in work.to_write)
         num_bytes = sum(shard.estimated_bytes for shard in work.to_write)
+        there = job.destination.objects if job.destination else {}
+        replaced = [shard.name for shard in work.to_write if shard.name in there]
         then = f", and from there to {job.place}" if job.destination else ""
+        then += f", replacing {_count(len(replaced), 'object')}" if replaced else ""
         logging.info(
             f"{'Would write' if options.dry_run else 'Writing'} "
             f"{_count(len(work.to_write), 'shard')} of {_count(num_images, 'image')} "
@@ -549,9 +554,8 @@ def write_and_upload(job: Job, pool: Pool) -> None:
     bad_images: list[str] = []
     unreadable: list[str] = []
     size = job.options.workers + WAITING_SHARDS
-    threads = concurrent.futures.ThreadPoolExecutor(size)
     try:
-        with reporting(progress.line), _waiting_for(threads, pool.stopping):
+        with reporting(progress.line), threads_of(size, pool.stopping) as threads:
             futures = [threads.submit(take, *each) for each in job.work.in_turn()]
             for future in concurrent.futures.as_completed(futures):
                 try:
@@ -559,9 +563,13 @@ def write_and_upload(job: Job, pool: Pool) -> None:
                 except BadImagesError as error:
                     bad_images += error.args
                     unreadable += error.unreadable
-                    check_readable(unreadable, job.options.raw_dir)
+                    if len(unreadable) >= UNREADABLE_IMAGES:  # the disk is at fault
+                        last = unreadable[UNREADABLE_IMAGES - 1]
+                        where = f"below {job.options.raw_dir}, the last {last}"
+                        problem = f"Cannot read {UNREADABLE_IMAGES} images {where}."
+                        raise MachineError(f"{problem} {FIX_AND_RERUN}") from error
     except BaseException:
-        for line in bad_images:  # or nobody would hear of them
+        for line in bad_images[:NAMED_IMAGES]:  # or nobody would hear of them
             logging.warning(line)
         raise
     progress.log_done()
@@ -580,28 +588,29 @@ def _take_shard(
         prefetch(shard.images[:FIRST_IMAGES])
         write = functools.partial(pool.call, write_records)
         stamp = write_shard(shard, scratch_dir, write, durable=is_kept)
-        progress.writing.stamps.append(stamp)
+        progress.written.append(stamp)
     if job.destination:
         path = shard_path(shard, scratch_dir)
         sent = functools.partial(progress.sent, shard.name)
         if not job.destination.upload(path, stamp, sent):
             return
-        progress.uploading.stamps.append(stamp)
+        progress.uploaded.append(stamp)
         if not is_kept:
             remove(path)
     job.work.done[shard.name] = stamp
 
 
 @contextlib.contextmanager
-def _waiting_for(
-    threads: concurrent.futures.Executor, stopping: threading.Event | None = None
-) -> Iterator[None]:
-    """Waits for threads to finish; on an error, cancels what has not begun.
+def threads_of(
+    number: int, stopping: threading.Event | None = None
+) -> Iterator[concurrent.futures.Executor]:
+    """Threads that are waited for; on an error, cancels what has not begun.
 
     After a signal, it does not wait: the command exits, and the threads with it.
     """
+    threads = concurrent.futures.ThreadPoolExecutor(number)
     try:
-        yield
+        yield threads
     except BaseException as error:
         if stopping:
             stopping.set()
@@ -1015,8 +1024,7 @@ class Tar:
 
 def _by_name(images: Iterable[RawImage]) -> list[RawImage]:
     """Sorts images by the bytes of their names, so alike in all locales."""
-    how = sys.getfilesystemencoding(), "surrogateescape"  # faster than `os.fsencode`
-    return sorted(images, key=lambda image: image.name.encode(*how))
+    return sorted(images, key=lambda image: os.fsencode(image.name))
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -1621,14 +1629,6 @@ def problem_of(image: RawImage, error: Exception) -> Exception:
     return BadImagesError(f"Cannot read {what}.", unreadable=[what] if is_disk else [])
 
 
-def check_readable(unreadable: Sequence[str], directory: str) -> None:
-    """Stops the run when so many images are unreadable that the disk is at fault."""
-    if len(unreadable) >= UNREADABLE_IMAGES:
-        last = unreadable[UNREADABLE_IMAGES - 1]
-        what = f"{UNREADABLE_IMAGES} images below {directory}, the last {last}"
-        raise MachineError(f"Cannot read {what}. {FIX_AND_RERUN}")
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedImage:
     """An image as it goes into its record."""
@@ -1790,26 +1790,14 @@ def make_example(image: RawImage, label: int, encoded: EncodedImage) -> bytes:
     return bytes(example.SerializeToString(deterministic=True))  # the map's order
 
 
-class RecordWriter:
-    """Frames TFRecords and keeps the checksum of the whole file as it grows.
+def framed(data: bytes) -> bytes:
+    """Frames a TFRecord; TensorFlow's own writer does not tell the file's checksum.
 
-    A record is its length (8 bytes, little-endian), the masked crc32c of these 8
-    bytes, the data, and the masked crc32c of the data
-    (https://www.tensorflow.org/tutorials/load_data/tfrecord). TensorFlow's own writer
-    does not tell the file's checksum.
+    It is the length (8 bytes, little-endian), the masked crc32c of these 8 bytes, the
+    data, and its masked crc32c (https://www.tensorflow.org/tutorials/load_data/tfrecord).
     """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.num_bytes = 0
-        self.crc32c = 0  # of all bytes written so far, unmasked
-
-    def write(self, data: bytes) -> None:
-        length = struct.pack("<Q", len(data))
-        for part in (length + _masked_crc32c(length), data, _masked_crc32c(data)):
-            self._file.write(part)
-            self.num_bytes += len(part)
-            self.crc32c = google_crc32c.extend(self.crc32c, part)
+    length = struct.pack("<Q", len(data))
+    return b"".join((length, _masked_crc32c(length), data, _masked_crc32c(data)))
 
 
 def _masked_crc32c(data: bytes) -> bytes:
@@ -1869,14 +1857,13 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
     """Writes the records of a shard to a file; runs in a worker process."""
     problems: list[str] = []
     unreadable: list[str] = []
-    num_repaired = 0
+    num_bytes = num_repaired = crc32c = 0
     with open(temporary_path, "wb", buffering=BLOCK_BYTES) as file:
-        records = RecordWriter(file)
         for opened in open_ahead(shard.images):
             try:
                 encoded = check_and_repair(opened.read())
                 label = shard.labels[opened.image.synset]
-                example = make_example(opened.image, label, encoded)
+                record = framed(make_example(opened.image, label, encoded))
             except Exception as error:  # it concerns one image
                 problem = problem_of(opened.image, error)
                 if not isinstance(problem, BadImagesError):
@@ -1886,11 +1873,12 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
                 if len(unreadable) == UNREADABLE_IMAGES:
                     break
             else:
-                records.write(example)
+                num_bytes += file.write(record)
+                crc32c = google_crc32c.extend(crc32c, record)
                 num_repaired += encoded.repaired
     if problems:
         raise BadImagesError(*problems, unreadable=unreadable)
-    written = records.num_bytes, _crc32c_text(records.crc32c), num_repaired
+    written = num_bytes, _crc32c_text(crc32c), num_repaired
     return Stamp(shard.digest(), len(shard.images), *written, shard.fingerprint())
 
 
@@ -2202,25 +2190,12 @@ def _cause_of_death(status: int, words: bytes) -> str:
 LOG_SECONDS = 10.0
 REDRAW_SECONDS = 0.5
 SPEED_SECONDS = 30.0
+has_live_line = False  # True only for the command, on a terminal
 
 
-@dataclasses.dataclass
-class Stage:
-    """Writing, or uploading: shards to do, and the stamps of those that are done."""
-
-    shards: Sequence[Shard]
-    stamps: list[Stamp] = dataclasses.field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"{len(self.stamps):,} of {_count(len(self.shards), 'shard')}"
-
-    @property
-    def num_images(self) -> int:
-        return sum(stamp.num_examples for stamp in self.stamps)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(stamp.num_bytes for stamp in self.stamps)
+def _totals(stamps: Iterable[Stamp]) -> tuple[int, int]:
+    """Numbers of images and of bytes."""
+    return sum(s.num_examples for s in stamps), sum(s.num_bytes for s in stamps)
 
 
 class Progress:
@@ -2228,8 +2203,10 @@ class Progress:
 
     def __init__(self, job: Job):
         shards = [shard for shard, _ in job.work.in_turn()]
-        self.writing = Stage(job.work.to_write)
-        self.uploading = Stage(shards if job.destination else [])
+        self.written: list[Stamp] = []
+        self.uploaded: list[Stamp] = []
+        self._to_write = len(job.work.to_write)
+        self._to_upload = len(shards) if job.destination else 0
         self._all_bytes = sum(shard.estimated_bytes for shard in shards) or 1
         self._job = job
         self._sent_bytes = {shard.name: 0 for shard in shards}
@@ -2245,33 +2222,35 @@ class Progress:
 
     def line(self) -> str:
         """Says how far the run is, in the order of interest: terminals are narrow."""
-        writing, uploading, options = self.writing, self.uploading, self._job.options
+        written, uploaded, options = self.written, self.uploaded, self._job.options
         begun = pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
-        if not (writing.stamps or any(self._sent_bytes.values()) or any(begun)):
+        if not (written or any(self._sent_bytes.values()) or any(begun)):
             return f"Starting {_count(options.workers, 'worker')}."
         images_per_second, bytes_per_second = self._measure()
         left = max(self._all_bytes - self._done_bytes(), 0)
         parts = [f"{100 - math.ceil(100 * left / self._all_bytes)}%"]
         if bytes_per_second > 0:
             parts.append(f"{_duration(left / bytes_per_second)} left")
-        if writing.shards:
-            parts.append(f"{writing} written")
-        if len(uploading.shards) == len(writing.shards):
-            parts.append(f"{len(uploading.stamps):,} uploaded")
-        elif uploading.shards:
-            parts.append(f"{uploading} uploaded")
-        if writing.shards:
+        if self._to_write:
+            parts.append(
+                f"{len(written):,} of {_count(self._to_write, 'shard')} written"
+            )
+        if self._to_upload:
+            of = f" of {_count(self._to_upload, 'shard')}"
+            of = "" if self._to_upload == self._to_write else of
+            parts.append(f"{len(uploaded):,}{of} uploaded")
+        if self._to_write:
             parts.append(f"{images_per_second:,.0f} images/s")
         return ", ".join([*parts, f"{_size(bytes_per_second)}/s."])
 
     def _done_bytes(self) -> int:
         """Bytes of the upload if there is one, of the written shards otherwise."""
         sent = sum(self._sent_bytes.values())
-        return sent if self._job.destination else self.writing.num_bytes
+        return sent if self._job.destination else _totals(self.written)[1]
 
     def _measure(self) -> tuple[float, float]:
         """Measures images written, and bytes done, a second in the last half minute."""
-        now = self.seconds(), self.writing.num_images, self._done_bytes()
+        now = self.seconds(), _totals(self.written)[0], self._done_bytes()
         self._history.append(now)
         while now[0] - self._history[1][0] >= SPEED_SECONDS:
             self._history.popleft()
@@ -2281,28 +2260,29 @@ class Progress:
     def log_done(self) -> None:
         """Says what was written and uploaded, and how fast."""
         seconds = self.seconds()
-        for verb, stage, place in (
-            ("Wrote", self.writing, self._job.options.scratch_dir),
-            ("Uploaded", self.uploading, self._job.place),
+        for verb, stamps, num_shards, place in (
+            ("Wrote", self.written, self._to_write, self._job.options.scratch_dir),
+            ("Uploaded", self.uploaded, self._to_upload, self._job.place),
         ):
-            if stage.shards:
+            images, size = _totals(stamps)
+            if num_shards:
                 logging.info(
-                    f"{verb} {stage} ({_count(stage.num_images, 'image')}, "
-                    f"{_size(stage.num_bytes)}) to {place} in {_duration(seconds)}, "
-                    f"{stage.num_images / seconds:,.0f} images/s, "
-                    f"{_size(stage.num_bytes / seconds)}/s."
+                    f"{verb} {len(stamps):,} of {_count(num_shards, 'shard')} "
+                    f"({_count(images, 'image')}, {_size(size)}) to {place} in "
+                    f"{_duration(seconds)}, {images / seconds:,.0f} images/s, "
+                    f"{_size(size / seconds)}/s."
                 )
-        if repaired := sum(stamp.num_repaired for stamp in self.writing.stamps):
-            images = _count(repaired, "PNG or CMYK image")
-            logging.info(f"Encoded {images} again as RGB JPEG.")
+        if repaired := sum(stamp.num_repaired for stamp in self.written):
+            dirty = _count(repaired, "PNG or CMYK image")
+            logging.info(f"Encoded {dirty} again as RGB JPEG.")
 
 
 @contextlib.contextmanager
 def reporting(say: Callable[[], str]) -> Iterator[None]:
     """Shows progress: a live line on a terminal, else a log line every 10 seconds."""
     is_over = threading.Event()
-    seconds = REDRAW_SECONDS if live_line.is_on else LOG_SECONDS
-    show = live_line.draw if live_line.is_on else logging.info
+    live, logged = (REDRAW_SECONDS, draw_line), (LOG_SECONDS, logging.info)
+    seconds, show = live if has_live_line else logged
 
     def report() -> None:
         while not is_over.wait(seconds):
@@ -2315,28 +2295,20 @@ def reporting(say: Callable[[], str]) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join(timeout=1)  # longer only if a disk holds it
-        live_line.draw("")
+        draw_line("")
 
 
-class LiveLine:
-    """A line at the bottom of a terminal that is redrawn in place."""
-
-    is_on = False  # True only for the command, on a terminal
-
-    def draw(self, text: str) -> None:
-        """Draws the words that fit into the terminal; clears the line if empty."""
-        if not self.is_on:
-            return
-        handler = logging.get_absl_handler().python_handler
-        # Not while another thread writes a log line, nor if the terminal is gone.
-        with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
-            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-            line = textwrap.shorten(text, max(width, 1), placeholder="")
-            line = re.sub(r",( [\d.]+)?$", "", line)  # no number without its unit
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-live_line = LiveLine()
+def draw_line(text: str) -> None:
+    """Redraws the last line of a terminal: the words that fit; clears it if empty."""
+    if not has_live_line:
+        return
+    handler = logging.get_absl_handler().python_handler
+    # Not while another thread writes a log line, nor if the terminal is gone.
+    with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
+        width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        line = textwrap.shorten(text, max(width, 1), placeholder="")
+        line = re.sub(r",( [\d.]+)?$", "", line)  # no number without its unit
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------
@@ -2435,8 +2407,6 @@ class Destination:
         client: Any = None,
         stopping: threading.Event | None = None,
     ):
-        for library in QUIET_LOGGERS:
-            python_logging.getLogger(library).setLevel(python_logging.ERROR)
         self.path = path
         self.objects: dict[str, Stamp] = {}
         self.is_listed = True
@@ -2474,14 +2444,6 @@ class Destination:
         where = {"prefix": self.path.name_of(""), "delimiter": "/"}
         blobs = self.client.list_blobs(self._bucket, **where, **options)
         return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
-
-    def missing(self, stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
-        """Picks the files, given by path, whose bytes the last listing did not find."""
-        return {
-            path: stamp
-            for path, stamp in stamps.items()
-            if not stamp.same_bytes(self.objects.get(os.path.basename(path)))
-        }
 
     def check_access(self, filename: str) -> None:
         """Starts an upload, which needs the permission; the service forgets it."""
@@ -2540,13 +2502,6 @@ class Destination:
                 "storage.objects.list nor storage.objects.delete is granted."
             )
         self.passed_over.append(name)
-
-    def upload_missing(self, stamps: Mapping[str, Stamp]) -> None:
-        """Uploads the files, given by path, that the last listing did not find."""
-        missing = self.missing(stamps)
-        threads = concurrent.futures.ThreadPoolExecutor(PARALLEL_UPLOADS)
-        with _waiting_for(threads, self.stopping):
-            list(threads.map(self.upload, missing, missing.values()))
 
     def check_none_passed_over(self) -> None:
         """Stops the run if objects could be neither seen nor replaced."""
@@ -3014,12 +2969,9 @@ def _bucket_problems(job: Job) -> Iterator[str]:
     if job.options.task_count > 1 and not job.destination.is_listed:
         yield f"--task_count needs the permission to list {job.destination.path}."
     strangers = _strangers(job.destination.objects, job.shards)
-    patterns = set()
-    for name in strangers:
-        match = SHARD_NAME.fullmatch(name)
-        # No * for an index beyond the count: it could match this run's shards.
-        is_shard = match and match[2] < match[3]
-        patterns.add(f"{match[1]}-*-of-{match[3]}" if match and is_shard else name)
+    # No * for an index beyond the count: it could match this run's shards.
+    pattern = lambda m: f"{m[1]}-*-of-{m[3]}" if m[2] < m[3] else m[0]
+    patterns = {re.sub(rf"^{SHARD_NAME.pattern}\Z", pattern, s) for s in strangers}
     if strangers:
         paths = sorted(f"{job.destination.path}/{pattern}" for pattern in patterns)
         command = shlex.join(["gcloud", "storage", "rm", *paths])
@@ -3328,11 +3280,11 @@ class Options:
         place = nearest_existing(self.scratch_dir)
         writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield fault or writable, f"{flag} must be writable, but {place} is not."
-        raw, *taken, scratch = (  # not `resolve`, which fails on a loop of links
-            pathlib.Path(os.path.realpath(os.path.join(self.raw_dir, each)))
-            for each in ("", *splits, self.scratch_dir)
+        taken, ours = (  # not `resolve`, which fails on a loop of links
+            [pathlib.Path(os.path.realpath(os.path.join(place, s))) for s in splits]
+            for place in (self.raw_dir, self.scratch_dir)
         )
-        is_free = scratch != raw and not any(map(scratch.is_relative_to, taken))
+        is_free = not any(path.is_relative_to(each) for path in ours for each in taken)
         others = f"nor be in its {TRAINING_DIRECTORY}/ or {VALIDATION_DIRECTORY}/"
         yield is_free, f"{flag} must not be --raw_data_dir, {others}."
 
@@ -3418,12 +3370,19 @@ def upload_to_gcs(
         destination.list_objects()
         if new := [name for name in path_of if name not in destination.objects]:
             destination.check_access(new[0])
-        stamps = {path: measure(path) for path in path_of.values()}
-        destination.upload_missing(stamps)
+        stamps = {name: measure(path) for name, path in path_of.items()}
+
+        def left() -> list[str]:
+            found = destination.objects
+            return [n for n, s in stamps.items() if not s.same_bytes(found.get(n))]
+
+        with threads_of(PARALLEL_UPLOADS, destination.stopping) as threads:
+            list(
+                threads.map(lambda n: destination.upload(path_of[n], stamps[n]), left())
+            )
         destination.list_objects()
         if destination.is_listed:
-            wrong = [*map(os.path.basename, destination.missing(stamps))]
-            check_none_wrong(wrong, len(stamps), destination.path)
+            check_none_wrong(left(), len(stamps), destination.path)
         destination.check_none_passed_over()
 
 
@@ -3454,6 +3413,7 @@ def contained() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for logger in map(python_logging.getLogger, QUIET_LOGGERS):
             stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(python_logging.ERROR)
         root = python_logging.root  # absl adds a handler if there is none
         stack.callback(setattr, root, "handlers", root.handlers[:])
         if NO_BUCKET_METADATA not in os.environ:
@@ -3519,7 +3479,8 @@ def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def main(arguments: Sequence[str]) -> None:
     """Runs the command; ends the process with the exit status of the manual."""
     logging.get_absl_handler().setFormatter(_LogFormatter())
-    live_line.is_on = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    global has_live_line
+    has_live_line = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     try:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup SIGHUP
@@ -3596,7 +3557,7 @@ class _LogFormatter(python_logging.Formatter):
     """Formats '2026-11-22 07:10:33 WARNING: ...', one line whatever a file's name."""
 
     def format(self, record: python_logging.LogRecord) -> str:
-        live_line.draw("")
+        draw_line("")
         level = f"{record.levelname}: " if record.levelno > python_logging.INFO else ""
         time_of_day = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
         return f"{time_of_day} {level}{escaped(record.getMessage())}"
@@ -3687,7 +3648,7 @@ def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
         else:
             break
         position = offset + size + -size % tarfile.BLOCKSIZE
-    _check_end(descriptor, position, end)
+    _check_end(descriptor, position, end, is_start=not found)
     return found
 
 
@@ -3734,7 +3695,7 @@ def _normalized(name: str) -> str:
     return os.path.normpath(f"/{name}").lstrip("/") if "/" in name else name
 
 
-def _check_end(descriptor: int, position: int, end: int) -> None:
+def _check_end(descriptor: int, position: int, end: int, is_start: bool) -> None:
     """Checks that a tar ends in empty blocks, and the file soon after it.
 
     A damaged header ends the list of members, too, and so does a hole in a download.
@@ -3742,7 +3703,7 @@ def _check_end(descriptor: int, position: int, end: int) -> None:
     num_bytes = max(0, min(end - position, MAX_TAR_FILLING + 1))
     rest = os.pread(descriptor, num_bytes, min(position, end))
     for start, problem in NOT_TARS.items():
-        if rest.lstrip().startswith(start):
+        if is_start and rest.lstrip().startswith(start):
             raise ValueError(problem)
     if len(rest) < tarfile.BLOCKSIZE:
         problem = "it is cut short"
@@ -3779,10 +3740,9 @@ def make_fake_imagenet(options: Options, pool: Pool) -> None:
         root.mkdir(parents=True, exist_ok=True)
         (root / FAKE_MARK).touch()
     draw = functools.partial(pool.call, draw_fake_image)
-    threads = concurrent.futures.ThreadPoolExecutor(2 * options.workers)
     num_drawn = 0
     say = lambda: f"Generated {num_drawn:,} of {len(paths):,} fake images."
-    with reporting(say), _waiting_for(threads):
+    with reporting(say), threads_of(2 * options.workers) as threads:
         for _ in threads.map(draw, paths, itertools.count()):
             num_drawn += 1
     labels = "".join(f"{synset}\n" for synset in FAKE_SYNSETS[:FAKE_VALIDATION_IMAGES])

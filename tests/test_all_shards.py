@@ -190,7 +190,7 @@ def progress_of(
 def test_speed_is_that_of_late(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the last half minute, so that a link that stalls is seen."""
     progress = progress_of(raw, 2, 0)
-    progress.writing.stamps.append(STAMP)
+    progress.written.append(STAMP)
     assert ", 0 bytes/s" not in progress.line()
     monkeypatch.setattr(script, "SPEED_SECONDS", 0.1)
     for _ in range(3):
@@ -243,8 +243,8 @@ def test_line_says_what_is_left_before_how_fast_it_is(
 ) -> None:
     """After 1,000 s; the time left, and the percent, are of the last thing to do."""
     progress = progress_of(raw, to_write, to_upload, uploaded is not None)
-    progress.writing.stamps += [STAMP] * written
-    progress.uploading.stamps += [STAMP] * (uploaded or 0)
+    progress.written += [STAMP] * written
+    progress.uploaded += [STAMP] * (uploaded or 0)
     progress.sent("train", (uploaded or 0) * STAMP.num_bytes)
     monkeypatch.setattr(progress, "seconds", lambda: 1000.0)
     assert progress.line() == expected

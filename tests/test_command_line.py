@@ -301,6 +301,16 @@ def test_home_is_meant_by_a_tilde(raw: Path, tmp_path: Path) -> None:
     assert not list(raw.glob("~*"))
 
 
+def test_scratch_is_refused_when_its_train_is_the_raw_one_by_a_link(raw: Path) -> None:
+    """As README lays out a copy from Kaggle."""
+    contract.change(raw, "mkdir linked; ln -s $PWD/train $PWD/validation *.txt linked")
+    flags = f"--raw_data_dir={raw}/linked", f"--local_scratch_dir={raw}"
+    finished = run_light(*flags, "--nogcs_upload", cwd=raw)
+    assert finished.status == 1
+    assert "must not be --raw_data_dir, nor be in its train/" in finished.errors[0]
+    assert not [*raw.glob("train/*-of-*")]
+
+
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 

@@ -131,6 +131,17 @@ def test_room_is_needed_only_for_what_is_left(raw: Path, tmp_path: Path) -> None
             assert done.status == 0, done.stderr
 
 
+def test_what_a_stopped_run_left_half_written_makes_room(
+    raw: Path, tmp_path: Path
+) -> None:
+    pad(raw, 750_000, "train/*/*_1.JPEG")
+    with small_disk(tmp_path / "disk", 4_096_000) as disk:
+        (disk / "train").mkdir()
+        (disk / "train/.train-00000-of-00004.x-1-2.tmp").write_bytes(bytes(2_000_000))
+        done = run_command(*local(raw, disk))
+        assert done.status == 0, done.stderr
+
+
 def test_old_shards_make_room_for_the_new_ones(raw: Path, tmp_path: Path) -> None:
     """But for one: it goes only when the new one is whole."""
     pad(raw, 250_000, "train/*/*.JPEG")

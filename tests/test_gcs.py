@@ -433,6 +433,16 @@ def test_other_objects_are_left_alone(raw: Path, emulator: Emulator) -> None:
     assert len(objects) == len(others) + 4
 
 
+def test_objects_that_will_be_replaced_are_counted(
+    raw: Path, emulator: Emulator
+) -> None:
+    emulator.put("imagenet/train-00000-of-00002", b"of a script without a manifest")
+    finished = upload(raw, emulator)
+    assert finished.status == 0, finished.stderr
+    (line,) = [line for line in finished.lines if line.startswith("Writing")]
+    assert line.endswith("to gs://bucket/imagenet, replacing 1 object.")
+
+
 def test_project_pays_where_the_requester_must(raw: Path, emulator: Emulator) -> None:
     emulator.requester_pays = True
     finished = upload(raw, emulator)

@@ -296,6 +296,10 @@ REFUSED = {
         "it is compressed; decompress it with zstd -d first.",
     ),
     "joined by cat": (tar_bytes(FILES) * 2, f"{SEVERAL} {DOWNLOAD}"),
+    "a header that looks like another kind of file": (
+        B + b"{" * BLOCK + END,
+        f"it is damaged, or not one tar, at byte 1,024. {DOWNLOAD}",
+    ),
     "random": (random.Random(0).randbytes(5000), DAMAGED),
     "gzip": (gzip.compress(tar_bytes(FILES)), f"{COMPRESSED} gzip -d first."),
     "bzip2": (bz2.compress(tar_bytes(FILES)), f"{COMPRESSED} bzip2 -d first."),
