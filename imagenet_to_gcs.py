@@ -678,11 +678,10 @@ VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
 # Directories in a tar that are of no class; "" is that of `x.JPEG`
 CLASSLESS = ("", "val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values()))
-WHOLE_TAR = re.compile(r"ILSVRC.*|(train|val|validation)\.tar")
 # Files that seem to hold images, but are not read, whole or half downloaded
 UNREAD = re.compile(
     r"(?i)\.(avif|bmp|gif|heic|jfif|jp2|jpe|jpe?g|png|tga|tiff?|webp"
-    r"|7z|rar|tar\.\w+|tbz2?|tgz|txz|zip)(~| +|\.(\d+|crdownload|part))?$"
+    r"|7z|rar|tar\.(bz2|gz|lz4?|xz|zst?)|tbz2?|tgz|txz|zip)(~| +|\.(\d+|crdownload|part))?$"
 )
 SYSTEM_NAMES = {  # which operating systems and network disks leave, besides `.x`
     *("#recycle", "#snapshot", "$recycle.bin", "@recycle", "@recently-snapshot"),
@@ -810,7 +809,8 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     """Lists images by path; adds the paths of other images to `skipped`."""
     directory = os.path.join(raw_data_dir, split)
     paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
-    tar = next(map(Tar, filter(os.path.lexists, paths)), None)
+    exists = os.path.exists if os.path.lexists(directory) else os.path.lexists
+    tar = next(map(Tar, filter(exists, paths)), None)
     if not tar and not os.path.lexists(directory):
         found = _some(sorted(e.name for e in _scan(raw_data_dir)), 10) or "nothing"
         raise InvalidInputError(
@@ -839,12 +839,13 @@ def _list_flat(directory: str, tar: Tar | None, skipped: list[str]) -> list[RawI
     """Lists `validation/*.JPEG`, unless there is more beside it that is not read."""
     others = list[str]()
     images = Directory(directory).list_images(others)
-    if len(others) > len(images):
-        raise InvalidInputError(_describe_skipped(others))
+    if sum(map(has_image_name, map(os.path.basename, others))) > len(images):
+        found = f"{directory} holds {_count(len(images), 'image')}, and more below it"
+        raise InvalidInputError(f"{found}. {_describe_skipped(others)}")
     if tar and len(images) != IMAGENET_SIZES["validation"][0]:
         packed = {image.filename for image in tar.list_images([])}
         there = packed & {image.filename for image in images}
-        if there < packed:
+        if there and there < packed:
             only = f"{directory} holds only {len(there):,} of the {len(packed):,}"
             raise InvalidInputError(f"{only} in {tar.path}. Extract it whole.")
     skipped += others
@@ -864,7 +865,7 @@ def _find_classes(
             is_directory = stat.S_ISDIR(entry.stat().st_mode)
         if is_directory:
             directories[name] = Directory(path, name)
-        elif name.endswith(".tar") and not WHOLE_TAR.fullmatch(name):
+        elif name.endswith(".tar") and not name.startswith("ILSVRC"):
             class_tars[name[:-4]] = Tar(path, name[:-4])
         else:
             others.append(path)
@@ -875,8 +876,12 @@ def _find_classes(
 def _check_others(paths: Iterable[str], classes: Container[str]) -> None:
     """Refuses a class that is neither a directory nor a tar, as `n01440764.tar.gz`."""
     for path in paths:
-        synset = os.path.basename(path).partition(".")[0]
-        if SYNSET.fullmatch(synset) and synset not in classes:
+        name = os.path.basename(path)
+        synset, _, suffix = name.partition(".")
+        is_packed = re.match(r"(?i)tar(\.part)?$", suffix) or UNREAD.search(name)
+        if not (SYNSET.fullmatch(synset) and (is_packed or not suffix)):
+            continue  # such as a class's list of boxes
+        if synset not in classes:
             raise InvalidInputError(f"{path} must be a directory or a *.tar.")
 
 
@@ -887,7 +892,7 @@ def _check_extracted(
     packed = {*class_tars}
     if whole and whole.path.endswith(TRAINING_TAR):
         packed |= {each.synset for part in whole.list_contents([]) for each in part}
-    left = packed.difference(directories or class_tars)
+    left = packed.difference(directories or class_tars, CLASSLESS)
     # Not of those in the training tar: that would take long.
     for synset in directories.keys() & class_tars.keys():
         names = {entry.name for entry in _scan(directories[synset].path)}
@@ -1042,10 +1047,14 @@ def _is_visible(name: str) -> bool:
 
 
 def _unread_below(entry: os.DirEntry[str]) -> list[str]:
-    """Lists what seems to hold images: the entry, or what is below it, but for links."""
-    if not _is_visible(entry.name):
+    """Lists what seems to hold images: the entry itself, or what is below it."""
+    above = os.path.realpath(os.path.dirname(entry.path))
+    leads_up = entry.is_symlink() and pathlib.Path(above).is_relative_to(
+        os.path.realpath(entry.path)
+    )
+    if leads_up or not _is_visible(entry.name):
         return []
-    if not entry.is_dir(follow_symlinks=False):
+    if not entry.is_dir():
         return [entry.path] if UNREAD.search(entry.name) else []
     found = []
     for place, directories, names in os.walk(entry.path):
@@ -1102,9 +1111,10 @@ SYNSETS_DIGEST = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6e
 VALIDATION_DIGEST = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
 NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
-VALIDATION_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)")  # also `Copy of ...`
+# Also in `Copy of ...` and `... (1).JPEG`, but not in a part, `..._crop.JPEG`
+VALIDATION_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)(?![0-9]|_(?!n[0-9]{8}))")
 NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
-STEM_END = re.compile(r"(?i)(_n[0-9]{8})?(\.(jpe?g|png))?$")
+STEM_END = re.compile(r"(?i)((?<=_val_[0-9]{8})_n[0-9]{8})?(\.(jpe?g|png))*$")
 ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
 TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
 # The synset of each line or, of two columns, of each file name without its suffix
@@ -1206,13 +1216,15 @@ def read_label_file(path: str) -> LabelFile:
 def _columns(line: str) -> list[str]:
     """Splits a line at tabs, commas or blanks; in a table, a column can hold blanks."""
     line = line.replace('"', "").strip(" \t,")
-    words = line.split()
+    words = [word.rstrip(",") for word in line.split()]
     delimiter = next((each for each in "\t," if each in line), None)
     if not delimiter or any(map(SYNSET.fullmatch, words[1:2])):
         return words
-    columns = [column.strip() for column in line.split(delimiter)]
-    if SYNSET.match(columns[1]):
-        columns[1] = columns[1].split()[0]  # Kaggle's are followed by boxes
+    columns = [column.strip(" ,") for column in line.split(delimiter)]
+    if delimiter == "\t":  # several of them align columns
+        columns = [*filter(None, columns)]
+    if synset := SYNSET.match(columns[1]):
+        columns[1] = synset[0]  # Kaggle's are followed by boxes
     return columns
 
 
@@ -1278,9 +1290,13 @@ def _misaligned(
 
 def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
     """Warns of names that sort otherwise than they count, or of numbers left out."""
-    parts = [re.split("([0-9]+)", image.filename) for image in images]
-    counts = [[*zip(part[::2], map(int, [*part[1::2], "0"]))] for part in parts]
-    wrong = [i for i, count in enumerate(sorted(counts)) if count != counts[i]]
+    wrong, last = list[int](), dict[tuple[str, ...], list[int]]()  # of names alike
+    for i, image in enumerate(images):
+        parts = re.split("([0-9]+)", image.filename)
+        text, count = tuple(parts[::2]), [*map(int, parts[1::2])]
+        if last.get(text, count) > count:
+            wrong.append(i)
+        last[text] = count
     matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
     if len({match and match.group(1, 3) for match in matches}) == 1:  # named alike
         numbers = [int(match[2]) for match in matches if match]
@@ -1314,8 +1330,12 @@ def _check_agreement(
         else:
             slips.append(f"{problem} Correct it.")
     if _differ_from_imagenets(images):
-        problem = "These are ImageNet's validation images and classes, not its labels."
-        (slips if is_by_order else meant).append(problem)
+        are_its = all(VALIDATION_NUMBER.search(image.filename) for image in images)
+        what = "" if are_its else "numbered like "
+        problem = (
+            f"These are {what}ImageNet's validation images and classes, not its labels."
+        )
+        (slips if is_by_order and are_its else meant).append(problem)
     if slips:
         raise InvalidInputError(*(f"{slip} {TWO_COLUMNS}" for slip in slips))
     return meant

@@ -206,9 +206,13 @@ REFUSED = {
         f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
         "imagenet_2012_labels, synset_labels.txt.txt beside it."
     ),
-    f"{INTO_FOLDERS} cp {A}/* x.JPEG": (
-        f"4 files skipped (4 *.JPEG), such as RAW/validation/{A}/{V[1]}: {READ}"
-    ),
+    **{
+        f"{INTO_FOLDERS} cp {A}/* x.JPEG; {linked}": (
+            "RAW/validation holds 1 image, and more below it. "
+            f"4 files skipped (4 *.JPEG), such as RAW/validation/{A}/{V[1]}: {READ}"
+        )
+        for linked in ("", "mkdir ../c; mv n* ../c; ln -s $PWD/../c/* .; ln -s / n1")
+    },
     f"{INTO_FOLDERS} echo '<html>' >../*.txt": (
         f"RAW/synset_labels.txt is a web page; download the file itself. {LINE_I} "
         f"{NOT_NEEDED}"
@@ -291,6 +295,14 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     EVERY.format(" ", ""): (LINES, []),
     EVERY.format(".jpg ", ""): (LINES, []),
     f"{HUGGING_FACE} cd ..; {EVERY.format(' ', '')}": (LINES, []),
+    EVERY.format("', '", ""): (LINES, []),
+    EVERY.format("'\t\t'", "'\ttench'"): (LINES, []),
+    EVERY.format("'.JPEG, '", "', 12'"): (LINES, []),
+    f"cd validation; rm *[34].JPEG; mv {V[1]} {VAL}00000009_a.JPEG; "
+    f"mv {V[2]} {VAL}00000009_b.JPEG; sed -i 3,4d ../*.txt": ([A, B], []),
+    "rm -r train validation/* *.txt; mkdir train x; echo >x/1.JPEG; "
+    "for s in cat dog train; do tar -cf train/$s.tar -C x .; done; "
+    "cp train/* validation": (["cat", "dog", "train"], []),
     EVERY.format("'\t'", "'\ttench'"): (LINES, []),
     EVERY.format(",", "' 12 34 56,7'") + "; sed -i 1iImageId,Prediction *.txt; "
     "sort -r *.txt >x; mv x *.txt": (LINES, []),
@@ -363,12 +375,12 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} {RENAME.format('val_$((i+=4)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [NUMBERS.format(1, "val_12.JPEG")],
+        [NUMBERS.format(3, "val_4.JPEG")],
     ),
     f"{TEN} rm *; touch a{{1,2,10}}.JPEG b1.JPEG; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [EMPTY, NUMBERS.format(2, "a10.JPEG")],
+        [EMPTY, NUMBERS.format(3, "a2.JPEG")],
     ),
     f"{TEN} rm *; mkdir -p ../train/{{dog,dog\\ sled,@Recycled_paper,web.jpg}}; "
     'for d in ../train/*; do echo >"$d/1.JPEG"; done; echo >1.JPEG; echo >2.JPEG; '
@@ -379,7 +391,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} {RENAME.format('$((i+=7))-x.JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [NUMBERS.format(1, "14-x.JPEG")],
+        [NUMBERS.format(4, "7-x.JPEG")],
     ),
     f"{TEN} {RENAME.format('val_$((++i == 3 ? 5 : i)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
@@ -521,7 +533,8 @@ def test_names_without_zeros_are_compared_by_number(
         (tmp_path / "labels").write_text("".join(lines))
     images.sort(key=lambda image: image.name)
     found = script.assign_synsets(images, str(tmp_path / "labels"), [])
-    assert found[1] == says
+    alike = "These are ImageNet's", "These are numbered like ImageNet's"
+    assert found[1] == [w if prefix else w.replace(*alike) for w in says]
     assert sorted(i.synset for i in found[0]) == sorted(synsets)
 
 

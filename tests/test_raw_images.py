@@ -73,6 +73,8 @@ def test_other_files_are_passed_over_when_there_are_images(raw: Path) -> None:
         "train/ILSVRC2012_img_train_t3.tar",
         "train/train.tar",
         "train/n01440764.txt",
+        "train/n01484850.txt",
+        "train/n01484850.tar.md5",
         "train/@eaDir/n01440764_1.JPEG",
         "train/n01440764/@eaDir/n01440764_1.JPEG/thumbnail.jpg",
         "train/lost+found/x.JPEG",
