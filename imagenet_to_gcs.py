@@ -1048,14 +1048,13 @@ def _is_visible(name: str) -> bool:
 
 def _unread_below(entry: os.DirEntry[str]) -> list[str]:
     """Lists what seems to hold images: the entry itself, or what is below it."""
-    above = os.path.realpath(os.path.dirname(entry.path))
-    leads_up = entry.is_symlink() and pathlib.Path(above).is_relative_to(
-        os.path.realpath(entry.path)
-    )
-    if leads_up or not _is_visible(entry.name):
+    if not _is_visible(entry.name):
         return []
     if not entry.is_dir():
         return [entry.path] if UNREAD.search(entry.name) else []
+    above = pathlib.Path(os.path.realpath(os.path.dirname(entry.path)))
+    if above.is_relative_to(os.path.realpath(entry.path)):
+        return []  # a link that leads back up
     found = []
     for place, directories, names in os.walk(entry.path):
         directories[:] = filter(_is_visible, directories)
