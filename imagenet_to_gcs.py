@@ -641,8 +641,8 @@ def _conclude(job: Job) -> None:
         _complete(job, work.done)
         return
     if missing == len(work.differing):
-        problem = f"{_difference(job, work)}. Give all tasks the same raw images and rerun them."
-        raise RunError(problem, may_pass=True)
+        remedy = "Give all tasks the same raw images and rerun them."
+        raise RunError(f"{_difference(job, work)}. {remedy}", may_pass=True)
     if work.differing != job.work.differing:
         logging.warning(f"{_difference(job, work)}.")
     missing_shards = _count(missing, "shard")
@@ -681,7 +681,8 @@ CLASSLESS = ("", "val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values
 # Files that seem to hold images, but are not read, whole or half downloaded
 UNREAD = re.compile(
     r"(?i)\.(avif|bmp|gif|heic|jfif|jp2|jpe|jpe?g|png|tga|tiff?|webp"
-    r"|7z|rar|tar\.(bz2|gz|lz4?|xz|zst?)|tbz2?|tgz|txz|zip)(~| +|\.(\d+|crdownload|part))?$"
+    r"|7z|rar|tar\.(bz2|gz|lz4?|xz|zst?)|tbz2?|tgz|txz|zip)"
+    r"(~| +|\.(\d+|crdownload|part))?$"
 )
 SYSTEM_NAMES = {  # which operating systems and network disks leave, besides `.x`
     *("#recycle", "#snapshot", "$recycle.bin", "@recycle", "@recently-snapshot"),
@@ -745,7 +746,7 @@ class Dataset:
     skipped: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
-    @property
+    @functools.cached_property  # all shards share it
     def labels(self) -> dict[str, int]:
         """From 1 on, because models that read the shards keep 0 for "background"."""
         return {synset: label for label, synset in enumerate(self.synsets, start=1)}
@@ -878,10 +879,11 @@ def _check_others(paths: Iterable[str], classes: Container[str]) -> None:
     for path in paths:
         name = os.path.basename(path)
         synset, _, suffix = name.partition(".")
+        if not SYNSET.fullmatch(synset) or synset in classes:
+            continue
+        # Other suffixes are of what belongs to a class, such as a list of boxes.
         is_packed = re.match(r"(?i)tar(\.part)?$", suffix) or UNREAD.search(name)
-        if not (SYNSET.fullmatch(synset) and (is_packed or not suffix)):
-            continue  # such as a class's list of boxes
-        if synset not in classes:
+        if is_packed or not suffix:
             raise InvalidInputError(f"{path} must be a directory or a *.tar.")
 
 
@@ -985,15 +987,17 @@ class Tar:
         for path, (offset, size) in files.items():
             directory, _, name = path.rpartition("/")
             synset, pattern = class_of(directory)
-            if pattern and has_image_name(name):
+            if not pattern:
+                continue
+            if has_image_name(name):
                 about = synset, size, fingerprint, offset
                 images.append(RawImage(tar, path, *about))
                 pattern_in[directory] = pattern
-            elif pattern and name.endswith(".tar") and _is_visible(name):
+            elif name.endswith(".tar") and _is_visible(name):
                 where = offset, offset + size, fingerprint
                 class_tars.append(Tar(tar, self.synset or name[:-4], *where))
                 pattern_in[directory] = f"{directory}/*.tar".lstrip("/")
-            elif pattern and _is_visible(name):
+            elif _is_visible(name):
                 others.append(path)
         patterns = {*pattern_in.values()}
         unread = sorted(filter(UNREAD.search, others))
@@ -1329,7 +1333,7 @@ def _check_agreement(
         else:
             slips.append(f"{problem} Correct it.")
     if _differ_from_imagenets(images):
-        are_its = all(VALIDATION_NUMBER.search(image.filename) for image in images)
+        are_its = all(_number(image) is not None for image in images)
         what = "" if are_its else "numbered like "
         problem = (
             f"These are {what}ImageNet's validation images and classes, not its labels."
