@@ -123,7 +123,6 @@ import resource
 import shlex
 import shutil
 import socket
-import ssl
 import stat
 import struct
 import subprocess
@@ -2737,54 +2736,67 @@ def _is_googles_machine() -> bool:
     return product.startswith("Google") or any(os.environ.get(name) for name in names)
 
 
-# What an error means. Types, statuses and what machines wrote decide: reasons, and names
-# of permissions, wherever they stand. Other words are for people.
+# What an error means, from facts: statuses, names of classes, and what machines wrote,
+# such as reasons and permissions, wherever that stands. Other words are for people.
 
 KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
-RATES = {"rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED"}
-# Names of classes of errors, so that none is imported: of those that may pass, of those
-# that do not, and of those whose words are for people
-LOST_LINES = {"ConnectionError", "ChunkedEncodingError", "Timeout", "TransportError"}
-WRONG_SETTINGS = {"InvalidSchema", "InvalidProxyURL"}
-SPOKEN = {"OSError", "GoogleAuthError", "HTTPError", "WrongContentError"}
-STATUS_IN_TEXT = re.compile(
-    r"""(?:Tunnel connection failed: |["']code["']\s*:\s*)(\d{3})\b"""
-)
-JSON_STRING = re.compile(
-    r'"(\w+)"\s*:\s*("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")'
-)
+STATUS = re.compile(r"(?:Tunnel connection failed: |['\"]code['\"]: ?)(\d{3})\b")
+TOKEN = re.compile(r"\binvalid_grant\b|\b(?:iam|serviceusage|storage)\.\w+\.")
+SPOKEN = {"OSError", "GoogleAuthError", "HTTPError", "WrongContentError"}  # for people
 LOG_IN = "run `gcloud auth application-default login`"
 DENIED, FAILED = "Access to {} is denied", "Cloud Storage failed at {}"
-NO_WAY, NO_LOGIN = "No way through the proxy to {}", "Cannot log in for {}"
-# What helps, by the permission, the reason or the error of OAuth in the answer
-REMEDIES = {
-    "invalid_grant": f"As a person, {LOG_IN} again; with a key, check this machine's "
-    "clock, and that account and key still exist.",
-    "iam.serviceAccounts.": "Grant roles/iam.serviceAccountTokenCreator on that service "
-    "account to the account that impersonates it.",
-    "insufficientPermissions": "Stop the VM and run: gcloud compute instances "
-    "set-service-account NAME --scopes=cloud-platform",
-    "serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer on the "
-    "project to the account of this run.",
-    "storage.objects.": "Grant roles/storage.objectUser on {bucket} to the account of "
-    "this run.",
+FINAL = {"page", "untrusted", "plain", "InvalidSchema", "InvalidProxyURL"}
+# A fact follows from others, those of `_facts_of` first: | is "or", a blank is "and".
+RULES = {
+    "proxy": "407 | ProxyError | InvalidProxyURL",
+    "login": "401 | GoogleAuthError",
+    "refused": "403 | login",
+    "nobody": "unknown | login metadata 404",
+    "passes": "408 | 429 | 500 | 502 | 503 | 504 | retryable | nobody googles | "
+    "403 rateLimitExceeded | 403 userRateLimitExceeded | 403 RATE_LIMIT_EXCEEDED | "
+    "silent ConnectionError | silent ChunkedEncodingError | silent Timeout | "
+    "silent TransportError",
+    "lost": "short | WrongContentError | session 200 | session 308 | session 400 | "
+    "session 404 | session 410",
 }
-BIND = (
-    "Grant roles/iam.workloadIdentityUser on that service account to the Kubernetes "
-    "service account of the pod."
-)
-ATTACH = "Attach a service account to this machine."
-NOBODY = f"As a person, {LOG_IN}; attach a service account to a VM."
-PROXY_PASSWORD = "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
-PROXY_HOSTS = "HTTPS_PROXY and NO_PROXY say which hosts are reached through it."
-CREATE = (
-    "Create it: gcloud storage buckets create {bucket} --project={project} "
-    "--location=LOCATION"
-)
-AUTHORITY = (
-    "Check this machine's clock. If your network has its own certificate authority, "
-    "REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate."
-)
+# What failed, with {} for the place, and what helps: the first whose facts all hold
+FAILURES = {
+    "proxy": "No way through the proxy to {}",
+    "DefaultCredentialsError": "No credentials for {}",
+    "login": "Cannot log in for {}",
+    **dict.fromkeys(("passes", "page", "lost"), FAILED),
+    "403": DENIED,
+    "404 notFound": "No bucket for {}",
+    "": FAILED,
+}
+REMEDIES = {
+    "407": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
+    "nobody metadata": "Attach a service account to this machine.",
+    "nobody": f"As a person, {LOG_IN}; attach a service account to a VM.",
+    "passes": RERUN,
+    "socks": "Run: python3 -m pip install 'requests[socks]'",
+    "proxy": "HTTPS_PROXY and NO_PROXY say which hosts are reached through it.",
+    "page": "A sign-in page or a proxy may be in the way.",
+    "untrusted": "Check this machine's clock. If your network has its own certificate "
+    "authority, REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate.",
+    "lost": RERUN,
+    "login invalid_grant": f"As a person, {LOG_IN} again; with a key, check this "
+    "machine's clock, and that account and key still exist.",
+    "metadata refused iam.serviceAccounts.": "Grant roles/iam.workloadIdentityUser on "
+    "that service account to the Kubernetes service account of the pod.",
+    "refused iam.serviceAccounts.": "Grant roles/iam.serviceAccountTokenCreator on "
+    "that service account to the account that impersonates it.",
+    "refused insufficientPermissions": "Stop the VM and run: gcloud compute instances "
+    "set-service-account NAME --scopes=cloud-platform",
+    "refused serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer "
+    "on the project to the account of this run.",
+    "refused storage.objects.": "Grant roles/storage.objectUser on {bucket} to the "
+    "account of this run.",
+    "login": "",
+    "404 notFound": "Create it: gcloud storage buckets create {bucket} "
+    "--project={project} --location=LOCATION",
+    "": "",
+}
 
 
 class Fault:
@@ -2796,112 +2808,90 @@ class Fault:
       may_pass: Whether the same request may succeed later.
       is_lost: Whether an upload is lost, but may succeed from its beginning.
       must_pay: Whether the requester has to name a project that pays.
-      failure: What failed, with {} for the place.
-      remedy: What helps, with {bucket} and {project}; empty if that is not known.
+      failure, remedy: A row of `FAILURES`, of `REMEDIES`.
     """
 
     def __init__(self, error: BaseException):
-        self._chain = chain = list(_chain(error))
-        self._kinds = set[str]().union(*map(_kinds, chain))
+        chain = [*_chain(error)]
         parts = [p for e in chain for p in (getattr(e, "response", None), *e.args)]
         response: Any = next((part for part in parts if hasattr(part, "headers")), None)
-        # Of a proxy, and of what google.auth has read, only a text says the status.
-        told = STATUS_IN_TEXT.search(str(parts))
-        status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
-        self.status = status or int(told[1] if told else 0)
         body = ""
         with contextlib.suppress(Exception):  # there may be none, or a corrupt gzip
             data = response.data if hasattr(response, "data") else response.content
             body = bytes(data).decode(errors="replace")
-        # Strings by key, however odd the JSON around them is, or cut short
-        said = collections.defaultdict[str, list[str]](list)
-        for part in (body, *parts):
-            text = json.dumps(part) if isinstance(part, dict) else str(part)
-            for key, literal in JSON_STRING.findall(text):
-                said[key].append(json.loads(literal, strict=False))
-        self._codes = {*said["reason"], *said["error"]}  # the latter are of OAuth
-        # A web page is not of Cloud Storage; a session is an upload under way; metadata
-        # are a machine's identity: https://cloud.google.com/compute/docs/metadata
-        self._is_page = any(str(t).lstrip()[:1] == "<" for t in (body, *error.args[:1]))
-        self._is_session = "upload_id=" in str(getattr(response, "url", ""))
-        self._is_metadata = "Metadata-Flavor" in getattr(response, "headers", ())
-        self.words = self._quote(said, body)
-        self._judge()
-
-    def _quote(self, said: Mapping[str, list[str]], body: str) -> str:
-        """Puts what came back into words: its own, if it has any."""
-        chain, words = self._chain, "".join(said["message"][:1])
-        words = words or ": ".join(said["error"][:1] + said["error_description"][:1])
-        if status := self.status:
-            plain = body[:300] if re.match(r"[^\W\d]", body) else ""
-            phrase = http.client.responses.get(status, "") if status >= 300 else ""
-            odd = "with a web page" if self._is_page else "with what is not understood"
-            words = f"{status} {words or plain or phrase or odd}"
-        elif not words:
-            words = "a web page came back" if self._is_page else _last_words(chain)
-        return " ".join(words.split()).rstrip(".")
-
-    def _judge(self) -> None:
-        """Finds out whether the fault may pass, and what it means."""
-        status, cause, key_file = self.status, self._chain[-1], os.environ.get(KEY_FILE)
-        # Nothing is there to log in with, or not yet, as on a new machine.
-        is_unknown = type(cause).__name__ == "DefaultCredentialsError" and not key_file
-        is_nobody = is_unknown or (self._is_metadata and status == 404)
-        obstacle = self._obstacle()
-        is_plain = getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER"
-        is_final = status or obstacle or is_plain or self._kinds & WRONG_SETTINGS
-        self.may_pass = bool(
-            status in (408, 429, 500, 502, 503, 504)
-            or (status == 403 and self._codes & RATES)
-            or any(getattr(each, "retryable", False) for each in self._chain)
-            or (is_nobody and _is_googles_machine())
-            or (self._kinds & LOST_LINES and not is_final)
+        # Of a proxy, and of what google.auth has read, only a text says the status.
+        told = STATUS.search(str(parts))
+        status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
+        self.status = status or int(told[1] if told else 0)
+        said = [pair for part in (*reversed(parts), body) for pair in _strings_in(part)]
+        is_page = any(str(t).lstrip()[:1] == "<" for t in (body, *error.args[:1]))
+        words = _quote(self.status, dict(said), body)
+        words = words or ("a web page came back" if is_page else _last_words(chain))
+        words = f"{self.status} {words}" if self.status >= 300 else words
+        self.words = " ".join(words.split()).rstrip(".")
+        facts = _facts_of(chain, response) | ({"page"} if is_page else set())
+        facts |= {code for key, code in said if key in ("reason", "error")}  # of OAuth
+        facts |= {str(self.status), *TOKEN.findall(self.words)}
+        facts |= set() if self.status or facts & FINAL else {"silent"}
+        for fact, rules in RULES.items():
+            if any(_holds(rule, facts) for rule in rules.split("|")):
+                facts.add(fact)
+        self.may_pass, self.is_lost = "passes" in facts, "lost" in facts
+        self.must_pay = _holds("400 required", facts)
+        self.failure, self.remedy = (
+            next(row[1] for row in table.items() if _holds(row[0], facts))
+            for table in (FAILURES, REMEDIES)
         )
-        is_over = self._is_session and status in (200, 308, 400, 404, 410)
-        # A ValueError is the client's word for a bucket that kept less than was sent.
-        is_short = type(self._chain[0]) is ValueError
-        self.is_lost = is_over or is_short or "WrongContentError" in self._kinds
-        self.must_pay = status == 400 and "required" in self._codes
-        self.failure, self.remedy = self._meaning(is_nobody, obstacle)
-        if key_file and "GoogleAuthError" in self._kinds:
-            self.words += f" ({KEY_FILE}={key_file})"
+        if "GoogleAuthError" in facts and (path := os.environ.get(KEY_FILE)):
+            self.words += f" ({KEY_FILE}={path})"
 
-    def _obstacle(self) -> str:
-        """What helps against what is in the way to the service; empty if nothing is."""
-        cause, proxies = self._chain[-1], urllib.request.getproxies().values()
-        if "InvalidSchema" in self._kinds and any("socks" in p for p in proxies):
-            return "Run: python3 -m pip install 'requests[socks]'"
-        if self._is_page:
-            return "A sign-in page or a proxy may be in the way."
-        is_refused = isinstance(cause, ssl.SSLCertVerificationError)
-        is_unread = getattr(cause, "library", "") in ("X509", "PEM")
-        is_missing = type(cause) is OSError and not cause.errno  # so says requests
-        is_set = bool(os.environ.get("REQUESTS_CA_BUNDLE"))
-        return AUTHORITY if is_refused or is_unread or (is_missing and is_set) else ""
 
-    def _meaning(self, is_nobody: bool, obstacle: str) -> tuple[str, str]:
-        """Picks what failed, and what helps."""
-        status, kinds, codes = self.status, self._kinds, self._codes
-        known = (code for code in REMEDIES if code in codes or code in self.words)
-        grant = REMEDIES.get(next(known, ""), "")
-        rerun = RERUN if self.may_pass else ""
-        advice = rerun or obstacle
-        is_unknown = "DefaultCredentialsError" in kinds
-        is_login = status == 401 or "GoogleAuthError" in kinds
-        is_service = "notFound" in codes and not self._is_session
-        cases = (  # the first that holds
-            (status == 407, NO_WAY, PROXY_PASSWORD),
-            (kinds & {"ProxyError", "InvalidProxyURL"}, NO_WAY, rerun or PROXY_HOSTS),
-            (is_unknown, "No credentials for {}", NOBODY if is_nobody else rerun),
-            (is_login and is_nobody, NO_LOGIN, ATTACH),
-            (is_login and self._is_metadata and grant, NO_LOGIN, BIND),
-            (is_login, NO_LOGIN, grant or advice),
-            (advice, FAILED, advice),
-            (status == 403, DENIED, grant),
-            (status == 404 and is_service, "No bucket for {}", CREATE),
-            (True, FAILED, RERUN if self.is_lost else ""),
-        )
-        return next(case[1:] for case in cases if case[0])
+def _holds(rule: str, facts: set[str]) -> bool:
+    return facts.issuperset(rule.split())
+
+
+def _facts_of(chain: Sequence[BaseException], response: Any) -> set[str]:
+    """Finds what is known of an error, but for what was said."""
+    cause, kinds = chain[-1], set[str]().union(*map(_kinds, chain))
+    has_key, has_bundle = map(os.environ.get, (KEY_FILE, "REQUESTS_CA_BUNDLE"))
+    tls = {str(getattr(cause, name, "")) for name in ("library", "reason")}
+    # So says requests of a file of certificates that is not there.
+    is_missing = has_bundle and type(cause) is OSError and not cause.errno
+    is_unknown = type(cause).__name__ == "DefaultCredentialsError" and not has_key
+    socks = [p for p in urllib.request.getproxies().values() if "socks" in p]
+    found = {
+        "unknown": is_unknown,  # nothing to log in with or, on a new machine, not yet
+        "googles": _is_googles_machine(),
+        # Of a machine's identity: https://cloud.google.com/compute/docs/metadata
+        "metadata": "Metadata-Flavor" in getattr(response, "headers", ()),
+        "session": "upload_id=" in str(getattr(response, "url", "")),  # an upload's
+        "short": type(chain[0]) is ValueError,  # the bucket kept less than was sent
+        "retryable": any(getattr(each, "retryable", False) for each in chain),
+        "plain": "WRONG_VERSION_NUMBER" in tls,  # no TLS
+        "untrusted": is_missing or tls & {"CERTIFICATE_VERIFY_FAILED", "X509", "PEM"},
+        "socks": "InvalidSchema" in kinds and socks,
+    }
+    return kinds | {fact for fact, holds in found.items() if holds}
+
+
+def _quote(status: int, said: Mapping[str, str], body: str) -> str:
+    """The own words of what came back, if it has any."""
+    words = said.get("message") or ": ".join(
+        said[key] for key in ("error", "error_description") if said.get(key)
+    )
+    plain = body[:300] if re.match(r"[^\W\d]", body) else ""
+    phrase = http.client.responses.get(status, "") if status >= 300 else ""
+    return words or plain or phrase
+
+
+def _strings_in(part: object) -> list[tuple[str, str]]:
+    """Strings by key, of all objects in a JSON text, even if it is cut short."""
+    pairs: list[tuple[str, Any]] = []
+    text = json.dumps(part) if isinstance(part, dict) else str(part)
+    decoder = json.JSONDecoder(object_pairs_hook=pairs.extend, strict=False)
+    with contextlib.suppress(ValueError, RecursionError):
+        decoder.raw_decode(text[text.find("{") :])
+    return [(key, value) for key, value in pairs if isinstance(value, str)]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -477,7 +477,7 @@ def test_web_page_with_status_200_is_called_one_at_once(
         line, warnings = refuse({"STORAGE_EMULATOR_HOST": url}, request_of=request_of)
     place = PLACE if request_of == "list" else f"{PLACE}/manifest.json"
     assert line == (
-        f"Cloud Storage failed at {place}: 200 with a web page. A sign-in page or a "
+        f"Cloud Storage failed at {place}: a web page came back. A sign-in page or a "
         "proxy may be in the way."
     )
     assert warnings == []
@@ -543,6 +543,12 @@ def within(error: Exception) -> Exception:
             "404 No route",
             "",
             id="404 of something else than Cloud Storage",
+        ),
+        pytest.param(
+            RefreshError("No.", '{"error": {"code": 404, "reason": "notFound"}}'),  # type: ignore[no-untyped-call]
+            "404 Not Found",
+            "",
+            id="404 of a service account, not of the bucket",
         ),
         pytest.param(
             ConnectionResetError(104, "Connection reset by peer"),
