@@ -77,7 +77,7 @@ def run_command(
     *flags: str,
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
-    timeout: float = 240,
+    timeout: float = 600,
 ) -> Finished:
     """Runs the script with flags, and `env` added to a clean environment."""
     return run_python(str(SCRIPT), *flags, env=env, cwd=cwd, timeout=timeout)
@@ -87,7 +87,7 @@ def run_code(
     code: str,
     *arguments: str,
     env: Mapping[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = 600,
 ) -> Finished:
     """Runs Python code that can import the script, with arguments in `sys.argv`."""
     path = {"PYTHONPATH": str(REPOSITORY)}
@@ -100,7 +100,7 @@ def run_python(
     *arguments: str,
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
-    timeout: float = 240,
+    timeout: float = 600,
 ) -> Finished:
     done = subprocess.run(
         [sys.executable, *arguments],

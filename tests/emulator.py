@@ -217,14 +217,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.body, self.length = bytearray(), 0
         super().__init__(*args)
 
-    def setup(self) -> None:
-        super().setup()
-        self.emulator._connections.add(self.connection)
-
-    def finish(self) -> None:
-        self.emulator._connections.discard(self.connection)
-        super().finish()
-
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -329,6 +321,19 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # the default 5 delays the sixth client by a second
 
+    def __init__(self, *args: Any) -> None:
+        self.connections: set[Any] = set()  # that are open
+        super().__init__(*args)
+
+    def get_request(self) -> Any:
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a client that died
             super().handle_error(request, client_address)
@@ -365,7 +370,6 @@ class Emulator:
         self._injections: list[_Injection] = []
         self._wrong_content: dict[str, WrongContent] = {}  # by object, until complete
         self._next_piece = 0.0  # time.monotonic() at which the throttle lets it pass
-        self._connections: set[socket.socket] = set()
         self._closing = threading.Event()
         self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
         if tls:
@@ -384,7 +388,7 @@ class Emulator:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        for connection in list(self._connections):
+        for connection in list(self._server.connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -428,6 +432,15 @@ class Emulator:
         with self._lock:
             self._injections.clear()
             self._wrong_content.clear()
+
+    def settle(self) -> None:
+        """Waits until all is done that clients which have ended had asked for."""
+        last = http.client.HTTPConnection("127.0.0.1", self._server.server_port)
+        last.request("HEAD", "/")  # is refused, but only after theirs were accepted
+        last.getresponse()
+        last.close()
+        while self._server.connections:
+            time.sleep(0.01)
 
     def has_struck(self) -> bool:
         """Tells whether each fault injected so far has struck as often as it was to."""

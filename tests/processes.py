@@ -29,7 +29,9 @@ from command import SCRIPT, Finished, environment
 from emulator import Emulator
 
 MARK = "RUN_OF_A_TEST"
-GONE_SECONDS = 5.0  # the promise for whatever is left of a run that ended
+# A second is the promise for whatever is left of a run that ended. On a machine that does
+# much else it may take some; what waits for an upload, or hangs, takes minutes.
+GONE_SECONDS = 30.0
 
 
 class Run:
@@ -77,7 +79,7 @@ class Run:
         pids = [pid for pid in sorted(self.pids()) if _parent_of(pid) == parent]
         return [pid for pid in pids if "WORKER_SOCKETS" in _command_line(pid)]
 
-    def finish(self, timeout: float = 120) -> Finished:
+    def finish(self, timeout: float = 600) -> Finished:
         """Waits for its end, and for that of all its processes."""
         status = self.process.wait(timeout)
         self.wait_until_gone()
@@ -145,15 +147,34 @@ def started(
 
 
 def wait_for(
-    condition: Callable[[], object], run: Run | None = None, timeout: float = 60
+    condition: Callable[[], object], run: Run | None = None, timeout: float = 300
 ) -> None:
-    """Waits until something is so; fails if the run ends before."""
+    """Waits until something is so; fails if the run ends before, or nothing happens."""
     deadline = time.monotonic() + timeout
     while not condition():
         if run and run.process.poll() is not None and not condition():
             raise AssertionError(f"ended before: {run.output()}")
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.002)
+
+
+# Python imports it at its start, in every process of a run.
+HOLDING = """
+import os, sys, time
+while "WORKER_SOCKETS" in sys.orig_argv[-1] and not os.path.exists(os.environ["GO"]):
+    time.sleep(0.01)
+"""
+
+
+def held(directory: Path) -> tuple[Path, dict[str, str]]:
+    """Keeps a run from reading images, so that they can be changed once it has begun.
+
+    Returns:
+      The file for which the helper waits, and what the run's environment needs.
+    """
+    (directory / "sitecustomize.py").write_text(HOLDING)
+    go = directory / "go"
+    return go, {"PYTHONPATH": str(directory), "GO": str(go)}
 
 
 # ------------------------------------------------------------------------- shards

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import contract
@@ -23,7 +24,8 @@ from command import (
     run_code,
     run_command,
 )
-from emulator import Emulator
+from emulator import Emulator, Status
+from processes import held
 
 import imagenet_to_gcs as script
 
@@ -89,14 +91,15 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
         ),
         rf"Writing 12 shards of 29 images \([\d.]+ KB\) to {scratch}\.",
         (
-            rf"Wrote 12 of 12 shards \(29 images, {written}\) to {scratch} in \d+ s, "
+            rf"Wrote 12 of 12 shards \(29 images, {written}\) to {scratch} in \d+ \w+, "
             r"\d+ images/s, [\d.]+ ([KM]B|bytes)/s\."
         ),
         r"Encoded 8 PNG or CMYK images again as RGB JPEG\.",
         rf"The data set is complete: 29 images in 12 shards \({written}\) in {scratch}\.",
     ]
     # On a slow machine also a line of progress, every 10 seconds.
-    lines = [line for line in finished.lines if not re.match(r"Starting|\d+%", line)]
+    progress = re.compile(r"Still listing|Starting|\d+%")
+    lines = [line for line in finished.lines if not progress.match(line)]
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
     assert finished.stdout == ""
@@ -256,8 +259,10 @@ def test_line_is_redrawn_in_place_on_a_terminal(
     raw: Path, tmp_path: Path, emulator: Emulator, columns: int
 ) -> None:
     """Whole words that fit into its width; gone before the next line of the log."""
-    emulator.latency = 0.3
-    printed = on_terminal(raw, tmp_path, emulator, columns)
+    go, env = held(tmp_path)
+    emulator.inject(Status(503), kind="chunk", at=1, times=None)
+    seen = {b"Starting": go.touch, b"%": emulator.heal}
+    printed = on_terminal(raw, tmp_path, {**emulator.environment, **env}, columns, seen)
     drawn = re.findall(r"\r([^\r\n]+)\x1b\[K", printed)
     done = r"\d+%(, \d+ (s|min) left)?, \d+ of 12 shards"
     more = r" written, \d+ uploaded, [\d.,]+ images/s(, [\d.]+ (bytes|KB|MB)/s\.)?"
@@ -276,7 +281,8 @@ def test_line_is_redrawn_in_place_on_a_terminal(
 def test_lines_are_plain_on_a_terminal_that_is_dumb(
     raw: Path, tmp_path: Path, emulator: Emulator
 ) -> None:
-    printed = on_terminal(raw, tmp_path, emulator, 80, TERM="dumb")
+    env = {**emulator.environment, "TERM": "dumb"}
+    printed = on_terminal(raw, tmp_path, env, 80, {})
     assert "The data set is complete" in printed
     for line in printed.splitlines():
         assert re.match(r"20\d\d-\d\d-\d\d ", line), line
@@ -284,22 +290,31 @@ def test_lines_are_plain_on_a_terminal_that_is_dumb(
 
 
 def on_terminal(
-    raw: Path, tmp_path: Path, emulator: Emulator, columns: int, **variables: str
+    raw: Path,
+    tmp_path: Path,
+    env: Mapping[str, str],
+    columns: int,
+    seen: Mapping[bytes, Callable[[], None]],
 ) -> str:
-    """Runs the command on a terminal of so many columns; returns what it printed."""
+    """Runs the command on a terminal of so many columns; returns what it printed.
+
+    What is to be `seen` comes before the command can go on: each has its function called.
+    """
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={tmp_path}/scratch"]
-    command = [sys.executable, str(SCRIPT), *flags, *UPLOAD, *SHARDS]
-    variables = {"TERM": "xterm", **emulator.environment, **variables}
-    process = subprocess.Popen(
-        command, env=environment(variables), stdout=end, stderr=end
-    )
+    command = ["timeout", "--foreground", "300"]  # if something is never seen
+    command += [sys.executable, str(SCRIPT), *flags, *UPLOAD, *SHARDS]
+    variables = environment({"TERM": "xterm", **env})
+    process = subprocess.Popen(command, env=variables, stdout=end, stderr=end)
     os.close(end)
     printed = b""
     with contextlib.suppress(OSError):  # the command has ended
         while data := os.read(terminal, 10_000):
             printed += data
+            for text in seen:
+                if text in printed:
+                    seen[text]()
     os.close(terminal)
     assert process.wait() == 0, printed
     return printed.decode()

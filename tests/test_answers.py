@@ -394,8 +394,10 @@ def serving(reply: Reply) -> Iterator[str]:
         server.daemon_threads = True
         server.reply = reply  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()  # or a test that fails would keep pytest from its end
 
 
 def always(status: int, body: bytes, **headers: str) -> Reply:
@@ -755,7 +757,7 @@ def test_identity_is_waited_for_when_it_comes_late(tmp_path: Path, status: int) 
             return 503, b"", {}
         return (good if len(asked) > 8 else late)(path)
 
-    assert ask_metadata(reply, tmp_path, 20) == ""
+    assert ask_metadata(reply, tmp_path, 120) == ""
     assert any(path.startswith("/storage/") for path in asked)
 
 

@@ -13,6 +13,7 @@ from command import UPLOAD, run_code, run_command
 from emulator import Emulator
 from processes import (
     contents,
+    held,
     identities,
     started,
     unprivileged,
@@ -106,9 +107,11 @@ def test_image_is_named_when_it_changes_during_the_run(
     flags += ["--nogcs_upload", "--training_shards=4", "--validation_shards=2"]
     images = sorted(raw.glob("train/*/*.JPEG"))
     path = images[0] if images else raw / "ILSVRC2012_img_train.tar"
-    with started(*flags) as run:
+    go, env = held(tmp_path)
+    with started(*flags, env=env) as run:
         wait_for(lambda: "Writing " in run.output(), run)
         path.write_bytes(path.read_bytes())
+        go.touch()
         done = run.finish()
     assert done.status == (1 if images else 75)
     if images:

@@ -5,7 +5,6 @@ import errno
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
@@ -18,7 +17,9 @@ from emulator import Emulator, Stall
 from processes import (
     contents,
     finished_shards,
+    held,
     identities,
+    kinds,
     pad,
     small_disk,
     started,
@@ -65,13 +66,13 @@ def test_run_ends_in_one_line_when_disk_fills_up(raw: Path, tmp_path: Path) -> N
     pad(raw, 1_000_000, "train/*/*.JPEG")  # 3 MB in each training shard
     with small_disk(tmp_path / "disk", 20_480_000) as disk:
         scratch, other = disk / "scratch", disk / "other"
-        with started(*local(raw, scratch)) as run:
+        go, env = held(tmp_path)
+        with started(*local(raw, scratch), env=env) as run:
             wait_for(lambda: "Writing 6 shards" in run.output(), run)
-            os.killpg(run.pid, signal.SIGSTOP)
             with other.open("wb") as file:
                 free = shutil.disk_usage(disk).free
                 os.posix_fallocate(file.fileno(), 0, free - 2_000_000)
-            os.killpg(run.pid, signal.SIGCONT)
+            go.touch()
             done = run.finish()
         path = r".*/train-0000\d-of-00004"
         assert_cannot_write(done, path, "No space left on device")
@@ -297,6 +298,8 @@ def test_disk_holds_few_shards_when_the_upload_is_slow(
     emulator.inject(Stall(600), kind="chunk", at=13, times=None)
     command = not_kept(many, tmp_path)
     with started(*command, env=emulator.environment) as run:
+        # All are uploaded that can be, and as many as can be wait for an answer.
+        wait_for(lambda: kinds(emulator).count("chunk") == 12 + 8, run)
         wait_for(lambda: len(on_disk(tmp_path)) >= BOUND, run)
         time.sleep(1)  # for more, if there were no bound
         assert len(on_disk(tmp_path)) == BOUND

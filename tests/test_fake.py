@@ -18,7 +18,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     """What the command says when it generates a fake, and the fake."""
     raw = tmp_path_factory.mktemp("fake") / "new" / "imagenet"
     flags = ["--fake_imagenet", f"--raw_data_dir={raw}", "--nogcs_upload"]
-    return run_command(*flags, timeout=500), raw
+    return run_command(*flags), raw
 
 
 def test_fake_has_the_shape_of_imagenet(fake: tuple[Finished, Path]) -> None:

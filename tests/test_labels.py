@@ -507,9 +507,7 @@ def test_labels_of_all_validation_images_must_be_imagenets(
     imagenet: Path, lines: list[str], status: int, says: str | None
 ) -> None:
     (imagenet / "synset_labels.txt").write_text("\n".join(lines) + "\n")
-    done = run_command(
-        f"--raw_data_dir={imagenet}", "--nogcs_upload", "--dry_run", timeout=100
-    )
+    done = run_command(f"--raw_data_dir={imagenet}", "--nogcs_upload", "--dry_run")
     assert done.status == status
     found = [line for line in done.lines if "labels" in line]
     assert found == ([says] if says else [])

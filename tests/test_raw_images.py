@@ -330,7 +330,7 @@ REFUSALS = {
 def test_command_says_what_is_wrong(raw: Path, commands: str, problem: str) -> None:
     contract.change(raw, commands)
     flags = [f"--raw_data_dir={raw}", f"--local_scratch_dir={raw.parent}/scratch"]
-    done = run_command(*flags, "--nogcs_upload", timeout=60)
+    done = run_command(*flags, "--nogcs_upload")
     assert "\n".join(done.errors).replace(str(raw), "RAW") == problem
     assert done.status == 1
     assert not (raw.parent / "scratch").exists()

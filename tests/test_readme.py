@@ -278,6 +278,8 @@ def test_second_paste_of_the_download_only_watches(tmp_path: Path) -> None:
     text = block("bash", "TRAINING_LINK")
     with subprocess.Popen(["bash", "-c", "exec -a wget sleep 100"]) as download:
         (tmp_path / "wget.pid").write_text(str(download.pid))
+        name = Path(f"/proc/{download.pid}/cmdline")
+        wait_for(lambda: name.read_bytes().startswith(b"wget"))
         with output.open("wb") as file:
             shell = subprocess.Popen(
                 ["bash", "-c", f"{text}:"],

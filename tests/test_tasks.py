@@ -88,12 +88,15 @@ def test_tasks_make_the_bytes_of_a_single_run(
 def test_manifest_is_written_by_the_last_when_a_task_was_killed(
     mixed_raw: Path, whole: dict[str, bytes], emulator: Emulator, tmp_path: Path
 ) -> None:
-    emulator.inject(Status(503), kind="chunk", times=None, name="train-00001-of-")
+    """A shard that cannot be uploaded keeps it from coming to its end."""
+    name = "train-00001-of-"
+    emulator.inject(Status(503), kind="chunk", at=1, times=None, name=name)
     lost = flags(mixed_raw, tmp_path, *task(1))
     with started(*lost, env=emulator.environment) as running:
         wait_for(lambda: any("-of-" in name for name in emulator.objects()), running)
         running.process.kill()
         running.wait_until_gone()
+    emulator.settle()
     emulator.heal()
     for i in (0, 2):
         finished = run(mixed_raw, tmp_path, emulator, *task(i))

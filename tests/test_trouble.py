@@ -17,7 +17,7 @@ import contract
 import pytest
 from command import SCRIPT, UPLOAD, Finished, environment, run_code, run_command
 from emulator import Emulator, Status
-from processes import Run, small_disk, started, unprivileged, wait_for
+from processes import Run, held, small_disk, started, unprivileged, wait_for
 
 import imagenet_to_gcs as script
 
@@ -126,9 +126,11 @@ def test_failing_disk_stops_the_run_in_one_line(
 
 
 def test_raw_directory_that_moves_stops_the_run_in_one_line(many: Path) -> None:
-    with started(*flags(many)) as run:
+    go, env = held(many.parent)
+    with started(*flags(many), env=env) as run:
         wait_for(lambda: "Writing " in run.output(), run)
         many.rename(many.with_name("moved"))
+        go.touch()
         error = only_error(run.finish())
     assert error.startswith(f"Cannot read 20 images below {many}, the last {many}/")
     assert error.endswith(f".JPEG: {script.GONE}. {FIX}")
@@ -140,9 +142,11 @@ def test_disk_that_is_unmounted_stops_the_run_in_one_line(
     with small_disk(tmp_path / "disk", 2**26) as disk:
         raw = shutil.copytree(many, disk / "raw")
         scratch = f"--local_scratch_dir={tmp_path / 'elsewhere'}"
-        with started(*flags(raw), scratch) as run:
+        go, env = held(tmp_path)
+        with started(*flags(raw), scratch, env=env) as run:
             wait_for(lambda: "Writing " in run.output(), run)
             subprocess.run(["umount", "-l", str(disk)], check=True)
+            go.touch()
             error = only_error(run.finish())
         mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk)]
         subprocess.run(mount, check=True)  # to be unmounted once more
@@ -153,10 +157,12 @@ def test_disk_that_is_unmounted_stops_the_run_in_one_line(
 def test_few_unreadable_images_are_named_as_bad_images_are(many: Path) -> None:
     """As many as stop no run: 19 that are gone, over all shards."""
     gone = sorted(many.glob("train/*/*_1.JPEG")) + sorted(many.glob("train/*/*_2.JPEG"))
-    with started(*flags(many)) as run:
+    go, env = held(many.parent)
+    with started(*flags(many), env=env) as run:
         wait_for(lambda: "Writing " in run.output(), run)
         for path in gone[:19]:
             path.unlink()
+        go.touch()
         done = run.finish()
     assert done.status == 1
     said = sorted(f"Cannot read {path}: {script.GONE}." for path in gone[:19])
