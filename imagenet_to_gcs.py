@@ -105,7 +105,6 @@ import functools
 import gc
 import glob
 import hashlib
-import heapq
 import http.client
 import importlib.util
 import io
@@ -161,7 +160,7 @@ if TYPE_CHECKING:
 __version__ = "3.0.0"
 LABELS_FILE, MANIFEST_FILE = "synset_labels.txt", "manifest.json"
 TRAINING_SHARDS, VALIDATION_SHARDS = 1024, 128
-TRAINING_DIRECTORY, VALIDATION_DIRECTORY = "train", "validation"
+SPLITS = TRAINING_DIRECTORY, VALIDATION_DIRECTORY = "train", "validation"
 
 DEFINE_string("project", None, "Google Cloud project of the upload.")
 DEFINE_string("gcs_output_path", None, "Where to upload: gs://bucket[/directory].")
@@ -386,15 +385,12 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
             path = GcsPath.parse(options.gcs_output_path or "")
             client, stopping = options.client, pool.stopping if pool else None
             destination = Destination(path, options.gcs_project, client, stopping)
-            destination.list_objects()
-        objects = destination.objects if destination else None
-        work = find_work(shards, options.scratch_dir, objects, options.is_own)
-        job = Job(options, dataset.labels, shards, destination, work)
+        job = look(Job(options, dataset.labels, shards, destination))
         for check in _finished_problems, _scratch_problems, _bucket_problems:
             with _collecting(problems):
                 problems += check(job)
-        if destination and work.left:
-            destination.check_access(work.left[0])
+        if destination and job.work.left:
+            destination.check_access(job.work.left[0])
     except ServiceError as error:
         if not problems:
             raise
@@ -424,6 +420,38 @@ def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
     return dataset
 
 
+@dataclasses.dataclass
+class Work:
+    """What is left to do, and what is done.
+
+    Attributes:
+      to_write: This task's shards that are neither here nor in the bucket, or whose
+        images have been touched.
+      to_upload: This task's shards that are written here but not in the bucket.
+      done: Stamps of all tasks' shards that are where they belong, by name: of those
+        that were found, then also of those that this run adds.
+      spare: Paths of this task's shards that need not be kept: the bucket has them.
+      differing: Names of other tasks' shards that are there, but of other images.
+    """
+
+    to_write: list[Shard] = dataclasses.field(default_factory=list)
+    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
+    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
+    spare: list[str] = dataclasses.field(default_factory=list)
+    differing: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def left(self) -> list[str]:
+        """Names of this task's shards that are not done yet."""
+        return [s.name for s, _ in self.in_turn() if s.name not in self.done]
+
+    def in_turn(self) -> list[tuple[Shard, Stamp | None]]:
+        """Shards to upload and to write, alternating, so that neither waits."""
+        to_write = ((shard, None) for shard in self.to_write)
+        pairs = itertools.zip_longest(self.to_upload, to_write)
+        return [each for pair in pairs for each in pair if each]
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run, with all that is known before its first image.
@@ -431,13 +459,15 @@ class Job:
     Attributes:
       shards: The whole plan, including the shards of other tasks.
       destination: None to write the shards only.
+      objects: What it held at the last look, by base name.
     """
 
     options: Options
     labels: Mapping[str, int]  # of all synsets
     shards: list[Shard]
     destination: Destination | None
-    work: Work
+    work: Work = dataclasses.field(default_factory=Work)
+    objects: Mapping[str, Stamp] = dataclasses.field(default_factory=dict)
 
     @property
     def num_missing(self) -> int:
@@ -455,90 +485,60 @@ class Job:
         return str(destination.path) if destination else self.options.scratch_dir
 
 
-@dataclasses.dataclass
-class Work:
-    """What is left to do, and what is done.
-
-    Attributes:
-      to_write: This task's shards that are neither here nor in the bucket, or whose
-        images have been touched.
-      to_upload: This task's shards that are written here but not in the bucket.
-      done: Stamps of all tasks' shards that are where they belong, by name: of those
-        that were found, then also of those that this run adds.
-      spare: Paths of this task's shards that are here, although the bucket has them.
-      differing: Names of other tasks' shards that are there, but of other images.
-    """
-
-    to_write: list[Shard] = dataclasses.field(default_factory=list)
-    to_upload: list[tuple[Shard, Stamp]] = dataclasses.field(default_factory=list)
-    done: dict[str, Stamp] = dataclasses.field(default_factory=dict)
-    spare: list[str] = dataclasses.field(default_factory=list)
-    differing: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def left(self) -> list[str]:
-        """Names of this task's shards that are not done."""
-        return [shard.name for shard, _ in self.in_turn()]
-
-    def in_turn(self) -> list[tuple[Shard, Stamp | None]]:
-        """Shards left to do, uploads and writes alternating, so that neither waits."""
-        to_write = ((shard, None) for shard in self.to_write)
-        pairs = itertools.zip_longest(self.to_upload, to_write)
-        return [each for pair in pairs for each in pair if each]
+def look(job: Job) -> Job:
+    """Compares the plan with what is here, and in the bucket, now."""
+    if job.destination:
+        found = job.destination.list_objects()
+        # Without a listing, what this run has uploaded is all that is known.
+        objects = found if job.destination.is_listed else job.work.done
+        job = dataclasses.replace(job, objects=objects)
+    work = find_work(job)
+    if differing := work.differing:
+        logging.warning(
+            f"{job.place} has {_count(len(differing), 'shard')} of other tasks "
+            f"({_some(differing)}) of other images than here: the machines' raw "
+            "directories differ, unless a task is still replacing them."
+        )
+    return dataclasses.replace(job, work=work)
 
 
 def log_intent(job: Job) -> None:
     """Says what is there and what will be done."""
-    options, work = job.options, job.work
-    own = list(filter(options.is_own, job.shards))
-    if strangers := _strangers(local_shards(options.scratch_dir), job.shards):
+    options, work, scratch_dir = job.options, job.work, job.options.scratch_dir
+    if others := _strangers(local_shards(scratch_dir), job.shards):
+        found = f"{_count(len(others), 'shard')} of another plan: {_some(others)}"
         logging.warning(
-            f"{options.scratch_dir} also holds {_count(len(strangers), 'shard')} of "
-            f"another plan: {_some(strangers)}. Remove what you do not need."
+            f"{scratch_dir} also holds {found}. Remove what you do not need."
         )
     if options.task_count > 1:
-        logging.info(
-            f"Task {options.task:,} of {options.task_count:,}. Still to do over all "
-            f"tasks: {job.num_missing:,} of {_count(len(job.shards), 'shard')}."
-        )
-    if work.differing:
-        logging.warning(f"{_difference(job, work)}.")
-    num_done = len(own) - len(work.left)
-    found = f"{num_done:,} of {_count(len(own), 'shard')} up to date in {job.place}"
+        task = f"Task {options.task:,} of {options.task_count:,}"
+        missing = f"{job.num_missing:,} of {_count(len(job.shards), 'shard')}"
+        logging.info(f"{task}. Still to do over all tasks: {missing}.")
+    num_own = sum(map(options.is_own, job.shards))
+    if (num_done := num_own - len(work.left)) or not work.left:
+        found = f"{num_done:,} of {_count(num_own, 'shard')} up to date in {job.place}"
+        logging.info(f"{'Resuming' if work.left else 'Nothing to do'}: found {found}.")
     if work.to_upload:
-        found += f", and {len(work.to_upload):,} to upload in {options.scratch_dir}"
-    if num_done or work.to_upload or not work.left:
-        verb = "Resuming" if work.left else "Nothing to do"
-        logging.info(f"{verb}: found {found}.")
-    if work.to_write:
-        num_images = sum(len(shard.images) for shard in work.to_write)
-        num_bytes = sum(shard.estimated_bytes for shard in work.to_write)
-        there = job.destination.objects if job.destination else {}
-        replaced = [shard.name for shard in work.to_write if shard.name in there]
+        written = _count(len(work.to_upload), "shard")
+        logging.info(f"Found {written} to upload in {scratch_dir}.")
+    if shards := work.to_write:
+        verb = "Would write" if options.dry_run else "Writing"
+        images = _count(sum(len(shard.images) for shard in shards), "image")
+        size = _size(sum(shard.estimated_bytes for shard in shards))
+        num_old = sum(shard.name in job.objects for shard in shards)
         then = f", and from there to {job.place}" if job.destination else ""
-        then += f", replacing {_count(len(replaced), 'object')}" if replaced else ""
-        logging.info(
-            f"{'Would write' if options.dry_run else 'Writing'} "
-            f"{_count(len(work.to_write), 'shard')} of {_count(num_images, 'image')} "
-            f"({_size(num_bytes)}) to {options.scratch_dir}{then}."
-        )
+        then += f", replacing {_count(num_old, 'object')}" if num_old else ""
+        what = f"{_count(len(shards), 'shard')} of {images} ({size})"
+        logging.info(f"{verb} {what} to {scratch_dir}{then}.")
 
 
 def carry_out(job: Job, pool: Pool) -> None:
     """Does the work, checks that everything is where it should be, and says so."""
-    _remove_temporary_files(job.options)
     if job.num_missing:
         _remove_manifest(job)
-    if not job.options.keep_local_shards:
-        for path in job.work.spare:
-            remove(path)
-    if job.work.left:
-        try:
-            write_and_upload(job, pool)
-        except RunError:
-            if job.work.done or local_shards(job.options.scratch_dir):
-                logging.info("Finished shards are kept.")
-            raise
+    for path in job.work.spare:
+        remove(path)
+    write_and_upload(job, pool)
     _conclude(job)
 
 
@@ -567,9 +567,12 @@ def write_and_upload(job: Job, pool: Pool) -> None:
                         where = f"below {job.options.raw_dir}, the last {last}"
                         problem = f"Cannot read {UNREADABLE_IMAGES} images {where}."
                         raise MachineError(f"{problem} {FIX_AND_RERUN}") from error
-    except BaseException:
+    except BaseException as error:
         for line in bad_images[:NAMED_IMAGES]:  # or nobody would hear of them
             logging.warning(line)
+        are_some = job.work.done or local_shards(job.options.scratch_dir)
+        if are_some and isinstance(error, RunError):
+            logging.info("Finished shards are kept.")
         raise
     progress.log_done()
     if bad_images:
@@ -620,41 +623,27 @@ def threads_of(
 
 def _conclude(job: Job) -> None:
     """Looks again at what is there, and completes the data set if all of it is."""
-    options, destination, work = job.options, job.destination, job.work
-    if destination:
-        destination.list_objects()
+    now = look(job)
     try:
-        if destination and not destination.is_listed:
-            destination.check_none_passed_over()
-        else:
-            objects = destination.objects if destination else None
-            work = find_work(job.shards, options.scratch_dir, objects, options.is_own)
-            check_none_wrong(work.left, sum(map(options.is_own, job.shards)), job.place)
-            if problems := list(_bucket_problems(job)):
-                raise RunError(*problems)
+        if now.destination:
+            now.destination.check_none_passed_over()
+        check_none_wrong(now.work.left, len(now.shards), now.place)
+        if problems := list(_bucket_problems(now)):
+            raise RunError(*problems)
     except RunError:
-        _remove_manifest(job)
+        _remove_manifest(now)
         raise
-    missing = len(job.shards) - len(work.done)
-    if not missing:
-        _complete(job, work.done)
-        return
-    if missing == len(work.differing):
+    missing = _count(now.num_missing, "shard")
+    if not now.num_missing:
+        _complete(now, job.work.to_write)
+    elif now.num_missing == len(now.work.differing):
+        problem = (
+            f"Other tasks made {missing} in {now.place} of other images than here."
+        )
         remedy = "Give all tasks the same raw images and rerun them."
-        raise RunError(f"{_difference(job, work)}. {remedy}", may_pass=True)
-    if work.differing != job.work.differing:
-        logging.warning(f"{_difference(job, work)}.")
-    missing_shards = _count(missing, "shard")
-    logging.info(f"This task is done; others have yet to finish {missing_shards}.")
-
-
-def _difference(job: Job, work: Work) -> str:
-    """Says that tasks disagree on the images, and none can complete the data set."""
-    return (
-        f"{job.place} has {_count(len(work.differing), 'shard')} of other tasks "
-        f"({_some(work.differing)}) of other images than here: the machines' raw "
-        "directories differ, unless a task is still replacing them"
-    )
+        raise RunError(f"{problem} {remedy}", may_pass=True)
+    else:
+        logging.info(f"This task is done; others have yet to finish {missing}.")
 
 
 # ---------------------------------------------------------------------------------
@@ -1467,11 +1456,10 @@ def _size_warnings(dataset: Dataset, split: str, num_shards: int) -> Iterator[st
 # 4. The plan: which image goes into which shard
 
 
-# Increase it when the same images would give different bytes: all are written anew.
+# Increase it when the same images would give different bytes. That costs each user a
+# whole run: no shard counts as done any longer, all are written and uploaded anew.
 RECORD_FORMAT = 1
-SHARD_NAME = re.compile(
-    f"({TRAINING_DIRECTORY}|{VALIDATION_DIRECTORY})-([0-9]{{5}})-of-([0-9]{{5}})"
-)
+SHARD_NAME = re.compile(f"({'|'.join(SPLITS)})-([0-9]{{5}})-of-([0-9]{{5}})")
 RECORD_OVERHEAD = 350  # bytes of a record besides the JPEG, approximately
 
 
@@ -1938,10 +1926,9 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
             if durable:
                 _flush(temporary_path)
             os.replace(temporary_path, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
+        finally:
+            with contextlib.suppress(OSError):  # gone if it was given its name
                 os.unlink(temporary_path)
-            raise
 
 
 def remove(path: StrPath) -> None:
@@ -2926,26 +2913,15 @@ def _last_words(chain: Iterable[BaseException]) -> str:
 # 10. What is left to do, whether it can be done, and whether all is done
 
 
-def find_work(
-    shards: Iterable[Shard],
-    scratch_dir: str,
-    objects: Mapping[str, Stamp] | None,
-    is_own: Callable[[Shard], bool] = lambda _: True,
-) -> Work:
-    """Compares a plan with what the scratch directory and the bucket hold.
-
-    Args:
-      objects: Of the bucket, by base name; None if nothing is to be uploaded.
-      is_own: Whether a shard is of this task.
-    """
-    work = Work()
-    for shard in shards:
-        path, is_ours = shard_path(shard, scratch_dir), is_own(shard)
+def find_work(job: Job) -> Work:
+    """Compares a plan with what the scratch directory and the bucket hold."""
+    work, options, objects = Work(), job.options, job.objects
+    for shard in job.shards:
+        path, is_ours = shard_path(shard, options.scratch_dir), options.is_own(shard)
         # What was last written here, even if the file is gone (--nokeep_local_shards).
         # Of others' shards, the bucket alone decides, if there is one, and times never.
-        counts = is_ours or (objects is None and os.path.exists(path))
-        here = read_stamp(path) if counts else None
-        there = (objects or {}).get(shard.name)
+        counts = is_ours or (not job.destination and os.path.exists(path))
+        here, there = read_stamp(path) if counts else None, objects.get(shard.name)
         digest = shard.digest() if here or there else ""
         known = here if here and here.digest in (digest, "") else None  # or unreadable
         is_touched = is_ours and known and known.fingerprint != shard.fingerprint()
@@ -2955,12 +2931,13 @@ def find_work(
             work.to_write.append(shard)
         elif there and equal:
             work.done[shard.name] = there
-            work.spare += [path] if known and os.path.exists(path) else []
+            if known and not options.keep_local_shards and os.path.exists(path):
+                work.spare.append(path)
         elif known and is_as_stamped(path, known):  # its bytes are not read again
-            if objects is None:
-                work.done[shard.name] = known
-            else:
+            if job.destination:
                 work.to_upload.append((shard, known))
+            else:
+                work.done[shard.name] = known
         elif is_ours:
             work.to_write.append(shard)  # absent, or of other images, or changed
         elif (found := there or here) and found.digest not in (digest, ""):
@@ -2971,7 +2948,7 @@ def find_work(
 def _strangers(filenames: Iterable[str], shards: Iterable[Shard]) -> list[str]:
     """Picks the names that models would read besides the shards of this plan."""
     planned = {shard.name for shard in shards}
-    read = f"{TRAINING_DIRECTORY}-", f"{VALIDATION_DIRECTORY}-"
+    read = tuple(f"{split}-" for split in SPLITS)
     return sorted(n for n in filenames if n.startswith(read) and n not in planned)
 
 
@@ -2979,18 +2956,18 @@ def _bucket_problems(job: Job) -> Iterator[str]:
     """Says what in the bucket should not be there, or cannot be seen."""
     if not job.destination:
         return
+    place = job.destination.path
     if job.options.task_count > 1 and not job.destination.is_listed:
-        yield f"--task_count needs the permission to list {job.destination.path}."
-    strangers = _strangers(job.destination.objects, job.shards)
-    # No * for an index beyond the count: it could match this run's shards.
-    pattern = lambda m: f"{m[1]}-*-of-{m[3]}" if m[2] < m[3] else m[0]
-    patterns = {re.sub(rf"^{SHARD_NAME.pattern}\Z", pattern, s) for s in strangers}
-    if strangers:
-        paths = sorted(f"{job.destination.path}/{pattern}" for pattern in patterns)
+        yield f"--task_count needs the permission to list {place}."
+    if strangers := _strangers(job.objects, job.shards):
+        # No * for an index beyond the count: it could match this run's shards.
+        pattern = lambda m: f"{m[1]}-*-of-{m[3]}" if m[2] < m[3] else m[0]
+        patterns = {re.sub(rf"^{SHARD_NAME.pattern}\Z", pattern, s) for s in strangers}
+        paths = sorted(f"{place}/{pattern}" for pattern in patterns)
         command = shlex.join(["gcloud", "storage", "rm", *paths])
         yield (
-            f"{job.destination.path} contains train-* or validation-* objects from "
-            f"elsewhere, which models would also read: {_some(strangers)}. Delete them"
+            f"{place} contains train-* or validation-* objects from elsewhere, which "
+            f"models would also read: {_some(strangers)}. Delete them"
             f"{f' ({command})' if len(paths) <= 10 else ''}, or choose another directory."
         )
 
@@ -2998,46 +2975,48 @@ def _bucket_problems(job: Job) -> Iterator[str]:
 def _finished_problems(job: Job) -> Iterator[str]:
     """Says which finished data sets, of other raw data, this run would replace."""
     scratch_dir, destination = job.options.scratch_dir, job.destination
-    found: list[tuple[object, str, list[str]]] = []
-    if local_shards(scratch_dir):
-        text = read_text(job.manifest_path)
-        found.append((scratch_dir, text, ["rm", job.manifest_path]))
-    if destination and job.num_missing:
-        remove_it = ["gcloud", "storage", "rm", f"{destination.path}/{MANIFEST_FILE}"]
-        found.append((destination.path, destination.read(MANIFEST_FILE), remove_it))
-    for place, text, remove_it in found if job.labels else ():
-        if differences := "; ".join(_differences(text, _contents(job))):
+    if not job.labels:
+        return  # the raw data could not be listed
+    here = read_text(job.manifest_path) if local_shards(scratch_dir) else ""
+    there = destination.read(MANIFEST_FILE) if destination and job.num_missing else ""
+    for place, text, command in (
+        (scratch_dir, here, "rm"),
+        (job.place, there, "gcloud storage rm"),
+    ):
+        if differences := "; ".join(_differences(text, _manifest(job))):
             yield (
                 f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
                 f"says {differences}). Choose another directory or, to replace it, run: "
-                f"{shlex.join(remove_it)}"
+                f"{command} {shlex.quote(f'{place}/{MANIFEST_FILE}')}"
             )
 
 
-def _differences(text: str, contents: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Compares a manifest with the plan; one that cannot be read vouches for nothing."""
-    manifest: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
+def _differences(text: str, planned: Mapping[str, Any]) -> Iterator[str]:
+    """Compares a manifest with ours; one that cannot be read vouches for nothing."""
+    with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
         manifest = json.loads(text)
-    for key, planned in contents.items() if isinstance(manifest, dict) else ():
-        there = manifest.get(key)
-        for name in sorted({**there, **planned}) if isinstance(there, dict) else ():
-            if there.get(name) != planned.get(name):
-                yield f"{key} {name}: {there.get(name)}, not {planned.get(name)}"
-                break
+        for key in "examples", "labels":
+            old, new = manifest[key], planned[key]
+            unequal = (k for k in sorted({**old, **new}) if old.get(k) != new.get(k))
+            for name in itertools.islice(unequal, 1):
+                yield f"{key} {name}: {old.get(name)}, not {new.get(name)}"
 
 
 def _scratch_problems(job: Job) -> Iterator[str]:
     """Says why the shards that are to be written cannot be: their names, or no room."""
-    options, needed = job.options, _needed_room(job)
-    paths = [shard_path(shard, options.scratch_dir) for shard in job.work.to_write]
+    options, shards = job.options, job.work.to_write
+    paths = {shard_path(shard, options.scratch_dir) for shard in shards}
     names = {job.manifest_path, *paths, *map(_stamp_path, paths)}
-    for place in filter(os.path.isdir, sorted(set(map(os.path.dirname, names)))):
-        there = [each for each in _scan(place) if each.path in names]
-        if taken := sorted(e.path for e in there if e.is_dir(follow_symlinks=False)):
-            yield f"Shards must be written, but these are directories: {_some(taken)}."
+    places = sorted(filter(os.path.isdir, {os.path.dirname(name) for name in names}))
+    there = [each for place in places for each in _scan(place) if each.path in names]
+    if taken := sorted(e.path for e in there if e.is_dir(follow_symlinks=False)):
+        yield f"Shards must be written, but these are directories: {_some(taken)}."
+    for place in places:
         if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
             yield f"Cannot write {place}/*: Permission denied, or a read-only disk."
+    old = [e.stat(follow_symlinks=False).st_size for e in there if e.path in paths]
+    needed = _needed_room(options, [shard.estimated_bytes for shard in shards], old)
+    needed -= sum(map(os.path.getsize, job.work.spare))
     free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
     if needed > free:
         can_go = options.gcs_upload and options.keep_local_shards
@@ -3048,23 +3027,17 @@ def _scratch_problems(job: Job) -> Iterator[str]:
         )
 
 
-def _needed_room(job: Job) -> int:
-    """Bytes that the new shards need, less what they replace.
+def _needed_room(options: Options, new: Iterable[int], old: Iterable[int]) -> int:
+    """Bytes that new shards need, less those of the old ones that they replace.
 
     An old shard goes only when the new one is whole; `workers` are written at a time.
     """
-    options, shards = job.options, job.work.to_write
-    paths = [shard_path(shard, options.scratch_dir) for shard in shards]
-    old = [os.path.getsize(path) for path in paths if os.path.exists(path)]
-    new = [shard.estimated_bytes for shard in shards]
-    largest_old = sum(heapq.nlargest(options.workers, old))
-    largest_new = sum(heapq.nlargest(options.workers, new))
+    new, old, workers = sorted(new), sorted(old), options.workers
     # At the end, when the last old ones are replaced; or at the start
-    needed = max(sum(new) - sum(old) + largest_old, largest_new)
+    needed = max(sum(new) - sum(old[:-workers]), sum(new[-workers:]))
     if options.keep_local_shards:
         return needed
-    most = sum(heapq.nlargest(options.workers + WAITING_SHARDS, new))  # at a time
-    return min(needed, most) - sum(map(os.path.getsize, job.work.spare))
+    return min(needed, sum(new[-workers - WAITING_SHARDS :]))  # at a time
 
 
 def nearest_existing(path: StrPath) -> pathlib.Path:
@@ -3103,44 +3076,37 @@ def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> No
         )
 
 
-def _contents(job: Job) -> dict[str, dict[str, Any]]:
-    """What tells a data set from one of other raw data, as its manifest has it."""
-    examples = collections.Counter[str]()
-    for shard in job.shards:
-        examples[shard.split] += len(shard.images)
-    labels = {str(label): synset for synset, label in job.labels.items()}
-    return {"examples": examples, "labels": labels}
-
-
-def _manifests(job: Job, stamps: Mapping[str, Stamp]) -> tuple[str, str]:
-    """The JSON text that marks a data set as complete, and that of version 2.0.
+def _manifest(job: Job) -> dict[str, Any]:
+    """What marks a data set as complete, once all of its shards are done.
 
     It lists the examples, bytes and crc32c of each shard, the totals of examples and
     bytes, and the synset of each label, which the records have only one by one; since
     version 3.0 also whether classes and validation labels are ImageNet-1k's.
     """
-    contents = _contents(job)
-    facts = {
-        "examples": contents["examples"],
-        "bytes": sum(stamp.num_bytes for stamp in stamps.values()),
-        "labels": contents["labels"],
+    done, examples, validation = job.work.done, collections.Counter[str](), list[str]()
+    for shard in job.shards:
+        examples[shard.split] += len(shard.images)
+        if shard.split == VALIDATION_DIRECTORY:
+            validation += [image.synset for image in shard.images]
+    return {
+        "examples": examples,
+        "bytes": sum(stamp.num_bytes for stamp in done.values()),
+        "labels": {str(label): synset for synset, label in job.labels.items()},
         "shards": [
             {
                 "name": shard.name,
                 "examples": len(shard.images),
-                "bytes": stamps[shard.name].num_bytes,
-                "crc32c": stamps[shard.name].crc32c,
+                "bytes": done[shard.name].num_bytes,
+                "crc32c": done[shard.name].crc32c,
             }
             for shard in job.shards
+            if shard.name in done
         ],
+        "imagenet_1k": {
+            "classes": has_digest(job.labels, SYNSETS_DIGEST),
+            "validation_labels": has_digest(validation, VALIDATION_DIGEST),
+        },
     }
-    validation = (s for s in job.shards if s.split == VALIDATION_DIRECTORY)
-    labels = [image.synset for shard in validation for image in shard.images]
-    imagenet = {
-        "classes": has_digest(job.labels, SYNSETS_DIGEST),
-        "validation_labels": has_digest(labels, VALIDATION_DIGEST),
-    }
-    return json_text({**facts, "imagenet_1k": imagenet}), json_text(facts)
 
 
 def _stamp_of_text(text: str) -> Stamp:
@@ -3148,42 +3114,41 @@ def _stamp_of_text(text: str) -> Stamp:
     return Stamp("", 0, len(data), _crc32c_text(google_crc32c.value(data)))
 
 
-def _read_earlier(job: Job, stamps: Mapping[str, Stamp]) -> None:
+def _read_earlier(job: Job, written: Sequence[Shard]) -> None:
     """Reads the shards of earlier runs again, before a manifest vouches for them.
 
     A manifest that is there is of a run that read these bytes, or had uploaded them.
     """
     remove(job.manifest_path)  # it vouches for other bytes
-    written, number = {shard.name for shard in job.work.to_write}, 0
-    earlier = [shard for shard in job.shards if shard.name not in written]
+    new, number = {shard.name for shard in written}, 0
+    earlier = [shard for shard in job.shards if shard.name not in new]
     say = lambda: f"Checked {number:,} of {_count(len(earlier), 'earlier shard')}."
     with reporting(say):
         for number, shard in enumerate(earlier):
             path = shard_path(shard, job.options.scratch_dir)
-            invalidate_if_damaged(path, stamps[shard.name])
+            invalidate_if_damaged(path, job.work.done[shard.name])
 
 
-def _complete(job: Job, stamps: Mapping[str, Stamp]) -> None:
+def _complete(job: Job, written: Sequence[Shard]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
-    texts = _manifests(job, stamps)
-    path, destination = job.manifest_path, job.destination
-    there = destination.objects.get(MANIFEST_FILE) if destination else None
+    path, destination, facts = job.manifest_path, job.destination, _manifest(job)
+    of_version_2 = {key: facts[key] for key in facts if key != "imagenet_1k"}
+    texts = json_text(facts), json_text(of_version_2)
+    there = job.objects.get(MANIFEST_FILE)
     in_bucket = [text for text in texts if _stamp_of_text(text).same_bytes(there)]
     if read_text(path) not in texts:
         if not destination:
-            _read_earlier(job, stamps)
+            _read_earlier(job, written)
         write_text(path, (in_bucket or texts)[0])
     if destination:
         if not in_bucket:
             destination.upload(path, measure(path))
         destination.check_none_passed_over()
-    num_images = sum(len(shard.images) for shard in job.shards)
-    num_bytes = sum(stamp.num_bytes for stamp in stamps.values())
+    images = _count(sum(facts["examples"].values()), "image")
+    shards = f"{_count(len(job.shards), 'shard')} ({_size(facts['bytes'])})"
     advice = f": give the model --data_dir={job.place}" if destination else ""
     logging.info(
-        f"The data set is complete: {_count(num_images, 'image')} in "
-        f"{_count(len(job.shards), 'shard')} ({_size(num_bytes)}) in {job.place}"
-        f"{advice}."
+        f"The data set is complete: {images} in {shards} in {job.place}{advice}."
     )
 
 

@@ -180,22 +180,13 @@ def test_room_is_that_of_new_shards_less_the_old(
     tmp_path: Path, old: int, is_kept: bool, needed: int
 ) -> None:
     """Of 40 shards of 10,000 bytes, in multiples of one; two workers."""
-    num_bytes = 10_000 - script.RECORD_OVERHEAD
-    image = script.RawImage("/raw", "a.JPEG", "n1", num_bytes, 1)
-    shards = [script.Shard("train", i, 40, (image,), {}) for i in range(40)]
-    (tmp_path / "train").mkdir()
-    for shard in shards if old else []:
-        path = Path(script.shard_path(shard, str(tmp_path)))
-        path.write_bytes(bytes(10_000 * old))
-    raw = tmp_path / "raw"
-    raw.mkdir()
     options = script.Options(
-        *(str(raw), True, "project", "gs://bucket", str(tmp_path)),
+        *(str(tmp_path), True, "project", "gs://bucket", None),
         num_workers=2,
         keep_local_shards=is_kept,
     )
-    job = script.Job(options, {"n1": 1}, shards, None, script.Work(shards))
-    assert script._needed_room(job) == needed * 10_000
+    new, replaced = [10_000] * 40, [10_000 * old] * 40
+    assert script._needed_room(options, new, replaced) == needed * 10_000
 
 
 # --------------------------------------------------------------- waiting for a disk

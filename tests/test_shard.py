@@ -40,7 +40,9 @@ def path_of(shard: script.Shard, scratch: Path) -> Path:
 
 
 def find_finished(shard: script.Shard, scratch: Path) -> script.Stamp | None:
-    return script.find_work([shard], str(scratch), None).done.get(shard.name)
+    options = script.Options(Path(__file__).parent, False, None, None, scratch)
+    job = script.Job(options, {}, [shard], None)
+    return script.find_work(job).done.get(shard.name)
 
 
 def stamp_of(path: Path) -> Path:
