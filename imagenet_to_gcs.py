@@ -67,12 +67,12 @@ Who calls whom:
         plan_job               lists, plans and checks
           read_dataset         lists the images and finds their classes
           plan_shards          says which image goes where
-          find_work            compares this with the disk and the bucket
+          look                 compares this with the disk and the bucket
         carry_out
           write_and_upload     one shard in each thread: `_take_shard`
             write_shard        `write_records` fills it, in a worker process
             Destination.upload
-          _conclude            looks again at all, then writes the manifest
+          _complete            writes the manifest, once `look` has found all
 
 The last lines of the file start `main` or, in a helper process, the workers.
 """
@@ -442,8 +442,8 @@ class Work:
 
     @property
     def left(self) -> list[str]:
-        """Names of this task's shards that are not done yet."""
-        return [s.name for s, _ in self.in_turn() if s.name not in self.done]
+        """Names of this task's shards that were not done at the last look."""
+        return [shard.name for shard, _ in self.in_turn()]
 
     def in_turn(self) -> list[tuple[Shard, Stamp | None]]:
         """Shards to upload and to write, alternating, so that neither waits."""
@@ -459,7 +459,7 @@ class Job:
     Attributes:
       shards: The whole plan, including the shards of other tasks.
       destination: None to write the shards only.
-      objects: What it held at the last look, by base name.
+      objects: What is known to be in it, by base name.
     """
 
     options: Options
@@ -507,9 +507,7 @@ def log_intent(job: Job) -> None:
     options, work, scratch_dir = job.options, job.work, job.options.scratch_dir
     if others := _strangers(local_shards(scratch_dir), job.shards):
         found = f"{_count(len(others), 'shard')} of another plan: {_some(others)}"
-        logging.warning(
-            f"{scratch_dir} also holds {found}. Remove what you do not need."
-        )
+        logging.warning(f"{scratch_dir} also holds {found}. Remove what is not needed.")
     if options.task_count > 1:
         task = f"Task {options.task:,} of {options.task_count:,}"
         missing = f"{job.num_missing:,} of {_count(len(job.shards), 'shard')}"
@@ -533,13 +531,31 @@ def log_intent(job: Job) -> None:
 
 
 def carry_out(job: Job, pool: Pool) -> None:
-    """Does the work, checks that everything is where it should be, and says so."""
+    """Does the work, looks again, and completes the data set if all of it is there."""
     if job.num_missing:
         _remove_manifest(job)
     for path in job.work.spare:
         remove(path)
     write_and_upload(job, pool)
-    _conclude(job)
+    now = look(job)
+    try:
+        if now.destination:
+            now.destination.check_none_passed_over()
+        check_none_wrong(now.work.left, len(now.shards), now.place)
+        if problems := list(_bucket_problems(now)):
+            raise RunError(*problems)
+    except RunError:
+        _remove_manifest(now)
+        raise
+    missing = _count(now.num_missing, "shard")
+    if not now.num_missing:
+        _complete(now, job.work.to_write)
+    elif now.num_missing == len(now.work.differing):
+        problem = f"Other tasks made {missing} in {now.place} of other images."
+        remedy = "Give all tasks the same raw images and rerun them."
+        raise RunError(f"{problem} {remedy}", may_pass=True)
+    else:
+        logging.info(f"This task is done; others have yet to finish {missing}.")
 
 
 def write_and_upload(job: Job, pool: Pool) -> None:
@@ -570,8 +586,7 @@ def write_and_upload(job: Job, pool: Pool) -> None:
     except BaseException as error:
         for line in bad_images[:NAMED_IMAGES]:  # or nobody would hear of them
             logging.warning(line)
-        are_some = job.work.done or local_shards(job.options.scratch_dir)
-        if are_some and isinstance(error, RunError):
+        if isinstance(error, RunError) and local_shards(job.options.scratch_dir):
             logging.info("Finished shards are kept.")
         raise
     progress.log_done()
@@ -619,31 +634,6 @@ def threads_of(
         threads.shutdown(wait=not isinstance(error, Stopped), cancel_futures=True)
         raise
     threads.shutdown()
-
-
-def _conclude(job: Job) -> None:
-    """Looks again at what is there, and completes the data set if all of it is."""
-    now = look(job)
-    try:
-        if now.destination:
-            now.destination.check_none_passed_over()
-        check_none_wrong(now.work.left, len(now.shards), now.place)
-        if problems := list(_bucket_problems(now)):
-            raise RunError(*problems)
-    except RunError:
-        _remove_manifest(now)
-        raise
-    missing = _count(now.num_missing, "shard")
-    if not now.num_missing:
-        _complete(now, job.work.to_write)
-    elif now.num_missing == len(now.work.differing):
-        problem = (
-            f"Other tasks made {missing} in {now.place} of other images than here."
-        )
-        remedy = "Give all tasks the same raw images and rerun them."
-        raise RunError(f"{problem} {remedy}", may_pass=True)
-    else:
-        logging.info(f"This task is done; others have yet to finish {missing}.")
 
 
 # ---------------------------------------------------------------------------------
@@ -1853,7 +1843,7 @@ def shard_path(shard: Shard, scratch_dir: str) -> str:
 
 
 def local_shards(scratch_dir: str) -> list[str]:
-    """Names the shards in a scratch directory, of whatever plan."""
+    """Names the shards in a scratch directory, and their stamps, of whatever plan."""
     return [path.name for path in pathlib.Path(scratch_dir).glob("*/*-of-*")]
 
 
@@ -2962,13 +2952,13 @@ def _bucket_problems(job: Job) -> Iterator[str]:
     if strangers := _strangers(job.objects, job.shards):
         # No * for an index beyond the count: it could match this run's shards.
         pattern = lambda m: f"{m[1]}-*-of-{m[3]}" if m[2] < m[3] else m[0]
-        patterns = {re.sub(rf"^{SHARD_NAME.pattern}\Z", pattern, s) for s in strangers}
-        paths = sorted(f"{place}/{pattern}" for pattern in patterns)
-        command = shlex.join(["gcloud", "storage", "rm", *paths])
+        names = {re.sub(rf"^{SHARD_NAME.pattern}\Z", pattern, s) for s in strangers}
+        paths = shlex.join(f"{place}/{name}" for name in sorted(names))
+        command = f" (gcloud storage rm {paths})" if len(names) <= 10 else ""
         yield (
             f"{place} contains train-* or validation-* objects from elsewhere, which "
-            f"models would also read: {_some(strangers)}. Delete them"
-            f"{f' ({command})' if len(paths) <= 10 else ''}, or choose another directory."
+            f"models would also read: {_some(strangers)}. Delete them{command}, or "
+            "choose another directory."
         )
 
 
@@ -2997,8 +2987,8 @@ def _differences(text: str, planned: Mapping[str, Any]) -> Iterator[str]:
         manifest = json.loads(text)
         for key in "examples", "labels":
             old, new = manifest[key], planned[key]
-            unequal = (k for k in sorted({**old, **new}) if old.get(k) != new.get(k))
-            for name in itertools.islice(unequal, 1):
+            unequal = [k for k in sorted({**old, **new}) if old.get(k) != new.get(k)]
+            for name in unequal[:1]:
                 yield f"{key} {name}: {old.get(name)}, not {new.get(name)}"
 
 
@@ -3146,10 +3136,9 @@ def _complete(job: Job, written: Sequence[Shard]) -> None:
         destination.check_none_passed_over()
     images = _count(sum(facts["examples"].values()), "image")
     shards = f"{_count(len(job.shards), 'shard')} ({_size(facts['bytes'])})"
+    what = f"{images} in {shards} in {job.place}"
     advice = f": give the model --data_dir={job.place}" if destination else ""
-    logging.info(
-        f"The data set is complete: {images} in {shards} in {job.place}{advice}."
-    )
+    logging.info(f"The data set is complete: {what}{advice}.")
 
 
 # ---------------------------------------------------------------------------------
