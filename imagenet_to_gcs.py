@@ -133,7 +133,7 @@ import traceback
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
@@ -654,19 +654,21 @@ IMAGE_SUFFIX = ".JPEG"
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
-# Directories in a tar that are of no class; "" is that of `x.JPEG`
-CLASSLESS = ("", "val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values()))
-# Files that seem to hold images, but are not read, whole or half downloaded
-UNREAD = re.compile(
-    r"(?i)\.(avif|bmp|gif|heic|jfif|jp2|jpe|jpe?g|png|tga|tiff?|webp"
-    r"|7z|rar|tar\.(bz2|gz|lz4?|xz|zst?)|tbz2?|tgz|txz|zip)"
-    r"(~| +|\.(\d+|crdownload|part))?$"
+# Names of directories in a tar, and of tars, that are not the class of what they hold
+CLASSLESS = ("val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values()))
+OTHER_IMAGE = r"\.(avif|bmp|gif|heic|jfif|jp2|jpe|jpe?g|png|tga|tiff?|webp)"
+ARCHIVE = r"\.(7z|rar|tar\.(bz2|gz|lz4?|xz|zst?)|tbz2?|tgz|txz|zip)"
+COPY = r"(~| +|\.(\d+|crdownload|part))?$"  # such as half of a download
+# Files that seem to hold images, but are not read
+UNREAD = re.compile(f"(?i)({OTHER_IMAGE}|{ARCHIVE}){COPY}")
+# A class in a path: a directory, or packed otherwise than as a *.tar
+CLASS = re.compile(f"/(n[0-9]{{8}})(/|(?i:[.]tar|{ARCHIVE}){COPY}|$)")
+# Paths of what operating systems and network disks leave: passed over
+HIDDEN = re.compile(
+    r"(?is)(?:.*/)?(?:\.|(?:#recycle|#snapshot|\$recycle\.bin|@__thumb|@eadir|@recycle"
+    r"|@recently-snapshot|__macosx|lost\+found|network trash folder"
+    r"|system volume information|temporary items)(?:/|$))"
 )
-SYSTEM_NAMES = {  # which operating systems and network disks leave, besides `.x`
-    *("#recycle", "#snapshot", "$recycle.bin", "@recycle", "@recently-snapshot"),
-    *("@eadir", "@__thumb", "system volume information", "__macosx", "lost+found"),
-    *("network trash folder", "temporary items"),
-}
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
 TarFingerprint: TypeAlias = tuple[int, int, int]
@@ -787,109 +789,81 @@ def _no_garbage_collection() -> Iterator[None]:
 def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawImage]:
     """Lists images by path; adds the paths of other images to `skipped`."""
     directory = os.path.join(raw_data_dir, split)
+    is_there = os.path.lexists(directory)
+    exists = os.path.exists if is_there else os.path.lexists
     paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
-    exists = os.path.exists if os.path.lexists(directory) else os.path.lexists
-    tar = next(map(Tar, filter(exists, paths)), None)
-    if not tar and not os.path.lexists(directory):
+    whole_tar = [*map(Tar, filter(exists, paths))][:1]
+    if not whole_tar and not is_there:
         found = _some(sorted(e.name for e in _scan(raw_data_dir)), 10) or "nothing"
         raise InvalidInputError(
             f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
             "there. Both splits are required; README, step 2, says in which layouts."
         )
-    entries = _scan(directory) if os.path.lexists(directory) else []
+    directories, class_tars, others = _find_classes(raw_data_dir, split)
+    sources = directories or class_tars or whole_tar
     is_training = split == TRAINING_DIRECTORY
-    if not is_training and any(has_image_name(entry.name) for entry in entries):
-        return _list_flat(directory, tar, skipped)
-    directories, class_tars, beside = _find_classes(entries)
-    skipped += beside
-    if directories or class_tars:
-        _check_extracted(directories, class_tars, tar)
-        return list_all([*(directories or class_tars).values()], skipped)
-    if not tar:
-        place = f"{directory}/<synset>" if is_training else directory
-        raise _no_images(place, [entry.name for entry in entries], beside)
-    images = tar.list_images(skipped)
-    if unnamed := [i.path for i in images if is_training and not i.synset]:
+    if not sources:
+        raise _no_images(f"{directory}/<synset>" if is_training else directory, others)
+    images = list_all(sources, others)
+    if is_training and (unnamed := [i.path for i in images if not i.synset]):
         raise InvalidInputError(f"A folder must name the class of {unnamed[0]}.")
-    return images
-
-
-def _list_flat(directory: str, tar: Tar | None, skipped: list[str]) -> list[RawImage]:
-    """Lists `validation/*.JPEG`, unless there is more beside it that is not read."""
-    others = list[str]()
-    images = Directory(directory).list_images(others)
-    if sum(map(has_image_name, map(os.path.basename, others))) > len(images):
-        found = f"{directory} holds {_count(len(images), 'image')}, and more below it"
-        raise InvalidInputError(f"{found}. {_describe_skipped(others)}")
-    if tar and len(images) != IMAGENET_SIZES["validation"][0]:
-        packed = {image.filename for image in tar.list_images([])}
-        there = packed & {image.filename for image in images}
-        if there and there < packed:
-            only = f"{directory} holds only {len(there):,} of the {len(packed):,}"
-            raise InvalidInputError(f"{only} in {tar.path}. Extract it whole.")
-    skipped += others
+    # If as many are there as ImageNet has, its tar need not be listed: that takes long.
+    is_complete = len(images) in [number for number, _ in IMAGENET_SIZES.values()]
+    _check_extracted(images, class_tars + ([] if is_complete else whole_tar))
+    classes = {image.synset for image in images}
+    for path in sorted(others):
+        match = CLASS.search(path, len(raw_data_dir))
+        if match and not classes & {match[1], ""}:
+            rule = f"Class {match[1]} must be a directory of *{IMAGE_SUFFIX} or a *.tar"
+            raise InvalidInputError(f"{rule}; found {path}.")
+    skipped += filter(UNREAD.search, others)
     return images
 
 
 def _find_classes(
-    entries: Iterable[os.DirEntry[str]],
-) -> tuple[dict[str, Directory], dict[str, Tar], list[str]]:
-    """Picks class directories and class tars, by synset, and what is not read."""
-    directories, class_tars, others = {}, {}, list[str]()
-    for entry in entries:
+    raw_data_dir: str, split: str
+) -> tuple[list[Directory], list[Tar], list[str]]:
+    """Finds class directories, class tars, and the paths of other files.
+
+    A directory that holds validation images itself is the only one, without a class.
+    """
+    directories, class_tars, others = list[Directory](), list[Tar](), list[str]()
+    directory = os.path.join(raw_data_dir, split)
+    for entry in _visible(directory) if os.path.lexists(directory) else []:
         name, path = entry.name, entry.path
-        if not _is_visible(name):
-            continue
-        with trying_to("read", path, is_input=True):  # also refuses broken links
-            is_directory = stat.S_ISDIR(entry.stat().st_mode)
-        if is_directory:
-            directories[name] = Directory(path, name)
+        if name.endswith(IMAGE_SUFFIX) and split == VALIDATION_DIRECTORY:
+            return [Directory(directory)], [], []
+        if os.path.isdir(path) or not os.path.exists(path):  # listing it says why
+            directories.append(Directory(path, name))
         elif name.endswith(".tar") and not name.startswith("ILSVRC"):
-            class_tars[name[:-4]] = Tar(path, name[:-4])
+            class_tars.append(Tar(path, name[:-4]))
         else:
             others.append(path)
-    _check_others(others, directories | class_tars)
-    return directories, class_tars, [path for path in others if UNREAD.search(path)]
+    return directories, class_tars, others
 
 
-def _check_others(paths: Iterable[str], classes: Container[str]) -> None:
-    """Refuses a class that is neither a directory nor a tar, as `n01440764.tar.gz`."""
-    for path in paths:
-        name = os.path.basename(path)
-        synset, _, suffix = name.partition(".")
-        if not SYNSET.fullmatch(synset) or synset in classes:
-            continue
-        # Other suffixes are of what belongs to a class, such as a list of boxes.
-        is_packed = re.match(r"(?i)tar(\.part)?$", suffix) or UNREAD.search(name)
-        if is_packed or not suffix:
-            raise InvalidInputError(f"{path} must be a directory or a *.tar.")
-
-
-def _check_extracted(
-    directories: dict[str, Directory], class_tars: dict[str, Tar], whole: Tar | None
-) -> None:
-    """Refuses tars beside what was extracted of them if they hold more than that."""
-    packed = {*class_tars}
-    if whole and whole.path.endswith(TRAINING_TAR):
-        packed |= {each.synset for part in whole.list_contents([]) for each in part}
-    left = packed.difference(directories or class_tars, CLASSLESS)
-    # Not of those in the training tar: that would take long.
-    for synset in directories.keys() & class_tars.keys():
-        names = {entry.name for entry in _scan(directories[synset].path)}
-        if {image.filename for image in class_tars[synset].list_images([])} - names:
-            left.add(synset)
-    if left:
-        rule = "Class tars must all be extracted, or none; these are not, or in part"
+def _check_extracted(images: Sequence[RawImage], tars: Iterable[Tar]) -> None:
+    """Refuses tars beside images if they hold more than was extracted of them."""
+    read = {image.source for image in images}
+    beside = [t for t in tars if t.path not in read and t.synset not in CLASSLESS]
+    if not (packed := list_all(beside, [])):
+        return
+    by_class = all(image.synset for image in (images[0], packed[0]))
+    there = {(image.filename, by_class and image.synset) for image in images}
+    left = [i.path for i in packed if (i.filename, by_class and i.synset) not in there]
+    # Where only names are compared, and none agrees, they are of another data set.
+    if left and (by_class or len(left) < len(packed)):
+        rule = "Tars must be extracted whole, or not at all; not extracted"
         raise InvalidInputError(f"{rule}: {_some(sorted(left))}.")
 
 
-def list_all(classes: Iterable[Directory | Tar], skipped: list[str]) -> list[RawImage]:
+def list_all(classes: Iterable[Directory | Tar], others: list[str]) -> list[RawImage]:
     """Lists the images of classes, sorted by path."""
     # As paths sort: `a-b/` comes before `a/`.
     in_order = sorted(classes, key=lambda class_: os.fsencode(class_.synset + "/"))
     images, problems = list[RawImage](), list[str]()
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
-        listings = [threads.submit(each.list_images, skipped) for each in in_order]
+        listings = [threads.submit(each.list_images, others) for each in in_order]
     for listing in listings:
         with _collecting(problems):
             images += listing.result()
@@ -907,13 +881,12 @@ class Directory:
     path: str
     synset: str = ""
 
-    def list_images(self, skipped: list[str]) -> list[RawImage]:
-        """Lists `*.JPEG` by name; adds the paths of other images to `skipped`."""
-        images, others = list[RawImage](), list[str]()
-        entries = _scan(self.path)
-        for entry in entries:
-            if not has_image_name(entry.name):
-                others += _unread_below(entry)
+    def list_images(self, others: list[str]) -> list[RawImage]:
+        """Lists `*.JPEG` by name; adds the paths of other files to `others`."""
+        images, beside = list[RawImage](), list[str]()
+        for entry in _visible(self.path):
+            if not entry.name.endswith(IMAGE_SUFFIX):
+                beside += _files_below(entry.path)
                 continue
             size = fingerprint = 0  # a link to nothing; `warnings_about` counts it
             try:
@@ -927,8 +900,12 @@ class Directory:
             about = self.synset, size, fingerprint
             images.append(RawImage(self.path, entry.name, *about))
         if not images:
-            raise _no_images(self.path, [entry.name for entry in entries], others)
-        skipped += others
+            raise _no_images(self.path, beside)
+        below = [path for path in beside if path.endswith(IMAGE_SUFFIX)]
+        if len(below) > len(images):
+            found = f"holds {_count(len(images), 'image')}, and more below it"
+            raise InvalidInputError(f"{self.path} {found}. {_describe_skipped(below)}")
+        others += beside
         return _by_name(images)
 
 
@@ -951,60 +928,43 @@ class Tar:
     def place(self) -> str:
         return f"{self.path}/{self.synset}.tar" if self.start else self.path
 
-    def list_images(self, skipped: list[str]) -> list[RawImage]:
+    def list_images(self, others: list[str]) -> list[RawImage]:
         """Lists `*.JPEG` by path, also in class tars; else as `Directory` does."""
-        images, class_tars = self.list_contents(skipped)
-        return _by_name(images) + list_all(class_tars, skipped)
-
-    def list_contents(self, skipped: list[str]) -> tuple[list[RawImage], list[Tar]]:
-        """Lists the images, in any order, and the class tars in it."""
-        images, class_tars, others = list[RawImage](), list[Tar](), list[str]()
-        pattern_in: dict[str, str] = {}  # of the directories that hold any
+        images, class_tars, beside = list[RawImage](), list[Tar](), list[str]()
+        patterns = set[str]()  # of all that is read
         class_of = functools.cache(self._class_of)
-        tar, (fingerprint, files) = self.path, list_tar(self)
+        fingerprint, files = list_tar(self)
         for path, (offset, size) in files.items():
-            directory, _, name = path.rpartition("/")
-            synset, pattern = class_of(directory)
-            if not pattern:
+            if HIDDEN.match(path):
                 continue
-            if has_image_name(name):
-                about = synset, size, fingerprint, offset
-                images.append(RawImage(tar, path, *about))
-                pattern_in[directory] = pattern
-            elif name.endswith(".tar") and _is_visible(name):
+            directory, _, name = path.rpartition("/")
+            if name.endswith(IMAGE_SUFFIX):
+                synset, pattern = class_of(directory)
+                patterns.add(pattern)
+                images.append(
+                    RawImage(self.path, path, synset, size, fingerprint, offset)
+                )
+            elif name.endswith(".tar"):
+                patterns.add(f"{directory}/*.tar".lstrip("/"))
                 where = offset, offset + size, fingerprint
-                class_tars.append(Tar(tar, self.synset or name[:-4], *where))
-                pattern_in[directory] = f"{directory}/*.tar".lstrip("/")
-            elif _is_visible(name):
-                others.append(path)
-        patterns = {*pattern_in.values()}
-        unread = sorted(filter(UNREAD.search, others))
+                class_tars.append(Tar(self.path, self.synset or name[:-4], *where))
+            else:
+                beside.append(f"{self.place}/{path}")
         if not patterns:
-            raise _no_images(self.place, files, unread)
+            raise _no_images(self.place, beside)
         if len(patterns) > 1:
             raise InvalidInputError(
                 "A tar must hold one directory of images, class directories side by "
                 f"side, or class tars; {self.place} holds {_some(sorted(patterns))}. "
                 "Extract it."
             )
-        for directory, _, name in (path.rpartition("/") for path in sorted(others)):
-            if directory not in pattern_in and class_of(directory)[1] in patterns:
-                raise _no_images(f"{self.place}/{directory}", [name])
-        classes = {class_of(directory)[0] for directory in pattern_in}
-        classes |= {each.synset for each in class_tars}
-        _check_others([f"{self.place}/{path}" for path in others], classes)
-        skipped += [f"{tar}/{path}" for path in unread]
-        return images, class_tars
+        others += beside
+        return _by_name(images) + list_all(class_tars, others)
 
     def _class_of(self, directory: str) -> tuple[str, str]:
-        """The class of the images in a directory, and the pattern of all such images.
-
-        There is no class in `val/`, and no pattern if the directory is hidden.
-        """
+        """The class of the images in a directory, and the pattern of all such images."""
         parent, _, name = directory.rpartition("/")
-        if not all(map(_is_visible, directory.split("/"))):
-            return "", ""
-        if self.synset or name in CLASSLESS:
+        if self.synset or not name or name in CLASSLESS:
             return self.synset, f"{directory}/*{IMAGE_SUFFIX}".lstrip("/")
         return name, f"{parent}/*/*{IMAGE_SUFFIX}".lstrip("/")
 
@@ -1019,37 +979,28 @@ def _scan(directory: str) -> list[os.DirEntry[str]]:
         return [*entries]
 
 
-def has_image_name(name: str) -> bool:
-    """Whether a file is read as an image; not so `._x.JPEG`, which a Mac leaves."""
-    return name.endswith(IMAGE_SUFFIX) and name[0] != "."
+def _visible(directory: str) -> list[os.DirEntry[str]]:
+    return [entry for entry in _scan(directory) if not HIDDEN.match(entry.name)]
 
 
-def _is_visible(name: str) -> bool:
-    return name[:1] != "." and name.casefold() not in SYSTEM_NAMES
+def _files_below(path: str) -> Iterator[str]:
+    """Finds the files below a directory; of a file, itself."""
+    if not os.path.isdir(path):
+        yield path
+        return
+    above = pathlib.Path(os.path.realpath(os.path.dirname(path)))
+    if above.is_relative_to(os.path.realpath(path)):
+        return  # a link that leads back up
+    for place, directories, names in os.walk(path):
+        directories[:] = itertools.filterfalse(HIDDEN.match, directories)
+        for name in itertools.filterfalse(HIDDEN.match, names):
+            yield f"{place}/{name}"
 
 
-def _unread_below(entry: os.DirEntry[str]) -> list[str]:
-    """Lists what seems to hold images: the entry itself, or what is below it."""
-    if not _is_visible(entry.name):
-        return []
-    if not entry.is_dir():
-        return [entry.path] if UNREAD.search(entry.name) else []
-    above = pathlib.Path(os.path.realpath(os.path.dirname(entry.path)))
-    if above.is_relative_to(os.path.realpath(entry.path)):
-        return []  # a link that leads back up
-    found = []
-    for place, directories, names in os.walk(entry.path):
-        directories[:] = filter(_is_visible, directories)
-        unread = filter(UNREAD.search, filter(_is_visible, names))
-        found += [f"{place}/{name}" for name in unread]
-    return found
-
-
-def _no_images(
-    place: str, names: Iterable[str], skipped: Sequence[str] = ()
-) -> InvalidInputError:
-    there = _some(sorted(names)) or "nothing"
-    found = _describe_skipped(skipped) if skipped else f"Found {there} there."
+def _no_images(place: str, others: Sequence[str]) -> InvalidInputError:
+    there = _some(sorted(map(os.path.basename, others))) or "nothing"
+    unread = [*filter(UNREAD.search, others)]
+    found = _describe_skipped(unread) if unread else f"Found {there} there."
     return InvalidInputError(f"No images match {place}/*{IMAGE_SUFFIX}. {found}")
 
 
@@ -3545,18 +3496,14 @@ def _open_closed_streams() -> None:
 
 
 MAX_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
-NOT_TARS = {
-    b"\x1f\x8b": "it is compressed; decompress it with gzip -d first",
-    b"BZh": "it is compressed; decompress it with bzip2 -d first",
-    b"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
-    b"(\xb5/\xfd": "it is compressed; decompress it with zstd -d first",
-    **dict.fromkeys(
-        (b"PK", b"7z", b"Rar!"), "it is another kind of archive; extract and remove it"
-    ),
-    b"<": "it is not a tar but a web page; log in, and download it again",
-    **dict.fromkeys(
-        (b"{", b"version http"), "it is text, not a tar; download it again"
-    ),
+NOT_TARS = {  # by how they begin
+    rb"\x1f\x8b": "it is compressed; decompress it with gzip -d first",
+    rb"BZh": "it is compressed; decompress it with bzip2 -d first",
+    rb"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
+    rb"\(\xb5/\xfd": "it is compressed; decompress it with zstd -d first",
+    rb"PK|7z|Rar!": "it is another kind of archive; extract and remove it",
+    rb"<": "it is not a tar but a web page; log in, and download it again",
+    rb"\{|version http": "it is text, not a tar; download it again",
 }
 # What follows the name, of 100 bytes, in the header of a plain file: all of its numbers,
 # for tarfile ends at one that is none, and no prefix of the name.
@@ -3576,19 +3523,18 @@ def list_tar(tar: Tar) -> tuple[TarFingerprint, dict[str, Place]]:
     As in extracting, a hard link is its target under another name, and a later member
     replaces an earlier one of the same name.
     """
-    try:
-        with open_file(tar.path) as file:
-            # Reading ahead between far headers makes a listing 1.2 times slower.
-            with contextlib.suppress(OSError):  # not everywhere possible
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            # If the file is another by now, reading its images will tell.
-            fingerprint = tar.fingerprint or tar_fingerprint(os.fstat(file.fileno()))
-            end = fingerprint[1] if tar.end is None else tar.end
+    with trying_to("list the tar", tar.place, True), open_file(tar.path) as file:
+        # Reading ahead between far headers makes a listing 1.2 times slower.
+        with contextlib.suppress(OSError):  # not everywhere possible
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        # If the file is another by now, reading its images will tell.
+        fingerprint = tar.fingerprint or tar_fingerprint(os.fstat(file.fileno()))
+        end = fingerprint[1] if tar.end is None else tar.end
+        try:
             return fingerprint, _read_headers(file.fileno(), tar.start, end)
-    except OSError as error:
-        raise refusal("list the tar", tar.place, error, is_input=True) from error
-    except ValueError as error:
-        raise InvalidInputError(f"Cannot list the tar {tar.place}: {error}.") from error
+        except ValueError as error:
+            problem = f"Cannot list the tar {tar.place}: {error}."
+            raise InvalidInputError(problem) from error
 
 
 def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
@@ -3599,7 +3545,7 @@ def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
             name, size = plain
             offset = position + tarfile.BLOCKSIZE
             found[_normalized(name)] = offset, size
-        elif any(header) and (member := _read_member(descriptor, position, end)):
+        elif member := _read_member(descriptor, position, end):
             name, target = _normalized(member.name), _normalized(member.linkname)
             offset = position + member.offset_data
             size = 0 if member.type in b"123456" else member.size  # links and so on
@@ -3607,11 +3553,10 @@ def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
                 found[name] = offset, size
             elif member.islnk() and target in found:
                 found[name] = found[target]
-            elif not all(map(_is_visible, name.split("/"))):
-                pass  # of macOS or a network disk
             elif member.issym() or name.endswith((IMAGE_SUFFIX, ".tar")):
                 what = "a symbolic link" if member.issym() else "no plain file"
-                raise ValueError(f"{name} in it is {what}; extract the tar instead")
+                if not HIDDEN.match(name):
+                    raise ValueError(f"{name} in it is {what}; extract the tar instead")
         else:
             break
         position = offset + size + -size % tarfile.BLOCKSIZE
@@ -3670,7 +3615,7 @@ def _check_end(descriptor: int, position: int, end: int, is_start: bool) -> None
     num_bytes = max(0, min(end - position, MAX_TAR_FILLING + 1))
     rest = os.pread(descriptor, num_bytes, min(position, end))
     for start, problem in NOT_TARS.items():
-        if is_start and rest.lstrip().startswith(start):
+        if is_start and re.match(start, rest.lstrip()):
             raise ValueError(problem)
     if len(rest) < tarfile.BLOCKSIZE:
         problem = "it is cut short"

@@ -190,45 +190,88 @@ def test_order_is_the_same_when_a_name_is_in_two_folders(tmp_path: Path) -> None
 # ------------------------------------------------------- half extracted, and damaged
 
 
+DIRECTORIES, CLASS_TARS = ("directories", "flat"), ("class_tars", "flat")
+TAR_OF_FOLDERS = ("tar_of_folders", "flat")
+
+
+def three_in(place: str, synset: str = "n01440838") -> str:
+    return ", ".join(f"RAW/{place}/{synset}_{i}.JPEG" for i in (1, 2, 3))
+
+
 @pytest.mark.parametrize(
-    ("layouts", "remove", "left"),
+    ("layouts", "commands", "left"),
     [
         (
-            ("directories", "class_tars"),
+            [DIRECTORIES, CLASS_TARS],
             "rm -r train/n014408{01,75}",
-            "n01440801, n01440875",
+            three_in("train/n01440801.tar", "n01440801") + " and 3 more",
         ),
         (  # README's loop removes a tar once it is extracted: the last was cut off
-            ("directories", "class_tars"),
+            [DIRECTORIES, CLASS_TARS],
             "rm train/n01440{764,801,838}.tar train/n01440875/n01440875_3.JPEG",
-            "n01440875",
+            "RAW/train/n01440875.tar/n01440875_3.JPEG",
+        ),
+        (  # the same, between two classes: nothing that is left was extracted
+            [DIRECTORIES, CLASS_TARS],
+            "rm -r train/n01440{764,801}.tar train/n014408{38,75}",
+            three_in("train/n01440838.tar") + " and 3 more",
         ),
         (
-            ("directories", "whole_tar"),
+            [DIRECTORIES, TARS],
             "rm -r train/n01440838",
-            "n01440838",
+            three_in(TRAINING_TAR),
         ),
         (
-            ("class_tars", "whole_tar"),
+            [DIRECTORIES, TARS],
+            "rm train/n01440838/*_[12].JPEG; rm *_val.tar",
+            f"RAW/{TRAINING_TAR}/n01440838_1.JPEG, RAW/{TRAINING_TAR}/n01440838_2.JPEG",
+        ),
+        (
+            [CLASS_TARS, TARS],
             "rm train/n01440838.tar",
-            "n01440838",
+            three_in(TRAINING_TAR),
         ),
         (
-            ("directories", "tar_of_folders"),
+            [DIRECTORIES, TAR_OF_FOLDERS],
             "rm -r train/n01440838",
-            "n01440838",
+            three_in(f"{TRAINING_TAR}/train/n01440838"),
+        ),
+        (
+            [DIRECTORIES, TAR_OF_FOLDERS],
+            "rm train/n01440838/n01440838_2.JPEG",
+            f"RAW/{TRAINING_TAR}/train/n01440838/n01440838_2.JPEG",
+        ),
+        (  # or labels by name would fit what is there
+            [DIRECTORIES, TARS],
+            "mv validation/*01.JPEG validation/another.JPEG",
+            f"RAW/{VALIDATION_TAR}/ILSVRC2012_val_00000001.JPEG",
+        ),
+        (
+            [("directories", "labelled_folders"), TARS],
+            "rm -r validation/n01440838",
+            f"RAW/{VALIDATION_TAR}/ILSVRC2012_val_00000003.JPEG",
         ),
     ],
 )
-def test_error_names_the_tars_when_they_are_half_extracted(
-    raw: Path, tmp_path: Path, layouts: tuple[str, str], remove: str, left: str
+def test_error_names_what_is_left_in_tars_when_they_are_half_extracted(
+    raw: Path,
+    tmp_path: Path,
+    layouts: list[tuple[str, str]],
+    commands: str,
+    left: str,
 ) -> None:
-    half = merge(raw, tmp_path, [(layout, "flat") for layout in layouts])
-    contract.change(half, remove)
+    half = merge(raw, tmp_path, layouts)
+    contract.change(half, commands)
     (problem,) = problems(half)
     assert problem == (
-        f"Class tars must all be extracted, or none; these are not, or in part: {left}."
+        f"Tars must be extracted whole, or not at all; not extracted: {left}."
     )
+
+
+def test_tar_of_other_images_is_passed_over(raw: Path, tmp_path: Path) -> None:
+    both = merge(raw, tmp_path, [DIRECTORIES, TARS])
+    contract.change(both, "cd validation; for i in *; do mv $i my_$i; done")
+    assert [i.filename[:3] for i in read_dataset(str(both)).validation] == ["my_"] * 4
 
 
 def test_all_damaged_tars_are_named_at_once(raw: Path, tmp_path: Path) -> None:

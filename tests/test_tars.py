@@ -480,6 +480,7 @@ IN_FOLDERS: dict[str, dict[str, str]] = {
         for name in ("val", "validation", "train", "ILSVRC2012_img_val")
     },
     "other folders": {"a/1.JPEG": "a", "@eaDir/x/1.JPEG": "-", "__MACOSX/1.JPEG": "-"},
+    "other files": {"a/1.JPEG": "a", "docs/readme.txt": "-", "x": "-"},
 }
 
 
@@ -487,7 +488,7 @@ IN_FOLDERS: dict[str, dict[str, str]] = {
 def test_class_is_the_folder_of_an_image_in_a_tar(
     path: Path, synsets: dict[str, str]
 ) -> None:
-    """Unless it is named like the split. `-` is no image but what a NAS left."""
+    """Unless it is named like the split. `-` is no image, such as what a NAS left."""
     write_tar(path, dict.fromkeys(synsets, b"1"))
     found = Tar(str(path)).list_images([])
     assert {(image.path, image.filename, image.synset) for image in found} == {
@@ -544,7 +545,8 @@ def test_class_is_the_last_of_its_name_when_it_comes_twice(tmp_path: Path) -> No
 def test_replaced_training_tar_is_told_by_its_images(path: Path) -> None:
     """Replaced between the listing of the classes and that of each."""
     write_tar(path, {"n1.tar": CLASS})
-    _, [class_tar] = Tar(str(path)).list_contents([])
+    fingerprint, members = list_tar(Tar(str(path)))
+    start, size = members["n1.tar"]
     write_tar(path.with_name("new"), {"n1.tar": CLASS}).rename(path)
-    [image] = class_tar.list_images([])
-    assert image.fingerprint == class_tar.fingerprint != tar_fingerprint(path.stat())
+    [image] = Tar(str(path), "n1", start, start + size, fingerprint).list_images([])
+    assert image.fingerprint == fingerprint != tar_fingerprint(path.stat())
