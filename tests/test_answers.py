@@ -33,7 +33,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     """Reaches for a bucket in vain; gives the error, and what was logged before."""
 
     def reach_for(
-        env: Mapping[str, str], seconds: float = 20, request_of: str = "probe"
+        env: Mapping[str, str], seconds: float = 60, request_of: str = "probe"
     ) -> tuple[str, list[str]]:
         for name in ("STORAGE_EMULATOR_HOST", *PROXIES):
             monkeypatch.delenv(name, raising=False)
@@ -258,7 +258,7 @@ def test_login_is_tried_again_when_the_fault_passes(
     line = "Access to gs://bucket/d/manifest.json is denied: 403 So far."
     refused, warnings = refuse(env)
     assert refused == line
-    assert warnings[0].startswith("Waiting up to 20 s for gs://bucket/d: ")
+    assert warnings[0].startswith("Waiting up to 60 s for gs://bucket/d: ")
 
 
 def test_login_is_tried_again_when_the_metadata_server_is_busy(
@@ -466,7 +466,7 @@ def test_403_is_repeated_when_its_reason_is_a_rate(
     emulator.inject(Status(403, "So far."), kind="session", at=3)
     line, warnings = refuse(emulator.environment)
     assert line == f"Access to {PLACE}/manifest.json is denied: 403 So far."
-    assert warnings == [f"Waiting up to 20 s for {PLACE}: 403 {said[:-1]}."]
+    assert warnings == [f"Waiting up to 60 s for {PLACE}: 403 {said[:-1]}."]
 
 
 @pytest.mark.parametrize("request_of", ["list", "probe"])
