@@ -1020,7 +1020,7 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 # The rule:
 # 1. A training image is of the class of its directory or class tar; a validation image
 #    is of the class that the first of these says:
-#      line       of a label file of two columns: the file's name, its synset
+#      row        of a label file of two columns: the file's name, its synset
 #      directory  validation/n01440764/, on disk or in a tar, or n01440764.tar
 #      name       ILSVRC2012_val_00000293_n01440764.JPEG, n01440764_18.JPEG
 #      line       i of a label file of one column, for the i-th name
@@ -1041,123 +1041,129 @@ IMAGENET_SIZES = {"training": (1_281_167, 732), "validation": (50_000, 50)}
 # SHA-256 of its sorted synsets, and of the synsets of its validation images in order
 SYNSETS_DIGEST = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 VALIDATION_DIGEST = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
-NUMBER = re.compile("[0-9]+")
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
+NUMBER, ANYTHING = re.compile("[0-9]+"), re.compile("(?s:.*)")
 # Also in `Copy of ...` and `... (1).JPEG`, but not in a part, `..._crop.JPEG`
-VALIDATION_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)(?![0-9]|_(?!n[0-9]{8}))")
-NUMBERED_NAME = re.compile(r"(.*?)([0-9]+)(?:_n[0-9]{8})?([^0-9]*)\.JPEG", re.DOTALL)
+IMAGENET_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)(?![0-9]|_(?!n[0-9]{8}))")
+LAST_NUMBER = re.compile("([0-9]+)(?:_n[0-9]{8})?[^0-9]*$")
 STEM_END = re.compile(r"(?i)((?<=_val_[0-9]{8})_n[0-9]{8})?(\.(jpe?g|png))*$")
-ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
-TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
-# The synset of each line or, of two columns, of each file name without its suffix
-LabelFile: TypeAlias = list[str] | dict[str, str]
+LIKE_LABELS = re.compile(r"(?i)label|synset|solution|\.(txt|csv)$")
+TWO_COLUMNS = (
+    f"To have {LABELS_FILE} decide, give it two columns: file name, synset; to have "
+    "directories and names decide, remove it."
+)
+WHAT_DECIDES = "README, step 2, says what decides a class."
+# What says which synset of each image, the decisive first: `{"directory": "n01440764"}`
+Said: TypeAlias = dict[RawImage, dict[str, str]]
 
 
 def assign_synsets(
     images: list[RawImage], labels_path: str, skipped: Sequence[str]
 ) -> tuple[list[RawImage], list[str]]:
     """Gives validation images, sorted by name, synsets by the rule; returns warnings."""
-    directories = [image.synset for image in images]
-    names = [_synset_in(image.filename) for image in images]
-    known = [directory or name for directory, name in zip(directories, names)]
-    all_say_it = bool(images) and all(known)
-    problems, warnings = _intruders(images, known)
-    label_file: LabelFile = []
-    if not all_say_it or os.path.lexists(labels_path):
-        about_file = list[str]()
-        with _collecting(about_file):
-            label_file = read_label_file(labels_path)
-            about_file += _misaligned(images, label_file, labels_path, not all_say_it)
-        hint = " If directories and names are right, remove it." if all_say_it else ""
-        problems += [f"{problem}{hint}" for problem in about_file]
+    said = {image: _said_by_itself(image) for image in images}
+    problems, warnings = list[str](), list[str]()  # each check adds to them
+    _check_names(said, problems, warnings)
+    if not images or not all(said.values()) or os.path.lexists(labels_path):
+        with _collecting(problems):
+            _add_file(said, labels_path, problems, warnings)
+    if not problems:
+        _check_agreement(said, problems, warnings)
+        _check_imagenets(said, problems, warnings)
     if problems:
         about = [_describe_skipped(skipped)] if images and skipped else []
         raise InvalidInputError(*problems, *about)
-    said_by = {"directory": directories, "name": names}  # empty where it says nothing
+    return [i._replace(synset=next(iter(said[i].values()))) for i in images], warnings
+
+
+def _said_by_itself(image: RawImage) -> dict[str, str]:
+    """What directory and name say; a name of several synsets, which is wrong, all."""
+    name = " and ".join(sorted({*SYNSET.findall(image.filename)}))
+    said = {"directory": image.synset, "name": name}
+    return {by: synset for by, synset in said.items() if synset}
+
+
+def _check_names(said: Said, problems: list[str], warnings: list[str]) -> None:
+    """Finds images of the test set, and images that are there twice."""
+    if tests := [i.path for i in said if "ILSVRC2012_test_" in i.filename]:
+        problems.append(f"Images of the test set must be moved away: {_some(tests)}.")
+    first_of: dict[int | None, RawImage] = {}
+    wrong, double = list[str](), list[str]()
+    for image in said:
+        first = first_of.setdefault(_number(image), image)
+        if first is not image and _number(image) is not None:
+            is_double = {*said[first].values()} == {*said[image].values()}
+            (double if is_double else wrong).append(f"{first.path} and {image.path}")
+    if wrong:
+        problems.append(f"The same image is in two classes: {_some(wrong, 1)}.")
+    if double:
+        warnings.append(f"The same image is there twice: {_some(double, 1)}.")
+
+
+def _number(image: RawImage, pattern: re.Pattern[str] = IMAGENET_NUMBER) -> int | None:
+    """The number in ImageNet's name of a validation image, or of a copy of it."""
+    match = pattern.search(image.filename)
+    return int(match[1]) if match else None
+
+
+def _add_file(said: Said, path: str, problems: list[str], warnings: list[str]) -> None:
+    """Adds what the label file says: first if it names the images, else last."""
+    label_file = read_label_file(path)
+    is_needed, images = not all(said.values()), _count(len(said), "validation image")
     if isinstance(label_file, dict):
-        said_by = {"line": [label_file[_stem(i.name)] for i in images], **said_by}
-    elif label_file:
-        said_by["line"] = label_file
-    synsets = [next(filter(None, said)) for said in zip(*said_by.values())]
-    images = [image._replace(synset=s) for image, s in zip(images, synsets)]
-    is_by_order = isinstance(label_file, list) and not all_say_it  # line i decides
-    warnings += _misordered(images, labels_path) if is_by_order else []
-    return images, warnings + _check_agreement(images, said_by, is_by_order)
+        for image in said:
+            said[image] = {"row": label_file.get(_stem(image.name), ""), **said[image]}
+        if missing := [image.filename for image in said if not said[image]["row"]]:
+            found = f"{_some(missing)}; its last line is of {[*label_file][-1]!r}"
+            among = f"{len(missing):,} of {images}"
+            problems.append(f"{path} has no line of {among}: {found}. {WHAT_DECIDES}")
+    elif said and (label_file or is_needed):
+        certain = [
+            i for i, im in enumerate(said, start=1) if _number(im) not in (None, i)
+        ]
+        wrong = certain or _miscounted(said)
+        is_misfit = len(label_file) != len(said)
+        if is_misfit or (is_needed and wrong):
+            i = wrong[0] if wrong else 1
+            (problems if is_misfit or certain else warnings).append(
+                f"{path} has {_count(len(label_file), 'line')} for {images}; line {i:,}, "
+                f"{''.join(label_file[i - 1 : i])!r}, is for {[*said][i - 1].filename}. "
+                f"Lines, images or leading zeros may be missing. {TWO_COLUMNS}"
+            )
+        for image, line in zip(said, label_file):
+            said[image]["line"] = line
 
 
-def _synset_in(filename: str) -> str:
-    """The synset in a file name; with several, which is wrong, all of them."""
-    return " and ".join(sorted(set(SYNSET.findall(filename))))
+def read_label_file(path: str) -> list[str] | dict[str, str]:
+    """Reads the synset of each line or, of two columns, of each file name's stem."""
+    lines = _read_lines(path)
+    rows = [*map(_stem_and_synset, lines)]
+    by_stem = dict(rows)
+    has_stems = 2 * sum(stem != "" for stem, _ in rows) > len(rows)
+    for i, (stem, synset) in enumerate(rows):
+        is_alike = stem and synset == by_stem[stem] if has_stems else not stem
+        if not (is_alike and synset and synset.isprintable()):
+            rule = "a file name and its only" if has_stems else "a single"
+            found = f"synset such as n01440764; found {lines[i].strip()[:60]!r}"
+            raise InvalidInputError(f"Line {i + 1:,} of {path} must be {rule} {found}.")
+    return by_stem if has_stems else [synset for _, synset in rows]
+
+
+def _stem_and_synset(line: str) -> tuple[str, str]:
+    """Splits a line at tabs, commas or blanks; in a single column there is no name."""
+    line = line.replace('"', "").strip(" \t,")
+    if match := re.match(r"(\S+?),?\s+(n[0-9]{8})(?![^\s,])", line):
+        return _stem(match[1]), match[2]  # words of the class may follow
+    for delimiter in r"[ ,]*\t[\t ,]*", " *, *", r"\s+":
+        name, *columns = re.split(delimiter, line)
+        if columns:
+            synset = SYNSET.match(columns[0])  # Kaggle's are followed by boxes
+            return _stem(name), synset[0] if synset else columns[0]
+    return "", line
 
 
 def _stem(path: str) -> str:
     return STEM_END.sub("", os.path.basename(path))
-
-
-def _number(image: RawImage) -> int | None:
-    """The number in ImageNet's name of a validation image, or of a copy of it."""
-    match = VALIDATION_NUMBER.search(image.filename)
-    return int(match[1]) if match else None
-
-
-def _intruders(
-    images: Sequence[RawImage], synsets: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Describes images of the test set, or of two classes; and those that occur twice.
-
-    What is known of their synsets can be empty.
-    """
-    problems, warnings, wrong, double = (list[str]() for _ in range(4))
-    if tests := [i.path for i in images if "ILSVRC2012_test_" in i.filename]:
-        where = f"{VALIDATION_DIRECTORY}/ holds images of the test set"
-        problems.append(f"{where}: {_some(tests)}. Move them out of it.")
-    first_of: dict[int | None, tuple[RawImage, str]] = {}
-    for image, synset in zip(images, synsets):
-        number = _number(image)
-        first, its_synset = first_of.setdefault(number, (image, synset))
-        if number is not None and first is not image:
-            pair = f"{first.path} and {image.path} are both number {number:,}"
-            (double if synset == its_synset else wrong).append(pair)
-    if wrong:
-        pairs = f"{wrong[0]} ({_count(len(wrong), 'such pair')})"
-        problems.append(f"{pairs}. Remove the wrong one.")
-    if double:
-        warnings.append(f"{double[0]} ({_count(len(double), 'such pair')}).")
-    return problems, warnings
-
-
-def read_label_file(path: str) -> LabelFile:
-    """Reads the synset of each validation image: a line each, or by the file's name."""
-    lines = _read_lines(path)
-    rows = [*map(_columns, lines)]
-    pairs = [(_stem(row[0]), row[1]) for row in rows if len(row) > 1]
-    by_name = dict(reversed(pairs))  # of two lines for a name, the first is right
-    if has_names := 2 * len(pairs) > len(rows):
-        rule = "a file name and a synset, one for each name"
-        good = [len(row) > 1 and by_name[_stem(row[0])] == row[1] != "" for row in rows]
-    else:
-        rule = "a single synset such as n01440764"
-        good = [len(row) == 1 and row[0].isprintable() for row in rows]
-    if not all(good):
-        i = good.index(False)
-        problem = f"Line {i + 1:,} of {path} must be {rule}"
-        raise InvalidInputError(f"{problem}; found {lines[i].strip()[:60]!r}.")
-    return by_name if has_names else [row[0] for row in rows]
-
-
-def _columns(line: str) -> list[str]:
-    """Splits a line at tabs, commas or blanks; in a table, a column can hold blanks."""
-    line = line.replace('"', "").strip(" \t,")
-    words = [word.rstrip(",") for word in line.split()]
-    delimiter = next((each for each in "\t," if each in line), None)
-    if not delimiter or any(map(SYNSET.fullmatch, words[1:2])):
-        return words
-    columns = [column.strip(" ,") for column in line.split(delimiter)]
-    if delimiter == "\t":  # several of them align columns
-        columns = [*filter(None, columns)]
-    if synset := SYNSET.match(columns[1]):
-        columns[1] = synset[0]  # Kaggle's are followed by boxes
-    return columns
 
 
 def _read_lines(path: str) -> list[str]:
@@ -1170,118 +1176,66 @@ def _read_lines(path: str) -> list[str]:
         if b"\0" in data:
             raise InvalidInputError(f"{path} is not text in UTF-8.")
     except InvalidInputError as error:
-        raise InvalidInputError(f"{error} {ONE_COLUMN}{_beside(path)}") from error
+        root, name = os.path.split(path)
+        places = "*", f"{VALIDATION_DIRECTORY}/*"
+        names = {n for place in places for n in glob.glob(place, root_dir=root)}
+        found = _some(sorted(filter(LIKE_LABELS.search, names - {name})))
+        beside = f" Found {found} beside it." if found else ""
+        raise InvalidInputError(f"{error}{beside} {WHAT_DECIDES}") from error
     return [os.fsdecode(line) for line in data.splitlines()]
 
 
-def _beside(path: str) -> str:
-    """Names files that may be the label file under another name."""
-    root = os.path.dirname(path)
-    places = "*", f"{VALIDATION_DIRECTORY}/*"
-    names = {name for place in places for name in glob.glob(place, root_dir=root)}
-    names.discard(os.path.basename(path))
-    pattern = re.compile(r"(?i)label|synset|solution|\.(txt|csv)$")
-    found = _some(sorted(filter(pattern.search, names)))
-    return f" Found {found} beside it." if found else ""
-
-
-def _misaligned(
-    images: Sequence[RawImage], label_file: LabelFile, path: str, is_needed: bool
-) -> Iterator[str]:
-    """Says which images have no line, or why line i cannot be of image i."""
-    if isinstance(label_file, dict):
-        if missing := [i.filename for i in images if _stem(i.name) not in label_file]:
-            among = f"{len(missing):,} of {_count(len(images), 'validation image')}"
-            last = f"; its last line is of {next(iter(label_file))!r}"
-            other_file = last if len(missing) == len(images) else ""
-            yield f"{path} has no line of {among}: {_some(missing)}{other_file}."
-        return
-    num_lines, num_images = len(label_file), len(images)
-    numbers = [_number(image) for image in images]
-    wrong = [i for i, number in enumerate(numbers) if number not in (None, i + 1)]
-    # A file that is not needed may be empty; the images are then numbered as they like.
-    is_spare = not is_needed and num_lines in (0, num_images)
-    if not images or is_spare or (num_lines == num_images and not wrong):
-        return
-    problem = (
-        f"{path} has {_count(num_lines, 'line')} for "
-        f"{_count(num_images, 'validation image')}; line i must be of number i"
-    )
-    if wrong:
-        problem += f", but image {wrong[0] + 1:,} is {images[wrong[0]].filename}"
-    lacking = {*range(1, max(num_lines, num_images) + 1)}.difference(numbers)
-    given = [number for number in numbers if number is not None]
-    if header := _named_unlike_most({*label_file}, {*label_file[:1]}):
-        problem += f". Line 1 is {header.pop()!r}"
-    elif len(given) == num_images and lacking:
-        problem += f". There is no number {_some([f'{n:,}' for n in sorted(lacking)])}"
-    if len(given) == num_images and given != sorted(given):
-        problem += ". Without leading zeros, names sort wrongly: 1, 10, 2"
-    yield f"{problem}.{f' {TWO_COLUMNS}' if is_needed else ''}"
-
-
-def _misordered(images: Sequence[RawImage], path: str) -> Iterator[str]:
-    """Warns of names that sort otherwise than they count, or of numbers left out."""
-    wrong, last = list[int](), dict[tuple[str, ...], list[int]]()  # of names alike
-    for i, image in enumerate(images):
-        parts = re.split("([0-9]+)", image.filename)
-        text, count = tuple(parts[::2]), [*map(int, parts[1::2])]
-        if last.get(text, count) > count:
-            wrong.append(i)
+def _miscounted(images: Iterable[RawImage]) -> list[int]:
+    """Finds names that sort otherwise than they count, or that follow missing numbers."""
+    unsorted, gaps, last = list[int](), dict[int, int](), dict[str, list[int]]()
+    for i, image in enumerate(images, start=1):
+        text = NUMBER.sub("#", image.filename)
+        count = [*map(int, NUMBER.findall(image.filename))]
+        before = last.get(text, count)
         last[text] = count
-    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
-    if len({match and match.group(1, 3) for match in matches}) == 1:  # named alike
-        numbers = [int(match[2]) for match in matches if match]
-        num_missing = max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
-        if 0 < num_missing < len(numbers):  # else they do not count the images
-            wrong += [i for i, n in enumerate(numbers) if n != numbers[0] + i]
-    if wrong:
-        where = f"line {wrong[0] + 1:,} of {path} is for {images[wrong[0]].filename}"
-        yield f"The numbers in names do not follow one another: {where}."
+        if count < before:
+            unsorted.append(i)
+        elif count[:-1] == before[:-1] and sum(count) > sum(before) + 1:
+            gaps[i] = sum(count) - sum(before) - 1
+    # With more numbers left out than there are images, they do not count these.
+    return unsorted or [*gaps] * (sum(gaps.values()) < i)
 
 
-def _check_agreement(
-    images: Sequence[RawImage], said_by: Mapping[str, Sequence[str]], is_by_order: bool
-) -> list[str]:
-    """Refuses what contradicts the synsets by 2 and 4 of the rule; else warns of it."""
-    slips, meant = list[str](), list[str]()
-    for by, said in said_by.items():
-        wrong = [i for i, im in enumerate(images) if said[i] not in ("", im.synset)]
-        if not wrong:
-            continue
-        i = wrong[0]
-        decisive = next(first for first in said_by if said_by[first][i])
-        problem = (
-            f"The {decisive} and the {by} of {len(wrong):,} of "
-            f"{_count(len(images), 'validation image')} disagree: image {i + 1:,}, "
-            f"{images[i].path}, is {images[i].synset} by {decisive}, {said[i]} by {by}."
-        )
-        # The line precedes another only if its file has two columns.
-        if decisive == "line" or 2 * len(wrong) >= len(images):
-            meant.append(f"{problem} The {decisive} decides.")
+def _check_agreement(said: Said, problems: list[str], warnings: list[str]) -> None:
+    """Tells slips from what is meant, by 2, 3 and 5 of the rule."""
+    wrong = collections.defaultdict(list)  # by what decides and what contradicts it
+    for i, (image, says) in enumerate(said.items(), start=1):
+        decisive, *others = says
+        for by in others:
+            if says[by] != says[decisive]:
+                found = f"{says[decisive]} by {decisive}, {says[by]} by {by}"
+                wrong[decisive, by].append(f"image {i:,}, {image.path}, is {found}")
+    for (decisive, by), those in wrong.items():
+        among = f"{len(those):,} of {_count(len(said), 'validation image')}"
+        problem = f"The {decisive} and the {by} of {among} disagree: {those[0]}."
+        if decisive == "row" or 2 * len(those) >= len(said):
+            warnings.append(f"{problem} The {decisive} decides.")
         else:
-            slips.append(f"{problem} Correct it.")
-    if _differ_from_imagenets(images):
-        are_its = all(_number(image) is not None for image in images)
-        what = "" if are_its else "numbered like "
+            problems.append(f"{problem} Correct it. {TWO_COLUMNS}")
+
+
+def _check_imagenets(said: Said, problems: list[str], warnings: list[str]) -> None:
+    """Compares all of ImageNet's validation images with its labels, by 4 of the rule."""
+    decided = {image: next(iter(says.items())) for image, says in said.items()}
+    synset_of = {_number(i, LAST_NUMBER): synset for i, (_, synset) in decided.items()}
+    synsets = [synset_of.get(number, "") for number in range(1, len(said) + 1)]
+    if (
+        len(said) == IMAGENET_SIZES["validation"][0]
+        and has_digest(sorted({*synsets}), SYNSETS_DIGEST)
+        and not has_digest(synsets, VALIDATION_DIGEST)
+    ):
+        is_sure = "line" in dict(decided.values()) and None not in map(_number, said)
         problem = (
-            f"These are {what}ImageNet's validation images and classes, not its labels."
+            "Validation images have ImageNet's numbers and classes, not its labels."
         )
-        (slips if is_by_order and are_its else meant).append(problem)
-    if slips:
-        raise InvalidInputError(*(f"{slip} {TWO_COLUMNS}" for slip in slips))
-    return meant
-
-
-def _differ_from_imagenets(images: Sequence[RawImage]) -> bool:
-    """Whether all of ImageNet's validation images and classes are there, mislabeled."""
-    matches = [NUMBERED_NAME.fullmatch(image.filename) for image in images]
-    numbers = [int(match[2]) if match else 0 for match in matches]
-    if sorted(numbers) != [*range(1, IMAGENET_SIZES["validation"][0] + 1)]:
-        return False
-    synsets = [image.synset for _, image in sorted(zip(numbers, images))]
-    is_imagenet = has_digest(sorted(set(synsets)), SYNSETS_DIGEST)
-    return is_imagenet and not has_digest(synsets, VALIDATION_DIGEST)
+        (problems if is_sure else warnings).append(
+            f"{problem} {TWO_COLUMNS}" if is_sure else problem
+        )
 
 
 def has_digest(synsets: Iterable[str], digest: str) -> bool:
@@ -1295,11 +1249,11 @@ def class_problems(
     """Describes classes that must be wrong: each would move the labels behind it."""
     if not (trained and validated):
         return  # what could not be listed is refused already
-    misnamed = _named_unlike_most(trained, trained | validated)
+    usual = _usual(trained)
+    misnamed = {name for name in trained | validated if not usual.fullmatch(name)}
     if stray := sorted(misnamed & trained - validated):
-        rule = f"Classes must be named like {min(trained - misnamed)}, as most are"
-        remedy = f"or have validation images; move these out of {directory}"
-        yield f"{rule}, {remedy}: {_some(stray)}."
+        rule = f"Most classes are named like {min(trained - misnamed)}"
+        yield f"{rule}; move others out of {directory}: {_some(stray)}."
     unknown = validated - trained
     # With part of ImageNet, or of the training images, some classes may have none.
     is_part = trained & validated and len(trained) != IMAGENET_CLASSES
@@ -1309,15 +1263,15 @@ def class_problems(
         rule = "Validation images must be of the classes of the training images"
         odd = [name if name.isascii() else ascii(name) for name in sorted(unknown)]
         found = f"such as {_some(sorted(trained))}; found {_some(odd)}"
-        yield f"{rule}, {found}. README, step 2, says what decides a class."
+        yield f"{rule}, {found}. {WHAT_DECIDES}"
 
 
-def _named_unlike_most(usual: AbstractSet[str], names: AbstractSet[str]) -> set[str]:
-    """Picks the names that are no synsets, or numbers, though most of `usual` are."""
-    for pattern in (SYNSET, NUMBER):
-        if 2 * len([*filter(pattern.fullmatch, usual)]) > len(usual):
-            return {name for name in names if not pattern.fullmatch(name)}
-    return set()
+def _usual(names: AbstractSet[str]) -> re.Pattern[str]:
+    """The pattern of most names: of synsets, of numbers, or of anything."""
+    for pattern in SYNSET, NUMBER:
+        if 2 * len([*filter(pattern.fullmatch, names)]) > len(names):
+            return pattern
+    return ANYTHING
 
 
 def warnings_about(
@@ -1330,10 +1284,10 @@ def warnings_about(
         found = f"{_count(len(empty), 'image')} of zero bytes or without a file"
         yield f"{found}, such as {empty[0]}: no shard with one will be written."
     yield from dataset.warnings
-    # Nearly all begin with the synset and hold no other n: these are passed over fast.
     training = dataset.training
+    # Nearly all begin with the synset and hold no other n: these are passed over fast.
     unusual = [i for i in training if i.name[:9] != i.synset or "n" in i.name[9:]]
-    if wrong := [i for i in unusual if _synset_in(i.filename) not in ("", i.synset)]:
+    if wrong := [i for i in unusual if {*SYNSET.findall(i.filename)} - {i.synset}]:
         among = f"{len(wrong):,} of {_count(len(training), 'training image')}"
         where = f"{wrong[0].path}, in {wrong[0].synset}"
         yield f"The directory decides against the name of {among}, such as {where}."
@@ -1348,29 +1302,24 @@ def warnings_about(
 
 def _class_warnings(dataset: Dataset) -> Iterator[str]:
     """Warns of labels that are not what they seem to be, and of classes of one split."""
-    synsets = dataset.synsets
-    num_usual = len([*filter(SYNSET.fullmatch, synsets)])
-    is_large = len(synsets) >= 900 and 2 * num_usual > len(synsets)
-    if is_large and not has_digest(synsets, SYNSETS_DIGEST):
-        yield (
-            f"The {_count(len(synsets), 'class')} are not the {IMAGENET_CLASSES:,} "
-            "of ImageNet-1k: labels differ from those of models trained on it."
-        )
-    trained = dataset.trained
+    synsets, labels, trained = dataset.synsets, dataset.labels, dataset.trained
     validated = {image.synset for image in dataset.validation}
-    if odd := sorted(_named_unlike_most({*synsets}, trained & validated)):
+    usual = _usual({*synsets})
+    is_large = usual is SYNSET and len(synsets) >= 900
+    if is_large and not has_digest(synsets, SYNSETS_DIGEST):
+        found = f"The {_count(len(synsets), 'class')} are not the 1,000 of ImageNet-1k"
+        yield f"{found}: labels differ from those of models trained on it."
+    if odd := [s for s in sorted(trained & validated) if not usual.fullmatch(s)]:
         yield f"Classes that are named unlike most others count, too: {_some(odd)}."
-    labels = dataset.labels
-    if all(map(NUMBER.fullmatch, synsets)):
-        name = max(synsets, key=lambda name: abs(int(name) - labels[name]))
-        if int(name) != labels[name]:
-            found = f"class {name} has label {labels[name]:,}"
-            yield f"Labels are ranks of names as text: {found}."
-    only = {"training": trained - validated, "validation": validated - trained}
-    if 3 * len(validated) < 2 * len(trained):
-        del only["training"]  # with validation images of few classes: a trial
+    wrong = [s for s in synsets if NUMBER.fullmatch(s) and int(s) != labels[s]]
+    if wrong and usual is NUMBER:
+        found = f"class {wrong[-1]} has label {labels[wrong[-1]]:,}"
+        yield f"Labels are ranks of names as text: {found}."
+    only = {"validation": validated - trained}
+    if 3 * len(validated) >= 2 * len(trained):  # else it is a trial
+        only["training"] = trained - validated
     for split, those in only.items():
-        if lone := [f"{s} (label {labels[s]})" for s in sorted(those, key=os.fsencode)]:
+        if lone := [f"{s} (label {labels[s]})" for s in synsets if s in those]:
             among = f"{len(lone):,} of {_count(len(synsets), 'synset')}"
             yield f"There are only {split} images of {among}: {_some(lone)}."
 

@@ -153,7 +153,8 @@ def test_labels_are_refused(
 
 
 TWO_COLUMNS = (
-    "To have synset_labels.txt decide, give it two columns: file name, synset."
+    "To have synset_labels.txt decide, give it two columns: file name, synset; to have "
+    "directories and names decide, remove it."
 )
 NO_TRAIN = "and no ILSVRC2012_img_train.tar beside it. Found"
 NO_VALIDATION = "No directory RAW/validation, and no ILSVRC2012_img_val.tar beside it."
@@ -162,7 +163,6 @@ NO_IMAGES = "No images match RAW/train/<synset>/*.JPEG."
 SEVERAL = "n01440764, n01440801, n01440838 and"
 UNKNOWN = "Validation images must be of the classes of the training images, such as "
 HINT = "README, step 2, says what decides a class."
-LINE_I = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
 CLASS = "Class n01440838 must be a directory of *.JPEG or a *.tar"
@@ -171,7 +171,7 @@ READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, say
 REFUSALS = {
     **{
         f"rm synset_labels.txt; {command}": (
-            f"Cannot read RAW/synset_labels.txt: {reason}. {LINE_I}"
+            f"Cannot read RAW/synset_labels.txt: {reason}. {HINT}"
         )
         for command, reason in (
             ("", "No such file or directory"),
@@ -180,21 +180,22 @@ REFUSALS = {
         )
     },
     "printf '\\xff\\xfen\\0' >synset_labels.txt": (  # as PowerShell's `>` writes
-        f"RAW/synset_labels.txt is not text in UTF-8. {LINE_I}"
+        f"RAW/synset_labels.txt is not text in UTF-8. {HINT}"
     ),
     **{
         command: (
-            f"RAW/synset_labels.txt has {labels} for {images} validation images; line i "
-            f"must be of number i{other}. {TWO_COLUMNS}"
+            f"RAW/synset_labels.txt has {labels} for {images} validation images; line "
+            f"{line}, is for ILSVRC2012_val_00000001.JPEG. Lines, images or leading zeros "
+            f"may be missing. {TWO_COLUMNS}"
         )
-        for command, labels, images, other in (
-            (": >synset_labels.txt", "0 lines", "4", ""),
-            ("seq 3 >synset_labels.txt", "3 lines", "4", ""),
+        for command, labels, images, line in (
+            (": >synset_labels.txt", "0 lines", "4", "1, ''"),
+            ("seq 3 >synset_labels.txt", "3 lines", "4", "1, '1'"),
             (
                 "seq 1 >s*; touch validation/{5..1001}.JPEG",
                 "1 line",
                 "1,001",
-                ", but image 998 is ILSVRC2012_val_00000001.JPEG",
+                "998, ''",
             ),
         )
     },
