@@ -1066,7 +1066,7 @@ def assign_synsets(
     _check_names(said, problems, warnings)
     if not images or not all(said.values()) or os.path.lexists(labels_path):
         with _collecting(problems):
-            _add_file(said, labels_path, problems, warnings)
+            _add_lines(said, labels_path, problems, warnings)
     if not problems:
         _check_agreement(said, problems, warnings)
         _check_imagenets(said, problems, warnings)
@@ -1092,7 +1092,7 @@ def _check_names(said: Said, problems: list[str], warnings: list[str]) -> None:
     for image in said:
         first = first_of.setdefault(_number(image), image)
         if first is not image and _number(image) is not None:
-            is_double = {*said[first].values()} == {*said[image].values()}
+            is_double = [*said[first].values()][:1] == [*said[image].values()][:1]
             (double if is_double else wrong).append(f"{first.path} and {image.path}")
     if wrong:
         problems.append(f"The same image is in two classes: {_some(wrong, 1)}.")
@@ -1106,7 +1106,7 @@ def _number(image: RawImage, pattern: re.Pattern[str] = IMAGENET_NUMBER) -> int 
     return int(match[1]) if match else None
 
 
-def _add_file(said: Said, path: str, problems: list[str], warnings: list[str]) -> None:
+def _add_lines(said: Said, path: str, problems: list[str], warnings: list[str]) -> None:
     """Adds what the label file says: first if it names the images, else last."""
     label_file = read_label_file(path)
     is_needed, images = not all(said.values()), _count(len(said), "validation image")
@@ -1118,14 +1118,12 @@ def _add_file(said: Said, path: str, problems: list[str], warnings: list[str]) -
             among = f"{len(missing):,} of {images}"
             problems.append(f"{path} has no line of {among}: {found}. {WHAT_DECIDES}")
     elif said and (label_file or is_needed):
-        certain = [
-            i for i, im in enumerate(said, start=1) if _number(im) not in (None, i)
-        ]
-        wrong = certain or _miscounted(said)
+        sure = [i for i, im in enumerate(said, start=1) if _number(im) not in (None, i)]
+        wrong = sure or _miscounted(said)
         is_misfit = len(label_file) != len(said)
         if is_misfit or (is_needed and wrong):
             i = wrong[0] if wrong else 1
-            (problems if is_misfit or certain else warnings).append(
+            (problems if is_misfit or sure else warnings).append(
                 f"{path} has {_count(len(label_file), 'line')} for {images}; line {i:,}, "
                 f"{''.join(label_file[i - 1 : i])!r}, is for {[*said][i - 1].filename}. "
                 f"Lines, images or leading zeros may be missing. {TWO_COLUMNS}"
@@ -1156,9 +1154,8 @@ def _stem_and_synset(line: str) -> tuple[str, str]:
         return _stem(match[1]), match[2]  # words of the class may follow
     for delimiter in r"[ ,]*\t[\t ,]*", " *, *", r"\s+":
         name, *columns = re.split(delimiter, line)
-        if columns:
-            synset = SYNSET.match(columns[0])  # Kaggle's are followed by boxes
-            return _stem(name), synset[0] if synset else columns[0]
+        if columns:  # Kaggle's synsets are followed by boxes
+            return _stem(name), re.sub("^(n[0-9]{8})[ ,].*", r"\1", columns[0])
     return "", line
 
 
@@ -1189,16 +1186,17 @@ def _miscounted(images: Iterable[RawImage]) -> list[int]:
     """Finds names that sort otherwise than they count, or that follow missing numbers."""
     unsorted, gaps, last = list[int](), dict[int, int](), dict[str, list[int]]()
     for i, image in enumerate(images, start=1):
-        text = NUMBER.sub("#", image.filename)
-        count = [*map(int, NUMBER.findall(image.filename))]
+        name = re.sub("_n[0-9]{8}", "", image.filename)
+        text, count = NUMBER.sub("#", name), [*map(int, NUMBER.findall(name))]
         before = last.get(text, count)
         last[text] = count
         if count < before:
             unsorted.append(i)
         elif count[:-1] == before[:-1] and sum(count) > sum(before) + 1:
             gaps[i] = sum(count) - sum(before) - 1
-    # With more numbers left out than there are images, they do not count these.
-    return unsorted or [*gaps] * (sum(gaps.values()) < i)
+    # Names of several kinds, or with most numbers left out, do not count the images.
+    is_counted = len(last) == 1 and sum(gaps.values()) < i
+    return unsorted or [*gaps] * is_counted
 
 
 def _check_agreement(said: Said, problems: list[str], warnings: list[str]) -> None:
@@ -1224,18 +1222,17 @@ def _check_imagenets(said: Said, problems: list[str], warnings: list[str]) -> No
     decided = {image: next(iter(says.items())) for image, says in said.items()}
     synset_of = {_number(i, LAST_NUMBER): synset for i, (_, synset) in decided.items()}
     synsets = [synset_of.get(number, "") for number in range(1, len(said) + 1)]
-    if (
-        len(said) == IMAGENET_SIZES["validation"][0]
-        and has_digest(sorted({*synsets}), SYNSETS_DIGEST)
-        and not has_digest(synsets, VALIDATION_DIGEST)
-    ):
-        is_sure = "line" in dict(decided.values()) and None not in map(_number, said)
+    is_whole = len(said) == IMAGENET_SIZES["validation"][0]
+    is_imagenet = is_whole and has_digest(sorted({*synsets}), SYNSETS_DIGEST)
+    if is_imagenet and not has_digest(synsets, VALIDATION_DIGEST):
         problem = (
             "Validation images have ImageNet's numbers and classes, not its labels."
         )
-        (problems if is_sure else warnings).append(
-            f"{problem} {TWO_COLUMNS}" if is_sure else problem
-        )
+        by_line = "line" in {by for by, _ in decided.values()}
+        if by_line and None not in map(_number, said):
+            problems.append(f"{problem} {TWO_COLUMNS}")
+        else:
+            warnings.append(problem)
 
 
 def has_digest(synsets: Iterable[str], digest: str) -> bool:
