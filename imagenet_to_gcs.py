@@ -1077,7 +1077,8 @@ def assign_synsets(
 
 
 def _said_by_itself(image: RawImage) -> dict[str, str]:
-    """What directory and name say; a name of several synsets, which is wrong, all."""
+    """What an image's directory and name say; empty if neither does."""
+    # Several synsets in a name are wrong; all of them together equal no other.
     name = " and ".join(sorted({*SYNSET.findall(image.filename)}))
     said = {"directory": image.synset, "name": name}
     return {by: synset for by, synset in said.items() if synset}
@@ -1101,7 +1102,7 @@ def _check_names(said: Said, problems: list[str], warnings: list[str]) -> None:
 
 
 def _number(image: RawImage, pattern: re.Pattern[str] = IMAGENET_NUMBER) -> int | None:
-    """The number in ImageNet's name of a validation image, or of a copy of it."""
+    """The number in a name, by default in ImageNet's own of a validation image."""
     match = pattern.search(image.filename)
     return int(match[1]) if match else None
 
@@ -1118,6 +1119,7 @@ def _add_lines(said: Said, path: str, problems: list[str], warnings: list[str]) 
             among = f"{len(missing):,} of {images}"
             problems.append(f"{path} has no line of {among}: {found}. {WHAT_DECIDES}")
     elif said and (label_file or is_needed):
+        # ImageNet's numbers are certain to be those of lines; others only seem to be.
         sure = [i for i, im in enumerate(said, start=1) if _number(im) not in (None, i)]
         wrong = sure or _miscounted(said)
         is_misfit = len(label_file) != len(said)
@@ -1148,7 +1150,7 @@ def read_label_file(path: str) -> list[str] | dict[str, str]:
 
 
 def _stem_and_synset(line: str) -> tuple[str, str]:
-    """Splits a line at tabs, commas or blanks; in a single column there is no name."""
+    """Splits a line at tabs, commas or blanks; the stem of a single column is empty."""
     line = line.replace('"', "").strip(" \t,")
     if match := re.match(r"(\S+?),?\s+(n[0-9]{8})(?![^\s,])", line):
         return _stem(match[1]), match[2]  # words of the class may follow
@@ -1160,6 +1162,7 @@ def _stem_and_synset(line: str) -> tuple[str, str]:
 
 
 def _stem(path: str) -> str:
+    """What a name has in common with that in a label file: `ILSVRC2012_val_00000293`."""
     return STEM_END.sub("", os.path.basename(path))
 
 

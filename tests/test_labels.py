@@ -292,6 +292,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "sort -r *.txt >x; mv x *.txt": (LINES, []),
     "iconv -t utf-8 *.txt >x; printf '\\r\\n\\n' >>x; mv x *.txt": (LINES, []),
     f"{HUGGING_FACE} rm ../*.txt": (LINES, []),
+    f"{HUGGING_FACE} mv *1_n* {V[1]}; mv *4_n* {V[4]}": (LINES, []),
     f"{INTO_FOLDERS} rm ../*.txt": (LINES, []),
     INTO_FOLDERS: (LINES, []),
     f"{HUGGING_FACE} sort -r ../*.txt >x; mv x ../*.txt": (
