@@ -661,8 +661,8 @@ ARCHIVE = r"\.(7z|rar|tar\.(bz2|gz|lz4?|xz|zst?)|tbz2?|tgz|txz|zip)"
 COPY = r"(~| +|\.(\d+|crdownload|part))?$"  # such as half of a download
 # Files that seem to hold images, but are not read
 UNREAD = re.compile(f"(?i)({OTHER_IMAGE}|{ARCHIVE}){COPY}")
-# A class in a path: a directory, or packed otherwise than as a *.tar
-CLASS = re.compile(f"/(n[0-9]{{8}})(/|(?i:[.]tar|{ARCHIVE}){COPY}|$)")
+# A class that is neither a directory nor a *.tar
+PACKED_CLASS = re.compile(f"/(n[0-9]{{8}})((?i:[.]tar|{ARCHIVE}){COPY}|$)")
 # Paths of what operating systems and network disks leave: passed over
 HIDDEN = re.compile(
     r"(?is)(?:.*/)?(?:\.|(?:#recycle|#snapshot|\$recycle\.bin|@__thumb|@eadir|@recycle"
@@ -812,7 +812,7 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     _check_extracted(images, class_tars + ([] if is_complete else whole_tar))
     classes = {image.synset for image in images}
     for path in sorted(others):
-        match = CLASS.search(path, len(raw_data_dir))
+        match = PACKED_CLASS.search(path)
         if match and not classes & {match[1], ""}:
             rule = f"Class {match[1]} must be a directory of *{IMAGE_SUFFIX} or a *.tar"
             raise InvalidInputError(f"{rule}; found {path}.")
@@ -823,16 +823,13 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
 def _find_classes(
     raw_data_dir: str, split: str
 ) -> tuple[list[Directory], list[Tar], list[str]]:
-    """Finds class directories, class tars, and the paths of other files.
-
-    A directory that holds validation images itself is the only one, without a class.
-    """
+    """Finds class directories, class tars, and the paths of other files."""
     directories, class_tars, others = list[Directory](), list[Tar](), list[str]()
     directory = os.path.join(raw_data_dir, split)
     for entry in _visible(directory) if os.path.lexists(directory) else []:
         name, path = entry.name, entry.path
         if name.endswith(IMAGE_SUFFIX) and split == VALIDATION_DIRECTORY:
-            return [Directory(directory)], [], []
+            return [Directory(directory)], [], []  # of no class
         if os.path.isdir(path) or not os.path.exists(path):  # listing it says why
             directories.append(Directory(path, name))
         elif name.endswith(".tar") and not name.startswith("ILSVRC"):
@@ -949,16 +946,21 @@ class Tar:
                 where = offset, offset + size, fingerprint
                 class_tars.append(Tar(self.path, self.synset or name[:-4], *where))
             else:
-                beside.append(f"{self.place}/{path}")
+                beside.append(path)
         if not patterns:
             raise _no_images(self.place, beside)
+        classes = {image.synset for image in images}
+        for path in beside:
+            synset, pattern = class_of(os.path.dirname(path))
+            if pattern in patterns and synset not in classes:
+                patterns.add(path)  # in a class directory without images
         if len(patterns) > 1:
             raise InvalidInputError(
                 "A tar must hold one directory of images, class directories side by "
                 f"side, or class tars; {self.place} holds {_some(sorted(patterns))}. "
                 "Extract it."
             )
-        others += beside
+        others += [f"{self.place}/{path}" for path in beside]
         return _by_name(images) + list_all(class_tars, others)
 
     def _class_of(self, directory: str) -> tuple[str, str]:

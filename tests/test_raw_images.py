@@ -166,6 +166,10 @@ HINT = "README, step 2, says what decides a class."
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
 CLASS = "Class n01440838 must be a directory of *.JPEG or a *.tar"
+ONE_KIND = (
+    "A tar must hold one directory of images, class directories side by side, or class "
+    "tars;"
+)
 READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
 
 REFUSALS = {
@@ -259,7 +263,8 @@ REFUSALS = {
     ),
     "cd train; rm n01440838/*; touch n01440838/x.txt; "
     "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
-        f"{CLASS}; found RAW/ILSVRC2012_img_train.tar/n01440838/x.txt."
+        f"{ONE_KIND} RAW/ILSVRC2012_img_train.tar holds */*.JPEG, n01440838/x.txt. "
+        "Extract it."
     ),
     "rm -r validation; ln -s nothing ILSVRC2012_img_val.tar": (
         "Cannot list the tar RAW/ILSVRC2012_img_val.tar: No such file or directory."
@@ -313,7 +318,8 @@ REFUSALS = {
     ),
     "cd train; for i in n01440838/*; do mv $i ${i%JPEG}jpg; done; "
     "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
-        f"{CLASS}; found RAW/ILSVRC2012_img_train.tar/n01440838/n01440838_1.jpg."
+        f"{ONE_KIND} RAW/ILSVRC2012_img_train.tar holds */*.JPEG, "
+        "n01440838/n01440838_1.jpg, n01440838/n01440838_2.jpg and 1 more. Extract it."
     ),
     "cd train; rm */*; touch {a,b}.txt; "
     "tar -cf ../ILSVRC2012_img_train.tar *.txt; rm -r ../train": (

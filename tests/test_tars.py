@@ -480,7 +480,7 @@ IN_FOLDERS: dict[str, dict[str, str]] = {
         for name in ("val", "validation", "train", "ILSVRC2012_img_val")
     },
     "other folders": {"a/1.JPEG": "a", "@eaDir/x/1.JPEG": "-", "__MACOSX/1.JPEG": "-"},
-    "other files": {"a/1.JPEG": "a", "docs/readme.txt": "-", "x": "-"},
+    "other files": {"a/1.JPEG": "a", "a/more/1.jpg": "-", "readme.txt": "-"},
 }
 
 
@@ -514,6 +514,8 @@ def test_class_is_that_of_its_tar_whatever_the_folder(path: Path) -> None:
         ("", ["train/a/1.JPEG", "val/a/2.JPEG"], "train/*/*.JPEG, val/*/*.JPEG"),
         ("", ["train/n1.tar", "train/n1/1.JPEG"], "train/*.tar, train/*/*.JPEG"),
         ("", ["x/n1.tar", "y/n1.tar"], "x/*.tar, y/*.tar"),
+        ("", ["a/1.JPEG", "docs/readme.txt"], "*/*.JPEG, docs/readme.txt"),
+        ("", ["x/cat/1.JPEG", "x/dog/1.jpg"], "x/*/*.JPEG, x/dog/1.jpg"),
         ("n1", ["1.JPEG", "a/2.JPEG"], "*.JPEG, a/*.JPEG"),
         ("n1", ["n1/1.JPEG", "n2/2.JPEG"], "n1/*.JPEG, n2/*.JPEG"),
     ],
