@@ -186,8 +186,8 @@ INHERITED_FLAGS = """
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Fix this and rerun the same command."
 TOO_MANY_THREADS = (
-    "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it, or "
-    "rerun the same command with fewer --num_workers."
+    "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it or, "
+    "if the run has several workers, rerun it with fewer --num_workers."
 )
 DISK_FAILS = "The disk fails or is gone"
 DISK_ERRORS = (
@@ -290,8 +290,8 @@ def open_regular(path: str) -> int:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Opens a regular file for unbuffered reading."""
-    return open(open_regular(path), "rb", buffering=0)
+    """Opens a regular file for reading."""
+    return open(open_regular(path), "rb")
 
 
 def _count(number: int, noun: str) -> str:
@@ -1443,18 +1443,18 @@ class OpenImage(NamedTuple):
     """An image that the disk is already fetching, or the error that prevents it."""
 
     image: RawImage
-    file: int | OSError  # the file's descriptor, at the image's first byte
+    file: BinaryIO | OSError  # at the image's first byte
 
     @classmethod
     def of(cls, image: RawImage) -> OpenImage:
         try:
-            file = open_regular(image.path if image.offset is None else image.source)
+            file = open_file(image.path if image.offset is None else image.source)
         except OSError as error:
             return cls(image, error)
         offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0 means "all"
-        os.lseek(file, offset, os.SEEK_SET)
+        file.seek(offset)
         with contextlib.suppress(OSError):  # not everywhere possible
-            os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.fileno(), offset, num_bytes, os.POSIX_FADV_WILLNEED)
         return cls(image, file)
 
     def read(self) -> bytes:
@@ -1462,9 +1462,9 @@ class OpenImage(NamedTuple):
         image, file = self
         if isinstance(file, OSError):
             raise file
-        with open(file, "rb") as opened:
-            data = opened.read(image.num_bytes)
-            status = os.fstat(file)
+        with file:
+            data = file.read(image.num_bytes)
+            status = os.fstat(file.fileno())
         is_file = image.offset is None
         now = file_fingerprint(status) if is_file else tar_fingerprint(status)
         has_grown = is_file and status.st_size > image.num_bytes
@@ -1477,7 +1477,7 @@ def prefetch(images: Iterable[RawImage]) -> None:
     """Makes the disk fetch images that will be opened again to be read."""
     for _, file in map(OpenImage.of, images):
         if not isinstance(file, OSError):
-            os.close(file)
+            file.close()
 
 
 def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
@@ -1624,12 +1624,13 @@ def read_skeleton(data: bytes) -> tuple[bytes, int, int, int]:
 
 def _check_values(height: int, width: int, num_components: int = 3) -> None:
     """Refuses, as a full decode does, sizes that would take gigabytes to decode."""
-    declared = f"its header declares {width:,} x {height:,} pixels"
-    if max(height, width) > _MAX_SIDE:
-        raise _ImageError(f"{declared}; no side may have more than {_MAX_SIDE:,}")
-    if not 0 < height * width * num_components < _MAX_VALUES:
-        product = f"the product must be from 1 to {_MAX_VALUES - 1:,}"
-        raise _ImageError(f"{declared} of {num_components} components; {product}")
+    num_values = height * width * num_components
+    if max(height, width) > _MAX_SIDE or not 0 < num_values < _MAX_VALUES:
+        declared = (
+            f"its header declares {width:,} x {height:,} x {num_components} values"
+        )
+        most = f"at most {_MAX_SIDE:,} a side and {_MAX_VALUES - 1:,} in all"
+        raise _ImageError(f"{declared}; there must be some, {most}")
 
 
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
@@ -1906,19 +1907,12 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # 8. Processes that write shards, and the line that says how far they are
 
 
-# The run starts a helper, which imports TensorFlow, forks the workers and waits:
-#
-#                         the run      the helper   a worker
-#   stdin                 holds open   waits        waits
-#   stderr                reads        writes       writes
-#   a socket per worker   one end                   the other end
-#
-# Nothing is ever written to that stdin. The run closes it to end the processes, as the
-# system does if the run is killed: a thread in each of them sees that and exits.
-#
-# When a worker dies, its socket closes, and so the thread that awaits its answer learns
-# of it. The helper then dies of the same signal, or with the same exit status, from
-# which the run knows the cause. If the helper alone is killed, the workers go on.
+# The run starts a helper, which imports TensorFlow, forks the workers and waits. All of
+# them exit when their stdin ends, to which nothing is ever written: the run closes it,
+# or the system does if the run is killed. Calls and answers go over a socket for each
+# worker. When a worker dies, its socket closes, and the helper dies of the same signal,
+# or with the same exit status: from that, and from the last words on stderr, the run
+# tells the cause. If the helper alone is killed, the workers go on.
 
 LAST_WORDS_BYTES = 2**16
 # Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
@@ -1934,17 +1928,11 @@ class Pool:
     """Processes that make calls for the threads of the run, one at a time each."""
 
     def __init__(self, num_workers: int):
-        if not os.path.exists(__file__):
-            raise InvalidInputError(f"The script must be a file; found {__file__}.")
         self.stopping = threading.Event()  # set when the run fails: no more calls
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # sockets, as files
         self._words = b"\n"  # the last that the processes wrote to stderr
-        with trying_to("start", "a process"):
-            pairs = [socket.socketpair() for _ in range(num_workers)]
-            try:
-                self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
-            except BlockingIOError as error:
-                raise MachineError(TOO_MANY_THREADS) from error
+        pairs = [socket.socketpair() for _ in range(num_workers)]
+        self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
         for ours, theirs in pairs:
             self._idle.put(ours.makefile("rwb"))
             theirs.close()
@@ -1955,9 +1943,7 @@ class Pool:
         """Ends all processes; calls that are under way raise an error."""
         self._helper.stdin.close()
         self._helper.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a disk holds it
-            self._helper.wait(timeout=5)
-        self._listener.join(timeout=1)  # longer only if a disk holds a worker
+        self._listener.join(timeout=1)  # longer only if a disk holds a process
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the next worker that is idle."""
@@ -1969,7 +1955,10 @@ class Pool:
             connection.flush()
             answer = pickle.load(connection)
         except (EOFError, ConnectionError, pickle.UnpicklingError):
-            raise self._death() from None
+            time.sleep(0.2)  # a signal to the whole run may still be on its way
+            status = self._helper.wait()  # it dies of the same
+            self.close()
+            answer = MachineError(_cause_of_death(status, self._words))
         finally:
             self._idle.put(connection)
         if isinstance(answer, BaseException):
@@ -1977,19 +1966,12 @@ class Pool:
         return answer
 
     def _listen(self) -> None:
-        """Keeps the last of what the helper and the workers write to stderr."""
+        """Keeps the last of what the processes write to stderr, until all have ended."""
         with self._helper.stderr as stderr:
             while piece := os.read(stderr.fileno(), 2**16):
                 self._words = (self._words + piece)[-LAST_WORDS_BYTES:]
                 time.sleep(0.05)  # else each image would wake this thread
-
-    def _death(self) -> MachineError:
-        """Ends the processes, and says what the first of them died of."""
-        time.sleep(0.2)  # a signal to the whole run may still be on its way
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a disk holds it
-            self._helper.wait(timeout=5)
-        self.close()
-        return MachineError(_cause_of_death(self._helper.returncode or 0, self._words))
+        self._helper.wait()
 
 
 def _start_helper(sockets: list[int]) -> Any:
@@ -2068,9 +2050,8 @@ def _cause_of_death(status: int, words: bytes) -> str:
     _, *lines = text.splitlines()  # the first may be cut
     lines = [line for line in lines if not NOISE.match(line)]
     errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
-    name = signal.Signals(-status).name if status < 0 else ""
-    said = ": ".join(filter(None, (name, *(errors or lines)[-1:]))).rstrip(".")
-    cause = said or f"exit status {status}"
+    said = [line.rstrip(".") for line in (errors or lines)[-1:]]
+    name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     used = resource.getrusage(resource.RUSAGE_CHILDREN)  # by those that have ended
     is_over = 0 < resource.getrlimit(resource.RLIMIT_CPU)[1] < sum(used[:2]) + 1
     killed = "A worker process was killed, most likely because"
@@ -2082,10 +2063,10 @@ def _cause_of_death(status: int, words: bytes) -> str:
     if TOO_MANY.search(text):
         return TOO_MANY_THREADS
     if status == IMPORT_FAILED:
-        return f"TensorFlow cannot be imported: {cause}. Run: {INSTALL}."
+        return f"TensorFlow cannot be imported: {': '.join(said)}. Run: {INSTALL}."
     if name == "SIGILL":
-        cause += ", as if TensorFlow were built for another processor"
-    return f"A worker process died: {cause}. {FIX_AND_RERUN}"
+        name += ", as if TensorFlow were built for another processor"
+    return f"A worker process died: {': '.join([name, *said])}. {FIX_AND_RERUN}"
 
 
 LOG_SECONDS = 10.0
@@ -3050,6 +3031,7 @@ def _complete(job: Job, written: Sequence[Shard]) -> None:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
 HELP = re.compile(r"--?(h|\?|help(short|full|xml)?)(=.*)?")
+TOO_LONG = re.compile(rb"(?s)[^/]{256}|.{3901}")  # and .{4096} for the system
 NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # U+DC80-U+DCFF are bytes
 
 
@@ -3074,11 +3056,10 @@ class Options:
 
     def __post_init__(self) -> None:
         check_arguments(**vars(self))
-        checks = itertools.chain(self._directory_checks(), self._checks())
-        problems = [problem for holds, problem in checks if not holds]
-        if self.gcs_upload and self.gcs_output_path:
-            with _collecting(problems):
-                GcsPath.parse(self.gcs_output_path)
+        problems = [problem for holds, problem in self._checks() if not holds]
+        with _collecting(problems):
+            if self.gcs_upload:
+                GcsPath.parse(self.gcs_output_path or "")
         if problems:
             raise InvalidInputError(*problems)
 
@@ -3110,61 +3091,59 @@ class Options:
 
     def _checks(self) -> Iterator[tuple[object, str]]:
         """Pairs what must hold with what to say if it does not."""
-        local, instead = not self.gcs_upload, "for the upload (or pass --nogcs_upload)"
-        yield self.gcs_project or local, f"--project must be given {instead}."
-        path = "--gcs_output_path=gs://bucket/directory"
-        yield self.gcs_output_path or local, f"{path} must be given {instead}."
+        given = os.fspath(self.raw_data_dir or "")
+        fault = _directory_fault(given, self.fake_imagenet)
+        must = f"must be the directory of the raw ImageNet, but {fault}."
+        yield not fault, f"--raw_data_dir={given} {must}"
+        if self.local_scratch_dir or not fault:
+            given = os.fspath(self.local_scratch_dir or self.scratch_dir)
+            fault = next(filter(None, self._scratch_faults(given)), "")
+            must = f"must be a local directory to write to, but {fault}."
+            yield not fault, f"--local_scratch_dir={given} {must}"
+        needed = "must be given for the upload (or pass --nogcs_upload)"
+        yield self.gcs_project or not self.gcs_upload, f"--project {needed}."
         stays = self.keep_local_shards or self.gcs_upload
         yield stays, "--nokeep_local_shards needs an upload: drop --nogcs_upload."
         for flag in "num_workers", "training_shards", "validation_shards", "task_count":
             value = getattr(self, flag)
             problem = f"--{flag} must be from 1 to 99,999; found {value}."
             yield value is None or 0 < value < 100_000, problem
-        is_known = self.task_index is not None or self.task_count <= 1
-        yield is_known, "--task_index must be given with --task_count."
-        is_task = 0 <= self.task < max(self.task_count, 1)
-        found = f"found {self.task:,} of {self.task_count:,}"
+        tasks = range(self.task_count) if self.task_count > 1 else (None, 0)
+        found = f"found {self.task_index} of {self.task_count:,}"
+        is_task = self.task_index in tasks
         yield is_task, f"--task_index must be from 0 to --task_count - 1; {found}."
         for name in ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload:
             is_there = False
             with contextlib.suppress(ModuleNotFoundError):  # of what is above it
                 is_there = bool(importlib.util.find_spec(name))
             yield is_there, f"The package {name} is missing: run {INSTALL}."
+        is_file = os.path.exists(__file__)  # for the worker processes to read
+        yield is_file, f"The script must be a file; found {__file__}."
 
-    def _directory_checks(self) -> Iterator[tuple[object, str]]:
-        given = os.fspath(self.raw_data_dir or "")
-        fault = _directory_fault(given, self.raw_dir, self.fake_imagenet)
-        must = f"must be the directory of the raw ImageNet, but {fault}."
-        yield not fault, f"--raw_data_dir={given} {must}"
-        if fault and not self.local_scratch_dir:
-            return
-        yield given, "--raw_data_dir must name the directory of the raw ImageNet."
-        given = os.fspath(self.local_scratch_dir or self.scratch_dir)
-        flag = f"--local_scratch_dir={given}"
-        splits = TRAINING_DIRECTORY, VALIDATION_DIRECTORY
-        paths = [os.path.join(self.scratch_dir, split) for split in splits]
-        faults = [_directory_fault(given, p, True) for p in (self.scratch_dir, *paths)]
-        fault = next(filter(None, faults), "")
-        yield not fault, f"{flag} must be a local directory, but {fault}."
+    def _scratch_faults(self, given: str) -> Iterator[str]:
+        """Says why shards cannot be written to the scratch directory."""
+        for split in TARS:
+            yield _directory_fault(os.path.join(given, split), may_be_missing=True)
         place = nearest_existing(self.scratch_dir)
-        writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
-        yield fault or writable, f"{flag} must be writable, but {place} is not."
-        taken, ours = (  # not `resolve`, which fails on a loop of links
-            [pathlib.Path(os.path.realpath(os.path.join(place, s))) for s in splits]
+        is_writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
+        yield "" if is_writable else f"{place} is not writable"
+        taken, own = (  # not `resolve`, which fails on a loop of links
+            tuple(os.path.realpath(os.path.join(place, split)) + "/" for split in TARS)
             for place in (self.raw_dir, self.scratch_dir)
         )
-        is_free = not any(path.is_relative_to(each) for path in ours for each in taken)
-        others = f"nor be in its {TRAINING_DIRECTORY}/ or {VALIDATION_DIRECTORY}/"
-        yield is_free, f"{flag} must not be --raw_data_dir, {others}."
+        if any(path.startswith(taken) for path in own):
+            yield f"it is --raw_data_dir, or in its {' or '.join(TARS)}"
 
 
-def _directory_fault(given: str, path: str, may_be_missing: bool) -> str:
+def _directory_fault(given: str, may_be_missing: bool) -> str:
     """Says why a flag's value is not a local directory; empty if it is one."""
+    if not given:
+        return "none is given"
     if url := re.match(r"\w[\w+.-]*://", given):
         is_ours = url[0] == "gs://"
         return "it is in Cloud Storage" if is_ours else f"it is a URL ({url[0]})"
-    names = os.fsencode(path).split(b"/")
-    if len(b"/".join(names)) > 3900 or max(map(len, names)) > 255:
+    path = absolute(given)
+    if TOO_LONG.search(os.fsencode(path)):
         return "it is too long: the limit is 255 bytes a name, 3,900 in all"
     place = str(nearest_existing(path))
     if not os.path.isdir(place):
@@ -3232,8 +3211,8 @@ def upload_to_gcs(
     check_arguments(
         gcs_output_path=gcs_output_path, gcs_project=gcs_project, client=client
     )
-    path_of = _record_paths(training_records, validation_records)
     with contained():
+        path_of = _record_paths(training_records, validation_records)
         path = GcsPath.parse(gcs_output_path or "")
         destination = Destination(path, gcs_project, client)
         destination.list_objects()
@@ -3245,10 +3224,9 @@ def upload_to_gcs(
             found = destination.objects
             return [n for n, s in stamps.items() if not s.same_bytes(found.get(n))]
 
+        upload = lambda name: destination.upload(path_of[name], stamps[name])
         with threads_of(PARALLEL_UPLOADS, destination.stopping) as threads:
-            list(
-                threads.map(lambda n: destination.upload(path_of[n], stamps[n]), left())
-            )
+            list(threads.map(upload, left()))
         destination.list_objects()
         if destination.is_listed:
             check_none_wrong(left(), len(stamps), destination.path)
@@ -3260,17 +3238,18 @@ def _record_paths(*lists: Sequence[StrPath]) -> dict[str, str]:
     for records in lists:
         if isinstance(records, (str, bytes)) or not isinstance(records, Iterable):
             raise TypeError(f"Records must be a list of paths; found {records!r}.")
-    paths = [os.fsdecode(path) for path in itertools.chain(*lists)]
-    if missing := [path for path in paths if not os.path.isfile(path)]:
-        found = f"found none at {escaped(_some(missing))}"
-        raise InvalidInputError(f"Shards must be files; {found}.")
-    path_of = {os.path.basename(path): path for path in paths}
-    if lost := sorted({*paths} - {*path_of.values()}):
-        found = f"found {lost[0]} and {path_of[os.path.basename(lost[0])]}"
-        raise InvalidInputError(f"Shards must differ in their base names; {found}.")
-    if manifest := path_of.get(MANIFEST_FILE):
-        problem = f"must come without {MANIFEST_FILE}, which vouches for all of them"
-        raise InvalidInputError(f"Shards {problem}; found {manifest}.")
+    path_of: dict[str, str] = {}
+    for path in map(os.fsdecode, itertools.chain(*lists)):
+        name = os.path.basename(path)
+        same = path_of.setdefault(name, path)
+        problem = f"be files; found none at {escaped(path)}"
+        if same != path:
+            problem = f"differ in their base names; found {same} and {path}"
+        elif name == MANIFEST_FILE:
+            problem = f"come without {name}, which vouches for them; found {path}"
+        elif os.path.isfile(path):
+            continue
+        raise InvalidInputError(f"Shards must {problem}.")
     if others := [name for name in path_of if not SHARD_NAME.fullmatch(name)]:
         logging.warning(f"Will upload what is not named as a shard: {_some(others)}.")
     return path_of
@@ -3290,6 +3269,8 @@ def contained() -> Iterator[None]:
             stack.callback(os.environ.pop, NO_BUCKET_METADATA)
         try:
             yield
+        except BlockingIOError as error:  # no process can be started
+            raise MachineError(TOO_MANY_THREADS) from error
         except (OSError, MemoryError) as error:
             path = getattr(error, "filename", None) or "what is needed"
             raise refusal("use", path, error) from error
@@ -3310,8 +3291,7 @@ def locked(options: Options) -> Iterator[None]:
     with _lock(path):
         for other in scratch_dir.glob(".lock-*-of-*"):
             if not other.name.endswith(f"-of-{count}"):
-                with _lock(other, fcntl.LOCK_SH):
-                    pass
+                _lock(other, fcntl.LOCK_SH).close()
         try:
             yield
         except (InvalidInputError, ServiceError):
@@ -3322,27 +3302,26 @@ def locked(options: Options) -> Iterator[None]:
             raise
 
 
-@contextlib.contextmanager
-def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> io.FileIO:
+    """Locks a file until it is closed."""
     if path.is_symlink() or path.is_dir() or path.is_socket():
         problem = "must be a file, not a link, directory or socket: remove it."
         raise InvalidInputError(f"The lock {path} {problem}")
     with trying_to("write", path, is_input=True):
         mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, mode, 0o666)
-    with open(descriptor, "rb+", buffering=0) as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink == 0:  # its run has just removed it
-                raise BlockingIOError
-        except BlockingIOError:
-            what = f"Another run is writing to {path.parent}: wait until it ends, or"
-            remedy = "choose another --local_scratch_dir."
-            raise RunError(f"{what} {remedy}", may_pass=True) from None
-        except OSError as error:  # some network file systems cannot
-            what = f"Cannot lock {path} ({error.strerror})"
-            logging.warning(f"{what}: do not run two at once.")
-        yield
+        file = io.FileIO(os.open(path, mode, 0o666))
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink == 0:  # its run has just removed it
+            raise BlockingIOError
+    except BlockingIOError:
+        what = f"Another run is writing to {path.parent}: wait until it ends, or"
+        remedy = "choose another --local_scratch_dir."
+        raise RunError(f"{what} {remedy}", may_pass=True) from None
+    except OSError as error:  # some network file systems cannot
+        what = f"Cannot lock {path} ({error.strerror})"
+        logging.warning(f"{what}: do not run two at once.")
+    return file
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -129,21 +129,27 @@ def _parent_of(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def started(
-    *flags: str, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
-) -> Iterator[Run]:
-    """Starts the command in a session of its own, and kills what is left of it.
-
-    Args:
-      under: a command in front, such as `nohup`.
-    """
+def running(*arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Run]:
+    """Starts a program in a session of its own, and kills what is left of it."""
     with tempfile.TemporaryDirectory() as directory:
-        log = Path(directory, "log")
-        run = Run([*under, sys.executable, str(SCRIPT), *flags], env, log)
+        run = Run(arguments, env, Path(directory, "log"))
         try:
             yield run
         finally:
             run.kill()
+
+
+def started(
+    *flags: str, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+) -> contextlib.AbstractContextManager[Run]:
+    """Starts the command, with another in front of it, such as `nohup`."""
+    return running(*under, sys.executable, str(SCRIPT), *flags, env=env)
+
+
+def run_shell(shell: str, env: Mapping[str, str] | None = None) -> Finished:
+    """Runs what is written for bash, and waits for the end of all its processes."""
+    with running("bash", "-c", shell, env=env) as run:
+        return run.finish()
 
 
 def wait_for(

@@ -85,7 +85,7 @@ OBSTACLES = {
         "are directories: TMP/.*/.validation-00001-of-00002.json"
     ),
     "mkdir -p parent/scratch/manifest.json": "directories: TMP/.*/manifest.json",
-    "mkdir -m 555 parent": "must be writable, but TMP/parent is not",
+    "mkdir -m 555 parent": "but TMP/parent is not writable",
     "mkdir parent; touch parent/scratch": "but TMP/parent/scratch is a file",
     "mkdir -p parent/scratch; cd $_; mkdir -m 555 train": (
         "Cannot write TMP/parent/scratch/train/.*: Permission denied"
@@ -131,8 +131,9 @@ def test_scratch_is_refused_when_its_disk_is_read_only(
         done = run_command(*flags, "--nogcs_upload", *SHARDS, *more)
     assert done.status == 1
     [error] = done.errors
-    said = f"--local_scratch_dir={disk}/scratch must be writable, but {disk} is not."
-    assert error == said
+    scratch = f"--local_scratch_dir={disk}/scratch"
+    must = "must be a local directory to write to"
+    assert error == f"{scratch} {must}, but {disk} is not writable."
 
 
 # ------------------------------------------------------------------ the bucket

@@ -1,19 +1,25 @@
 """Worker processes, wherever they run and however they die."""
 
-import contextlib
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import contract
 import pytest
 from command import REPOSITORY, SCRIPT, Finished, run_code, run_command, run_python
-from processes import Run, finished_shards, started, unprivileged, wait_for
+from emulator import Emulator
+from processes import (
+    finished_shards,
+    run_shell,
+    running,
+    started,
+    unprivileged,
+    wait_for,
+)
 
 from imagenet_to_gcs import INSTALL
 
@@ -30,10 +36,15 @@ OUT_OF_TIME = (
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 CMYK images: to encode them again takes seconds, in which it can be hit."""
-    raw = tmp_path_factory.mktemp("large") / "raw"
+def cmyk_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    raw = tmp_path_factory.mktemp("cmyk") / "raw"
     return contract.make_raw(raw, 10, 60, 4, ("cmyk",), 320, 240)
+
+
+@pytest.fixture
+def large(cmyk_raw: Path, tmp_path: Path) -> Path:
+    """600 CMYK images: to encode them again takes seconds, in which it can be hit."""
+    return shutil.copytree(cmyk_raw, tmp_path / "large")
 
 
 def flags(raw: Path, training_shards: int = 3) -> list[str]:
@@ -44,15 +55,6 @@ def flags(raw: Path, training_shards: int = 3) -> list[str]:
 
 def command(raw: Path, training_shards: int = 3) -> list[str]:
     return [sys.executable, str(SCRIPT), *flags(raw, training_shards)]
-
-
-@contextlib.contextmanager
-def running(arguments: list[str], log: Path, **env: str) -> Iterator[Run]:
-    run = Run(arguments, env, log)
-    try:
-        yield run
-    finally:
-        run.kill()
 
 
 def assert_complete(done: Finished, raw: Path) -> None:
@@ -70,63 +72,46 @@ def test_command_works_under_any_name(raw: Path, tmp_path: Path, name: str) -> N
         script.symlink_to(SCRIPT)
     else:
         shutil.copy(SCRIPT, script)
-    arguments = [sys.executable, str(script), *flags(raw)]
-    with running(arguments, tmp_path / "log") as run:
-        assert_complete(run.finish(), raw)
+    assert_complete(run_python(str(script), *flags(raw)), raw)
 
 
 @pytest.mark.parametrize(
     "shell",
     [
-        pytest.param("$PYTHON -I $SCRIPT $FLAGS", id="isolated"),
-        pytest.param("PYTHONSAFEPATH=1 $PYTHON $SCRIPT $FLAGS", id="safe path"),
-        pytest.param(
-            "ln -s $SCRIPT . && $PYTHON -m imagenet_to_gcs $FLAGS", id="module"
-        ),
-        pytest.param(
-            "echo 1/0 | tee random.py > tensorflow.py && $PYTHON $SCRIPT $FLAGS",
-            id="directory with names of modules",
-        ),
-        pytest.param(
-            "chmod 0 . && $UNPRIVILEGED $PYTHON $SCRIPT $FLAGS",
-            id="unreadable directory",
-        ),
-        pytest.param("rmdir $PWD && $PYTHON $SCRIPT $FLAGS", id="removed directory"),
-        pytest.param(
-            f"mkdir {'x' * 120} && TMPDIR=$PWD/{'x' * 120} $PYTHON $SCRIPT $FLAGS",
-            id="long TMPDIR",
-        ),
-        pytest.param("PATH=/nowhere $PYTHON $SCRIPT $FLAGS", id="no programs"),
-        pytest.param("$PYTHON $SCRIPT $FLAGS <&-", id="no stdin"),
-        pytest.param("$PYTHON $SCRIPT $FLAGS >&-", id="no stdout"),
-        pytest.param("$PYTHON $SCRIPT $FLAGS 2>&-", id="no stderr"),
-        pytest.param("$PYTHON $SCRIPT $FLAGS <&- >&- 2>&-", id="no stream"),
+        "$PYTHON -I $SCRIPT $FLAGS",
+        "PYTHONSAFEPATH=1 $PYTHON $SCRIPT $FLAGS",
+        "ln -s $SCRIPT . && $PYTHON -m imagenet_to_gcs $FLAGS",
+        "echo 1/0 | tee random.py > tensorflow.py && $PYTHON $SCRIPT $FLAGS",
+        "chmod 0 . && $UNPRIVILEGED $PYTHON $SCRIPT $FLAGS",
+        "rmdir $PWD && $PYTHON $SCRIPT $FLAGS",
+        f"mkdir {'x' * 120} && TMPDIR=$PWD/{'x' * 120} $PYTHON $SCRIPT $FLAGS",
+        "PATH=/nowhere $PYTHON $SCRIPT $FLAGS",
+        "$PYTHON $SCRIPT $FLAGS <&-",
+        "$PYTHON $SCRIPT $FLAGS >&-",
+        "$PYTHON $SCRIPT $FLAGS 2>&-",
+        "$PYTHON $SCRIPT $FLAGS <&- >&- 2>&-",
     ],
 )
 def test_command_works_from(raw: Path, tmp_path: Path, shell: str) -> None:
-    values = {
-        "$PYTHON": sys.executable,
-        "$SCRIPT": str(SCRIPT),
-        "$FLAGS": shlex.join(flags(raw)),
-        "$UNPRIVILEGED": shlex.join(unprivileged()) if "$UNPRIV" in shell else "",
+    variables = {
+        "PYTHON": sys.executable,
+        "SCRIPT": str(SCRIPT),
+        "FLAGS": shlex.join(flags(raw)),
+        "UNPRIVILEGED": shlex.join(unprivileged()) if "$UNPRIV" in shell else "",
     }
-    for name, value in values.items():
-        shell = shell.replace(name, value)
     directory = tmp_path / "here"
     directory.mkdir()
-    with running(["sh", "-c", f"cd {directory} && {shell}"], tmp_path / "log") as run:
-        done = run.finish()
+    done = run_shell(f"cd {directory} && {shell}", variables)
     if directory.exists():
         directory.chmod(0o700)
     assert_complete(done, raw)
 
 
-def test_status_is_right_when_stderr_is_closed(large: Path, tmp_path: Path) -> None:
-    raw = shutil.copytree(large, tmp_path / "raw")
+def test_status_is_right_when_stderr_is_closed(large: Path) -> None:
     for number, status in ((None, 1), (signal.SIGTERM, 143)):
-        place = raw if number else raw / "missing"
+        place = large if number else large / "missing"
         shell = f"exec {shlex.join(command(place, 9))} 2>&-"
-        with running(["sh", "-c", shell], tmp_path / "log") as run:
+        with running("sh", "-c", shell) as run:
             if number:
                 wait_for(run.workers, run)
                 os.kill(run.pid, number)
@@ -146,6 +131,7 @@ def test_tensorflow_is_quiet(raw: Path, level: str) -> None:
 
 # ----------------------------------------------------------------- from a program
 
+IMPORTABLE = {"PYTHONPATH": str(REPOSITORY)}
 PROGRAM = """
 import sys, threading, time
 import imagenet_to_gcs
@@ -172,11 +158,8 @@ def test_run_works_in_one_thread_after_another(raw: Path, tmp_path: Path) -> Non
         "        thread.join()\n"
     )
     scratches = [tmp_path / name for name in ("one", "two", "three")]
-    arguments = [sys.executable, str(program), str(raw), *map(str, scratches)]
-    env = {"PYTHONPATH": str(REPOSITORY)}
-    with running(arguments, tmp_path / "log", **env) as run:
-        done = run.finish()
-    assert done.status == 0
+    done = run_python(str(program), str(raw), *map(str, scratches), env=IMPORTABLE)
+    assert done.status == 0, done.stderr
     for scratch in scratches:
         contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
 
@@ -195,9 +178,8 @@ def test_run_works_in_one_thread_after_another(raw: Path, tmp_path: Path) -> Non
 )
 def test_run_works_in_any_program(raw: Path, tmp_path: Path, program: str) -> None:
     (tmp_path / "program.py").write_text(PROGRAM + program)
-    env = {"PYTHONPATH": str(REPOSITORY)}
     scratch = str(tmp_path / "scratch")
-    done = run_python(str(tmp_path / "program.py"), str(raw), scratch, env=env)
+    done = run_python(str(tmp_path / "program.py"), str(raw), scratch, env=IMPORTABLE)
     assert done.status == 0, done.stderr
     contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
 
@@ -206,55 +188,62 @@ def test_run_works_in_an_interactive_session(raw: Path, tmp_path: Path) -> None:
     scratch = str(tmp_path / "scratch")
     code = f"{PROGRAM}\nconvert({scratch!r})\n"
     shell = f"{sys.executable} -i - {raw} <<'END'\n{code}END"
-    with running(
-        ["sh", "-c", shell], tmp_path / "log", PYTHONPATH=str(REPOSITORY)
-    ) as run:
-        assert run.finish().status == 0
+    assert run_shell(shell, IMPORTABLE).status == 0
     contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
 
 
-def test_line_is_clear_when_the_command_comes_from_stdin(
-    raw: Path, tmp_path: Path
-) -> None:
-    shell = f"{sys.executable} - {shlex.join(flags(raw))} < {SCRIPT}"
-    with running(["sh", "-c", shell], tmp_path / "log") as run:
-        done = run.finish()
+def test_line_is_clear_when_the_command_comes_from_stdin(raw: Path) -> None:
+    done = run_shell(f"{sys.executable} - {shlex.join(flags(raw))} < {SCRIPT}")
     error = "The script must be a file; found <stdin>."
     assert (done.status, done.errors) == (1, [error])
 
 
-def test_caller_is_as_before_and_may_have_used_the_forkserver(
-    raw: Path, tmp_path: Path
+CALLER = """if __name__ == "__main__":
+    import gc, logging, multiprocessing, os, pathlib, signal, sys, tempfile, threading
+    import warnings
+    from google.cloud import storage
+    import imagenet_to_gcs as script
+
+    def state():
+        for thread in threading.enumerate()[1:]:
+            thread.join(30 * thread.daemon)  # may take a moment to end
+        loggers = [logging.getLogger(name) for name in ("", "google", "urllib3")]
+        yield from ((logger.level, logger.handlers[:]) for logger in loggers)
+        yield dict(os.environ), os.getcwd(), tempfile.tempdir, warnings.filters[:]
+        yield gc.isenabled(), gc.get_freeze_count(), threading.enumerate()
+        yield [signal.getsignal(number) for number in script.STOP_SIGNALS]
+        yield signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    def use_forkserver():
+        process = multiprocessing.get_context("forkserver").Process(target=int)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+
+    raw, scratch = map(pathlib.Path, sys.argv[1:])
+    if scratch.name == "before":
+        use_forkserver()
+    before = list(state())
+    few = {"training_shards": 3, "validation_shards": 2}
+    script.run(raw, True, "project", "gs://bucket/x", scratch, **few)
+    records = sorted(scratch.glob("*/*-of-*"))  # and the stamps, of which it warns
+    script.upload_to_gcs(records, [], "gs://bucket/y", "project")
+    after = list(state())
+    assert before == after, [pair for pair in zip(before, after) if pair[0] != pair[1]]
+    use_forkserver()
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_caller_is_as_before_and_may_use_the_forkserver(
+    raw: Path, tmp_path: Path, emulator: Emulator, order: str
 ) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        PROGRAM + "import gc, logging, multiprocessing, os, signal, tempfile\n"
-        "def state():\n"
-        "    for thread in threading.enumerate()[1:]:\n"
-        "        thread.join(30 * thread.daemon)  # may take a moment to end\n"
-        "    return (dict(os.environ), os.getcwd(), tempfile.tempdir, gc.isenabled(),\n"
-        "            gc.get_freeze_count(), threading.enumerate(),\n"
-        "            [signal.getsignal(n) for n in (1, 2, 15)],\n"
-        "            signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
-        "def use_forkserver():\n"
-        "    process = multiprocessing.get_context('forkserver').Process(target=int)\n"
-        "    process.start()\n"
-        "    process.join()\n"
-        "    assert process.exitcode == 0\n"
-        "if __name__ == '__main__':\n"
-        "    if sys.argv[3] == 'before':\n"
-        "        use_forkserver()\n"
-        "    before = state()\n"
-        "    convert(sys.argv[2])\n"
-        "    assert state() == before, (before, state())\n"
-        "    use_forkserver()\n"
-    )
-    env = {"PYTHONPATH": str(REPOSITORY)}
-    for order in ("before", "after"):
-        scratch = str(tmp_path / order)
-        done = run_python(str(program), str(raw), scratch, order, env=env)
-        assert done.status == 0, done.stderr
-        contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
+    program, scratch = tmp_path / "program.py", tmp_path / order
+    program.write_text(CALLER)
+    env = {**IMPORTABLE, **emulator.environment}
+    done = run_python(str(program), str(raw), str(scratch), env=env)
+    assert done.status == 0, done.stderr
+    contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
 
 
 def test_workers_end_with_run_and_all_ends_with_the_program(
@@ -266,9 +255,8 @@ def test_workers_end_with_run_and_all_ends_with_the_program(
         "    convert(sys.argv[2])\n    time.sleep(600)\n"
     )
     scratch = tmp_path / "scratch"
-    arguments = [sys.executable, str(program), str(large), str(scratch)]
-    env = {"PYTHONPATH": str(REPOSITORY)}
-    with running(arguments, tmp_path / "log", **env) as run:
+    arguments = sys.executable, str(program), str(large), str(scratch)
+    with running(*arguments, env=IMPORTABLE) as run:
         wait_for(run.workers, run)
         wait_for((scratch / "manifest.json").exists, run)
         wait_for(lambda: run.pids() == [run.pid], run)
@@ -308,41 +296,29 @@ KILL = "import os, signal; os.kill(os.getpid(), signal.SIG"
 LOG = "I0000 00:00:1795577199.226574    3453 port.cc:153] oneDNN operations are on."
 
 
-@pytest.mark.parametrize(
-    ("code", "error"),
-    [
-        pytest.param(
-            "raise ImportError('libcudart.so: cannot open')",
-            f"TensorFlow cannot be imported: ImportError: libcudart.so: cannot open. {PIP}",
-            id="ImportError",
-        ),
-        pytest.param(
-            f"raise TypeError({PROTOBUF})",
-            "TensorFlow cannot be imported: TypeError: Descriptors cannot be created "
-            f"directly. {PIP}",
-            id="TypeError",
-        ),
-        pytest.param(
-            "class VersionError(Exception): pass\nraise VersionError('gencode 6.31.1.')",
-            "TensorFlow cannot be imported: tensorflow.VersionError: gencode 6.31.1. "
-            f"{PIP}",
-            id="VersionError",
-        ),
-        pytest.param(
-            f"import sys; print({LOG!r}, file=sys.stderr); {KILL}ILL)",
-            "A worker process died: SIGILL, as if TensorFlow were built for another "
-            f"processor. {FIX}",
-            id="SIGILL",
-        ),
-        pytest.param(
-            "import os; os.write(2, b'F0000 00:00:1.2 3 x.cc:38] built for AVX.\\n*** "
-            "Check failure stack trace: ***\\n    @  0x7 main\\n'); os.abort()",
-            f"A worker process died: SIGABRT: F0000 00:00:1.2 3 x.cc:38] built for AVX. {FIX}",
-            id="SIGABRT",
-        ),
-        pytest.param(f"{KILL}KILL)", OUT_OF_MEMORY, id="SIGKILL"),
-    ],
-)
+NOT_IMPORTED, DIED = "TensorFlow cannot be imported:", "A worker process died:"
+LAST_WORDS = {
+    "raise ImportError('libcudart.so: cannot open')": (
+        f"{NOT_IMPORTED} ImportError: libcudart.so: cannot open. {PIP}"
+    ),
+    f"raise TypeError({PROTOBUF})": (
+        f"{NOT_IMPORTED} TypeError: Descriptors cannot be created directly. {PIP}"
+    ),
+    "class VersionError(Exception): pass\nraise VersionError('gencode 6.31.1.')": (
+        f"{NOT_IMPORTED} tensorflow.VersionError: gencode 6.31.1. {PIP}"
+    ),
+    f"import sys; print({LOG!r}, file=sys.stderr); {KILL}ILL)": (
+        f"{DIED} SIGILL, as if TensorFlow were built for another processor. {FIX}"
+    ),
+    "import os; os.write(2, b'F0000 00:00:1.2 3 x.cc:38] built for AVX.\\n*** Check "
+    "failure stack trace: ***\\n    @  0x7 main\\n'); os.abort()": (
+        f"{DIED} SIGABRT: F0000 00:00:1.2 3 x.cc:38] built for AVX. {FIX}"
+    ),
+    f"{KILL}KILL)": OUT_OF_MEMORY,
+}
+
+
+@pytest.mark.parametrize(("code", "error"), LAST_WORDS.items())
 def test_last_words_are_reported_when_tensorflow_fails(
     raw: Path, tmp_path: Path, code: str, error: str
 ) -> None:
@@ -361,18 +337,17 @@ def test_last_words_are_reported_when_tensorflow_fails(
     ("number", "error"),
     [
         (signal.SIGKILL, OUT_OF_MEMORY),
-        (signal.SIGSEGV, f"A worker process died: SIGSEGV. {FIX}"),
-        (signal.SIGTERM, f"A worker process died: SIGTERM. {FIX}"),
+        (signal.SIGSEGV, f"{DIED} SIGSEGV. {FIX}"),
+        (signal.SIGTERM, f"{DIED} SIGTERM. {FIX}"),
     ],
 )
 def test_signal_is_named_when_a_worker_dies(
-    large: Path, tmp_path: Path, number: signal.Signals, error: str
+    large: Path, number: signal.Signals, error: str
 ) -> None:
-    raw = shutil.copytree(large, tmp_path / "raw")
-    with started(*flags(raw, 100), "--num_workers=2") as run:
+    with started(*flags(large, 100), "--num_workers=2") as run:
         wait_for(lambda: len(run.workers()) == 2, run)
         worker = run.workers()[-1]
-        wait_for(lambda: finished_shards(raw / "scratch"), run)
+        wait_for(lambda: finished_shards(large / "scratch"), run)
         os.kill(worker, number)
         done = run.finish()
     assert (done.status, done.errors) == (1, [error])
@@ -391,28 +366,24 @@ def test_limit_of_processor_time_is_named_when_it_is_reached(
 ) -> None:
     (tmp_path / "tensorflow.py").write_text(code)
     shell = f"ulimit {limit}; exec {shlex.join(command(raw))}"
-    env = {"PYTHONPATH": str(tmp_path)}
-    with running(["bash", "-c", shell], tmp_path / "log", **env) as run:
-        done = run.finish()
+    done = run_shell(shell, {"PYTHONPATH": str(tmp_path)})
     assert (done.status, done.errors) == (1, [error])
 
 
-def test_workers_are_as_many_as_asked_for(large: Path, tmp_path: Path) -> None:
-    raw = shutil.copytree(large, tmp_path / "raw")
-    with started(*flags(raw, 100), "--num_workers=3") as run:
+def test_workers_are_as_many_as_asked_for(large: Path) -> None:
+    with started(*flags(large, 100), "--num_workers=3") as run:
         wait_for(lambda: len(run.workers()) >= 3, run)
-        wait_for(lambda: finished_shards(raw / "scratch"), run)
+        wait_for(lambda: finished_shards(large / "scratch"), run)
         assert len(run.workers()) == 3
 
 
-def test_run_goes_on_when_only_the_helper_dies(large: Path, tmp_path: Path) -> None:
-    raw = shutil.copytree(large, tmp_path / "raw")
-    with started(*flags(raw, 100), "--num_workers=2") as run:
+def test_run_goes_on_when_only_the_helper_dies(large: Path) -> None:
+    with started(*flags(large, 100), "--num_workers=2") as run:
         wait_for(lambda: len(run.workers()) == 2, run)
         os.kill(run.helper() or run.pid, signal.SIGKILL)
         done = run.finish()
     assert (done.status, done.errors) == (0, [])
-    assert len(finished_shards(raw / "scratch")) == 102
+    assert len(finished_shards(large / "scratch")) == 102
 
 
 # ----------------------------------------------------------------- what is left
@@ -422,17 +393,16 @@ def test_run_goes_on_when_only_the_helper_dies(large: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("number", ["INT", "TERM", "HUP", "KILL"])
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the run", "to its group"])
 def test_nothing_is_left_after_a_signal(
-    large: Path, tmp_path: Path, phase: str, number: str, to_all: bool
+    large: Path, phase: str, number: str, to_all: bool
 ) -> None:
-    raw = shutil.copytree(large, tmp_path / "raw")
     signal_number = signal.Signals[f"SIG{number}"]
     is_killed = number == "KILL"
     shared = set(Path("/dev/shm").iterdir())
-    with started(*flags(raw, 100)) as run:
+    with started(*flags(large, 100)) as run:
         if phase == "importing":
             wait_for(run.helper, run)
         else:
-            wait_for(lambda: finished_shards(raw / "scratch"), run)
+            wait_for(lambda: finished_shards(large / "scratch"), run)
         (os.killpg if to_all else os.kill)(run.pid, signal_number)
         done = run.finish()
     assert done.status == (-signal_number if is_killed else 128 + signal_number)
@@ -462,10 +432,10 @@ def test_limit_of_processes_is_named(raw: Path, tmp_path: Path, limit: int) -> N
         f"--{kind}-caps=+dac_override,+dac_read_search" for kind in ("inh", "ambient")
     ]
     shell = f"ulimit -u {limit}; exec {shlex.join(command(raw))}"
-    with running([*user, "bash", "-c", shell], tmp_path / "log") as run:
+    with running(*user, "bash", "-c", shell) as run:
         done = run.finish()
     error = (
-        "Cannot start a thread: the limit of processes (ulimit -u) is reached. "
-        "Raise it, or rerun the same command with fewer --num_workers."
+        "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it "
+        "or, if the run has several workers, rerun it with fewer --num_workers."
     )
     assert (done.status, done.errors) == (1, [error])
