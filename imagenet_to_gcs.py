@@ -186,8 +186,8 @@ INHERITED_FLAGS = """
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Fix this and rerun the same command."
 TOO_MANY_THREADS = (
-    "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it or, "
-    "if the run has several workers, rerun it with fewer --num_workers."
+    "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it "
+    "or, if the run has several workers, rerun it with fewer --num_workers."
 )
 DISK_FAILS = "The disk fails or is gone"
 DISK_ERRORS = (
@@ -374,7 +374,7 @@ def run(
 
 
 def plan_job(options: Options, pool: Pool | None = None) -> Job:
-    """Plans the run, checks all that can be checked before an image is read, logs it."""
+    """Plans the run, checks all that can be before an image is read, and logs it."""
     problems: list[str] = []
     dataset, destination = Dataset(), None  # if its listing fails, the rest is checked
     with _collecting(problems):
@@ -402,7 +402,7 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
 
 
 def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
-    """Lists the raw directory, after generating a fake one if asked; logs the result."""
+    """Lists the raw directory, after generating a fake if asked; logs the result."""
     if options.fake_imagenet and pool:
         make_fake_imagenet(options, pool)
     with reporting(lambda: f"Still listing {options.raw_dir}."):
@@ -1062,7 +1062,7 @@ Said: TypeAlias = dict[RawImage, dict[str, str]]
 def assign_synsets(
     images: list[RawImage], labels_path: str, skipped: Sequence[str]
 ) -> tuple[list[RawImage], list[str]]:
-    """Gives validation images, sorted by name, synsets by the rule; returns warnings."""
+    """Gives validation images, sorted by name, their synsets; returns warnings."""
     said = {image: _said_by_itself(image) for image in images}
     problems, warnings = list[str](), list[str]()  # each check adds to them
     _check_names(said, problems, warnings)
@@ -1303,7 +1303,7 @@ def warnings_about(
 
 
 def _class_warnings(dataset: Dataset) -> Iterator[str]:
-    """Warns of labels that are not what they seem to be, and of classes of one split."""
+    """Warns of labels that are not what they seem, and of classes of one split."""
     synsets, labels, trained = dataset.synsets, dataset.labels, dataset.trained
     validated = {image.synset for image in dataset.validation}
     usual = _usual({*synsets})
@@ -1697,7 +1697,7 @@ def framed(data: bytes) -> bytes:
     """Frames a TFRecord; TensorFlow's own writer does not tell the file's checksum.
 
     It is the length (8 bytes, little-endian), the masked crc32c of these 8 bytes, the
-    data, and its masked crc32c (https://www.tensorflow.org/tutorials/load_data/tfrecord).
+    data, and its masked crc32c: https://tensorflow.org/tutorials/load_data/tfrecord.
     """
     length = struct.pack("<Q", len(data))
     return b"".join((length, _masked_crc32c(length), data, _masked_crc32c(data)))
@@ -1910,9 +1910,9 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # The run starts a helper, which imports TensorFlow, forks the workers and waits. All of
 # them exit when their stdin ends, to which nothing is ever written: the run closes it,
 # or the system does if the run is killed. Calls and answers go over a socket for each
-# worker. When a worker dies, its socket closes, and the helper dies of the same signal,
-# or with the same exit status: from that, and from the last words on stderr, the run
-# tells the cause. If the helper alone is killed, the workers go on.
+# worker. When a worker dies, the helper dies of the same signal, or with the same exit
+# status, and so the socket closes: from that status, and from the last words on stderr,
+# the run tells the cause. If the helper alone is killed, the workers go on.
 
 LAST_WORDS_BYTES = 2**16
 # Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
@@ -1956,7 +1956,7 @@ class Pool:
             answer = pickle.load(connection)
         except (EOFError, ConnectionError, pickle.UnpicklingError):
             time.sleep(0.2)  # a signal to the whole run may still be on its way
-            status = self._helper.wait()  # it dies of the same
+            status = self._helper.wait()  # it has died of the same
             self.close()
             answer = MachineError(_cause_of_death(status, self._words))
         finally:
@@ -1966,7 +1966,7 @@ class Pool:
         return answer
 
     def _listen(self) -> None:
-        """Keeps the last of what the processes write to stderr, until all have ended."""
+        """Keeps the last that the processes write to stderr, until all have ended."""
         with self._helper.stderr as stderr:
             while piece := os.read(stderr.fileno(), 2**16):
                 self._words = (self._words + piece)[-LAST_WORDS_BYTES:]
@@ -2009,13 +2009,11 @@ def _fork_workers(sockets: list[int]) -> NoReturn:
         os._exit(IMPORT_FAILED)
     gc.freeze()
     gc.enable()
-    while sockets:
-        own = sockets.pop()
+    for own in sockets:
         if not os.fork():  # after TensorFlow has run anything, that would hang
-            for other in sockets:
+            for other in {*sockets} - {own}:
                 os.close(other)
             _make_calls(own)
-        os.close(own)
     status = os.waitstatus_to_exitcode(os.wait()[1])  # 0 only at the run's end
     if status < 0:
         os.kill(os.getpid(), -status)
@@ -2201,11 +2199,11 @@ UPLOAD_CHUNK_BYTES = 5 * 2**20  # what is sent again after a fault
 PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
 TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
 # The first also bounds the sending of a piece: the system's buffer (4 MB) takes it once
-# a third is free, and must be empty before the answer comes. 20 KB/s are enough for both.
+# a third is free, and must be empty before the answer comes. 20 KB/s are enough.
 CHUNK_TIMEOUT = (120, 300)
 # A request that fails is repeated by `_persist`, instead of the client, if that
-# `Fault.may_pass`; an upload that `Fault.is_lost` begins anew, in `upload`; all else ends
-# the run, with the line of `_explained`.
+# `Fault.may_pass`; an upload that `Fault.is_lost` begins anew, in `upload`; all else
+# ends the run, with the line of `_explained`.
 REQUEST_SECONDS = 120  # how long a request is retried
 UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
@@ -2545,7 +2543,7 @@ class WrongContentError(Exception):
 
 
 def _stamp_of(blob: storage.Blob) -> Stamp:
-    """What the bucket says of an object; its digest only if the bytes are as written."""
+    """What the bucket says of an object; its digest if the bytes are as written."""
     try:  # some servers omit a size of 0
         num_bytes, crc32c = int(blob.size or 0), str(blob.crc32c or "")
     except (TypeError, ValueError) as error:
@@ -3435,7 +3433,7 @@ NOT_TARS = {  # by how they begin
     rb"<": "it is not a tar but a web page; log in, and download it again",
     rb"\{|version http": "it is text, not a tar; download it again",
 }
-# What follows the name, of 100 bytes, in the header of a plain file: all of its numbers,
+# What follows the name, of 100 bytes, in the header of a plain file: all its numbers,
 # for tarfile ends at one that is none, and no prefix of the name.
 # https://www.gnu.org/software/tar/manual/html_node/Standard.html
 PLAIN_HEADER = re.compile(

@@ -11,11 +11,11 @@
 
 It needs Linux, and room for the images in the temporary directory, on a disk, and once
 more in the directory of the shards, by default in memory, so that writing them is left
-out: 4 GB each for 36,000 images of 110 KB, 8 GB on the disk with --cold. They should fit
-in memory as well, for the warm runs. What is compared runs in turns, so that a machine
-that grows slower or faster meanwhile does so for all; every number is the median of
-several runs. All are whole processes; the time to the first finished shard is reported
-separately, as start-up.
+out: 4 GB each for 36,000 images of 110 KB, 8 GB on the disk with --cold. They should
+fit in memory as well, for the warm runs. What is compared runs in turns, so that a
+machine that grows slower or faster meanwhile does so for all; every number is the
+median of several runs. All are whole processes; the time to the first finished shard is
+reported separately, as start-up.
 
 The yardsticks:
 
@@ -155,7 +155,7 @@ def make_links(raw_dir: Path, num_images: int, files: Sequence[bytes]) -> Path:
 
 
 def pack(data: Data, raw_dir: Path) -> Path:
-    """Packs the images of a raw directory as ImageNet comes: a tar of tars, and a tar."""
+    """Packs the images of a raw directory as ImageNet comes: a tar of tars, a tar."""
     raw_dir.mkdir()
     create = functools.partial(tarfile.open, mode="w", format=tarfile.GNU_FORMAT)
     shutil.copy(data.raw_dir / "synset_labels.txt", raw_dir)

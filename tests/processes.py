@@ -29,8 +29,8 @@ from command import SCRIPT, Finished, environment
 from emulator import Emulator
 
 MARK = "RUN_OF_A_TEST"
-# A second is the promise for whatever is left of a run that ended. On a machine that does
-# much else it may take some; what waits for an upload, or hangs, takes minutes.
+# A second is the promise for whatever is left of a run that ended. On a machine that
+# does much else it may take some; what waits for an upload, or hangs, takes minutes.
 GONE_SECONDS = 30.0
 
 

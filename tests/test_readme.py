@@ -8,8 +8,8 @@ How each block is held:
 - *Run with stand-ins* for `sudo`, `git`, `gcloud`, `kubectl`, `wget`, `rsync` and
   `scontrol`, which note how they were called: the rest of the shell.
 - *Run as a task's engine does, and held against its schema*: Slurm, Kubernetes, Batch.
-- *Compiled only*: PyTorch, JAX, DALI and TensorFlow Datasets, which are large. They were
-  run by hand with torch 2.13.0, tfrecord 1.14.6, jax 0.10.2, nvidia-dali-cuda120 2.4.0
+- *Compiled only*: PyTorch, JAX, DALI and TensorFlow Datasets, which are large; run by
+  hand with torch 2.13.0, tfrecord 1.14.6, jax 0.10.2, nvidia-dali-cuda120 2.4.0
   (on a processor) and tensorflow-datasets 4.9.10.
 """
 
