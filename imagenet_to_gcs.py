@@ -1626,11 +1626,9 @@ def _check_values(height: int, width: int, num_components: int = 3) -> None:
     """Refuses, as a full decode does, sizes that would take gigabytes to decode."""
     num_values = height * width * num_components
     if max(height, width) > _MAX_SIDE or not 0 < num_values < _MAX_VALUES:
-        declared = (
-            f"its header declares {width:,} x {height:,} x {num_components} values"
-        )
+        found = f"its header declares {width:,} x {height:,} x {num_components} values"
         most = f"at most {_MAX_SIDE:,} a side and {_MAX_VALUES - 1:,} in all"
-        raise _ImageError(f"{declared}; there must be some, {most}")
+        raise _ImageError(f"{found}; there must be some, {most}")
 
 
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
