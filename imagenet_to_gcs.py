@@ -3136,8 +3136,7 @@ def _directory_fault(given: str, may_be_missing: bool) -> str:
     if not given:
         return "none is given"
     if url := re.match(r"\w[\w+.-]*://", given):
-        is_ours = url[0] == "gs://"
-        return "it is in Cloud Storage" if is_ours else f"it is a URL ({url[0]})"
+        return f"it is a URL ({url[0]})"
     path = absolute(given)
     if TOO_LONG.search(os.fsencode(path)):
         return "it is too long: the limit is 255 bytes a name, 3,900 in all"
@@ -3158,11 +3157,9 @@ def check_arguments(**values: object) -> None:
     for name, value in values.items():
         annotation = Options.__annotations__[name]
         kinds = tuple(types[kind] for kind in annotation.split(" | "))
-        is_right = isinstance(value, kinds)
-        if isinstance(value, bool):  # which is an int, too
-            is_right = bool in kinds
         text = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if not is_right or isinstance(text, bytes):
+        is_wrong_bool = isinstance(value, bool) and bool not in kinds  # it is an int
+        if not isinstance(value, kinds) or isinstance(text, bytes) or is_wrong_bool:
             problem = f"must be of type {annotation}"
         elif isinstance(text, str) and (wrong := NOT_IN_NAMES.search(text)):
             problem = f"must not contain {wrong[0]!r}"

@@ -155,12 +155,6 @@ REFUSED = {
     "--nogcs_upload --raw_data_dir=RAW/synset_labels.txt --local_scratch_dir=RAW/new": [
         r"--raw_data_dir=RAW/synset_labels\.txt.* is a file"
     ],
-    "--nogcs_upload --raw_data_dir=gs://bucket/raw": [
-        "--raw_data_dir=gs://bucket/raw .*, but it is in Cloud Storage."
-    ],
-    f"{LOCAL} --local_scratch_dir=gs://bucket/x": [
-        "--local_scratch_dir=gs://bucket/x .*, but it is in Cloud Storage."
-    ],
     f"{LOCAL} --local_scratch_dir=RAW/validation/..": [IN_RAW],
     f"{LOCAL} --local_scratch_dir=RAW/train": [IN_RAW],
     f"{LOCAL} --local_scratch_dir=RAW/validation/new/scratch": [IN_RAW],
@@ -195,7 +189,7 @@ REFUSED |= {
         rf"{flag}={url}x must be .* directory.*, but it is a URL \({url}\)\."
     ]
     for flag in ("--raw_data_dir", "--local_scratch_dir")
-    for url in ("s3://", "file://", "https://", "wasb-s.x://")
+    for url in ("gs://", "s3://", "file://", "https://", "wasb-s.x://")
 }
 REFUSED |= {
     f"{LOCAL} --local_scratch_dir=RAW/new {flag}={path}": [
