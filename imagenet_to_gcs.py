@@ -1098,7 +1098,8 @@ def _check_names(said: Said, problems: list[str], warnings: list[str]) -> None:
             is_double = [*said[first].values()][:1] == [*said[image].values()][:1]
             (double if is_double else wrong).append(f"{first.path} and {image.path}")
     if wrong:
-        problems.append(f"The same image is in two classes: {_some(wrong, 1)}.")
+        rule = "The same image is in two classes; remove the wrong one"
+        problems.append(f"{rule}: {_some(wrong, 1)}.")
     if double:
         warnings.append(f"The same image is there twice: {_some(double, 1)}.")
 
@@ -1130,10 +1131,21 @@ def _add_lines(said: Said, path: str, problems: list[str], warnings: list[str]) 
             (problems if is_misfit or sure else warnings).append(
                 f"{path} has {_count(len(label_file), 'line')} for {images}; line {i:,}, "
                 f"{''.join(label_file[i - 1 : i])!r}, is for {[*said][i - 1].filename}. "
-                f"Lines, images or leading zeros may be missing. {TWO_COLUMNS}"
+                f"{_why_misplaced(said, len(label_file))} {TWO_COLUMNS}"
             )
         for image, line in zip(said, label_file):
             said[image]["line"] = line
+
+
+def _why_misplaced(images: Iterable[RawImage], num_lines: int) -> str:
+    """Says whether ImageNet's names lack leading zeros, or which numbers."""
+    numbers = [number for number in map(_number, images) if number is not None]
+    if numbers != sorted(numbers):
+        return "Without leading zeros, names sort wrongly: 1, 10, 2."
+    lacking = {*range(1, max([num_lines, *numbers]) + 1)}.difference(numbers)
+    if numbers and lacking:
+        return f"There is no image {_some([f'{n:,}' for n in sorted(lacking)])}."
+    return "Lines, images or leading zeros may be missing."
 
 
 def read_label_file(path: str) -> list[str] | dict[str, str]:

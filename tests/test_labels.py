@@ -57,12 +57,21 @@ def stray(found: str) -> str:
     )
 
 
-def misplaced(labels: str, images: int, line: int, label: str, image: str) -> str:
+UNCLEAR = "Lines, images or leading zeros may be missing."
+NO_ZEROS = "Without leading zeros, names sort wrongly: 1, 10, 2."
+
+
+def misplaced(
+    labels: str, images: int, line: int, label: str, image: str, why: str
+) -> str:
     return (
         f"RAW/synset_labels.txt has {labels} for {images} validation images; line {line}, "
-        f"{label!r}, is for {image}. Lines, images or leading zeros may be missing. "
-        f"{TO_DECIDE}"
+        f"{label!r}, is for {image}. {why} {TO_DECIDE}"
     )
+
+
+def no_image(numbers: str) -> str:
+    return f"There is no image {numbers}."
 
 
 def of_test_set(found: str) -> str:
@@ -71,8 +80,8 @@ def of_test_set(found: str) -> str:
 
 def in_two_classes(one: str, other: str, more: str = "") -> str:
     return (
-        f"The same image is in two classes: RAW/validation/{one} and "
-        f"RAW/validation/{other}{more}."
+        "The same image is in two classes; remove the wrong one: "
+        f"RAW/validation/{one} and RAW/validation/{other}{more}."
     )
 
 
@@ -88,24 +97,28 @@ REFUSED = {
     "cd train; tar -cf 'n01440838 (1).tar' -C n01440838 .; for s in n*[0-9]; do "
     "tar -cf $s.tar -C $s .; rm -r $s; done": stray("n01440838 (1)"),
     "sed -i 2s/.*/tench/ *.txt": UNKNOWN.format("tench"),
-    f"rm validation/{V[2]}; sed -i 4d *.txt": misplaced("3 lines", 3, 2, B, V[3]),
+    f"rm validation/{V[2]}; sed -i 4d *.txt": misplaced(
+        "3 lines", 3, 2, B, V[3], no_image("2")
+    ),
     "cd validation; for i in 1 2 3 4; do mv *0$i.JPEG ILSVRC2012_val_$((3*i)).JPEG; "
-    "done": misplaced("4 lines", 4, 1, A, f"{VAL}12.JPEG"),
+    "done": misplaced("4 lines", 4, 1, A, f"{VAL}12.JPEG", NO_ZEROS),
     "cd validation; rename() { mv *$1.JPEG ILSVRC2012_val_0000050$1.JPEG; }; "
     "for i in 1 2 3 4; do rename $i; done": (
-        misplaced("4 lines", 4, 1, A, f"{VAL}00000501.JPEG")
+        misplaced(
+            "4 lines", 4, 1, A, f"{VAL}00000501.JPEG", no_image("1, 2, 3 and 497 more")
+        )
     ),
-    f"rm validation/{V[2]}": misplaced("4 lines", 3, 2, B, V[3]),
-    f"rm validation/{V[4]}": misplaced("4 lines", 3, 1, A, V[1]),
+    f"rm validation/{V[2]}": misplaced("4 lines", 3, 2, B, V[3], no_image("2")),
+    f"rm validation/{V[4]}": misplaced("4 lines", 3, 1, A, V[1], no_image("4")),
     f"cd validation; mv {V[3]} x.jpg": (
-        f"{misplaced('4 lines', 3, 3, C, V[4])}\n"
+        misplaced("4 lines", 3, 3, C, V[4], no_image("3")) + "\n"
         f"1 file skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ}"
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}": (
-        f"{misplaced('4 lines', 3, 3, C, V[4])}\n"
+        misplaced("4 lines", 3, 3, C, V[4], no_image("3")) + "\n"
         f"1 file skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
     ),
-    f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 lines", 4, 1, A, V[1]),
+    f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 lines", 4, 1, A, V[1], UNCLEAR),
     f"{INTO_FOLDERS} sed -i 3s/.*/{D}/ ../*.txt": (
         differ("directory", "line", 1, 3, f"validation/{C}/{V[3]}", f"{C} {D}")
         + f"Correct it. {TO_DECIDE}"
@@ -138,10 +151,12 @@ REFUSED = {
         )
         for copy in (f"{VAL}00000001 (1).JPEG", f"Copy of {V[1]}")
     },
-    "sed -i 1ilabel *.txt": misplaced("5 lines", 4, 1, "label", V[1]),
-    f"mv validation/{V[1]} validation/{V[0]}": misplaced("4 lines", 4, 1, A, V[0]),
+    "sed -i 1ilabel *.txt": misplaced("5 lines", 4, 1, "label", V[1], no_image("5")),
+    f"mv validation/{V[1]} validation/{V[0]}": misplaced(
+        "4 lines", 4, 1, A, V[0], no_image("1")
+    ),
     f"echo >validation/{T1}; echo {A} >>*.txt": (
-        f"{of_test_set(T1)}\n{misplaced('5 lines', 5, 2, B, V[1])}"
+        f"{of_test_set(T1)}\n" + misplaced("5 lines", 5, 2, B, V[1], no_image("5"))
     ),
     f"echo >validation/{T1}; for f in $(ls validation); do echo $f {A}; done >*.txt": (
         of_test_set(T1)
@@ -150,7 +165,7 @@ REFUSED = {
     f"{INTO_FOLDERS} mv {A}/*1.JPEG {A}/{T1}; cp {B}/* {C}": (
         f"{of_test_set(f'{A}/{T1}')}\n"
         f"{in_two_classes(f'{B}/{V[2]}', f'{C}/{V[2]}')}\n"
-        f"{misplaced('4 lines', 5, 3, C, V[2])}"
+        + misplaced("4 lines", 5, 3, C, V[2], no_image("1"))
     ),
     f"printf '{VAL}0000000%d {A}\\n' 1 2 4 >*.txt": (
         f"RAW/synset_labels.txt has no line of 1 of 4 validation images: {V[3]}; its "
@@ -260,7 +275,7 @@ RANK = "Labels are ranks of names as text: class {} has label {}."
 
 
 def out_of_order(line: int, name: str) -> str:
-    return misplaced("4 lines", 4, line, "a", name)
+    return misplaced("4 lines", 4, line, "a", name, UNCLEAR)
 
 
 EMPTY = (
