@@ -850,7 +850,7 @@ def _check_extracted(images: Sequence[RawImage], tars: Iterable[Tar]) -> None:
     left = [i.path for i in packed if (i.filename, by_class and i.synset) not in there]
     # Where only names are compared, and none agrees, they are of another data set.
     if left and (by_class or len(left) < len(packed)):
-        rule = "Tars must be extracted whole, or not at all; not extracted"
+        rule = "Tars must be extracted whole, not at all, or be elsewhere; left in them"
         raise InvalidInputError(f"{rule}: {_some(sorted(left))}.")
 
 

@@ -264,7 +264,7 @@ def test_error_names_what_is_left_in_tars_when_they_are_half_extracted(
     contract.change(half, commands)
     (problem,) = problems(half)
     assert problem == (
-        f"Tars must be extracted whole, or not at all; not extracted: {left}."
+        f"Tars must be extracted whole, not at all, or be elsewhere; left in them: {left}."
     )
 
 
