@@ -51,12 +51,12 @@ rerun the command.
 Errors have a line per problem; finished shards are kept:
 
     InvalidInputError   what must be fixed before a shard can be written
-    RunError            what else stopped the run, such as another run; and,
+    RunError            what else stopped the run, such as another run; or
       BadImagesError      images to be replaced; all other shards are done
       MachineError        what this machine lacks: a disk, memory, open files
       ServiceError        what Cloud Storage, or the way to it, refused
 
-Exit status: 0 if all is done; 1 if something must be fixed; 75 if the same
+Exit status: 0 if this task is done; 1 if something must be fixed; 75 if the same
 command can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after
 SIGHUP.
 
@@ -226,11 +226,11 @@ class BadImagesError(RunError):
 
     def __init__(self, *problems: str, unreadable: Sequence[str] = ()):
         super().__init__(*problems)
-        self.unreadable = unreadable  # "path: why" of those that the disk fails to read
+        self.unreadable = unreadable  # "path: why" of those that may be the disk's
 
 
 class MachineError(RunError):
-    """The machine failed: its disk, its memory, a process, or one of its limits."""
+    """A disk, the memory, a process or a limit failed, or a file has changed."""
 
 
 class ServiceError(RunError):
@@ -249,7 +249,7 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 def refusal(
     verb: str, path: StrPath, error: OSError | MemoryError, is_input: bool = False
 ) -> InvalidInputError | MachineError:
-    """Says what could not be done, and why: 'Cannot list /x: Permission denied.'
+    """Returns the error to raise, such as 'Cannot list /x: Permission denied.'
 
     What is input must be fixed, unless it is the machine's fault.
     """
@@ -493,7 +493,9 @@ def look(job: Job) -> Job:
         objects = found if job.destination.is_listed else job.work.done
         job = dataclasses.replace(job, objects=objects)
     work = find_work(job)
-    if differing := work.differing:
+    differing = work.differing
+    # If no image could be listed, all would differ.
+    if job.labels and differing and differing != job.work.differing:
         logging.warning(
             f"{job.place} has {_count(len(differing), 'shard')} of other tasks "
             f"({_some(differing)}) of other images than here: the machines' raw "
@@ -539,9 +541,10 @@ def carry_out(job: Job, pool: Pool) -> None:
     write_and_upload(job, pool)
     now = look(job)
     try:
-        if now.destination:
+        if now.destination and not now.destination.is_listed:
             now.destination.check_none_passed_over()
-        check_none_wrong(now.work.left, len(now.shards), now.place)
+        num_own = sum(map(now.options.is_own, now.shards))
+        check_none_wrong(now.work.left, num_own, now.place)
         if problems := list(_bucket_problems(now)):
             raise RunError(*problems)
     except RunError:
@@ -552,7 +555,7 @@ def carry_out(job: Job, pool: Pool) -> None:
         _complete(now, job.work.to_write)
     elif now.num_missing == len(now.work.differing):
         problem = f"Other tasks made {missing} in {now.place} of other images."
-        remedy = "Give all tasks the same raw images and rerun them."
+        remedy = "Wait for them, or give all tasks the same raw images, and rerun."
         raise RunError(f"{problem} {remedy}", may_pass=True)
     else:
         logging.info(f"This task is done; others have yet to finish {missing}.")
@@ -662,7 +665,7 @@ COPY = r"(~| +|\.(\d+|crdownload|part))?$"  # such as half of a download
 # Files that seem to hold images, but are not read
 UNREAD = re.compile(f"(?i)({OTHER_IMAGE}|{ARCHIVE}){COPY}")
 # A class that is neither a directory nor a *.tar
-PACKED_CLASS = re.compile(f"/(n[0-9]{{8}})((?i:[.]tar|{ARCHIVE}){COPY}|$)")
+PACKED_CLASS = re.compile(f"/(n[0-9]{{8}})((?i:[.]tar|([.][^/]*)?{ARCHIVE}){COPY}|$)")
 # Paths of what operating systems and network disks leave: passed over
 HIDDEN = re.compile(
     r"(?is)(?:.*/)?(?:\.|(?:#recycle|#snapshot|\$recycle\.bin|@__thumb|@eadir|@recycle"
@@ -701,7 +704,7 @@ class RawImage(NamedTuple):
 
 
 def file_fingerprint(status: os.stat_result) -> int:
-    """Tells a file from a later one of the same name and size: microseconds."""
+    """When a file was modified, in microseconds: tells it from its replacement."""
     return status.st_mtime_ns // 1000  # nanoseconds would take 16 bytes more
 
 
@@ -774,7 +777,7 @@ def read_dataset(raw_data_dir: str) -> Dataset:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Lists millions of images 2.5 times as fast; the command then exempts them."""
+    """Pauses it: 2.5 times as fast; the command then exempts what was listed."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -804,19 +807,21 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     is_training = split == TRAINING_DIRECTORY
     if not sources:
         raise _no_images(f"{directory}/<synset>" if is_training else directory, others)
-    images = list_all(sources, others)
+    below = list[str]()
+    images = list_all(sources, below)
     if is_training and (unnamed := [i.path for i in images if not i.synset]):
         raise InvalidInputError(f"A folder must name the class of {unnamed[0]}.")
     # If as many are there as ImageNet has, its tar need not be listed: that takes long.
-    is_complete = len(images) in [number for number, _ in IMAGENET_SIZES.values()]
+    size, _ = IMAGENET_SIZES["training" if is_training else "validation"]
+    is_complete = len(images) == size
     _check_extracted(images, class_tars + ([] if is_complete else whole_tar))
     classes = {image.synset for image in images}
-    for path in sorted(others):
+    for path in sorted(others if directories else others + below):
         match = PACKED_CLASS.search(path)
         if match and not classes & {match[1], ""}:
             rule = f"Class {match[1]} must be a directory of *{IMAGE_SUFFIX} or a *.tar"
             raise InvalidInputError(f"{rule}; found {path}.")
-    skipped += filter(UNREAD.search, others)
+    skipped += filter(UNREAD.search, others + below)
     return images
 
 
@@ -846,8 +851,14 @@ def _check_extracted(images: Sequence[RawImage], tars: Iterable[Tar]) -> None:
     if not (packed := list_all(beside, [])):
         return
     by_class = all(image.synset for image in (images[0], packed[0]))
-    there = {(image.filename, by_class and image.synset) for image in images}
-    left = [i.path for i in packed if (i.filename, by_class and i.synset) not in there]
+
+    def key(image: RawImage) -> tuple[str, str]:
+        name = re.sub("_n[0-9]{8}[.]", ".", image.filename)  # as Hugging Face adds
+        # A validation image is the same in another class, where it was put as better.
+        return name, "" if _number(image) or not by_class else image.synset
+
+    there = {*map(key, images)}
+    left = [image.path for image in packed if key(image) not in there]
     # Where only names are compared, and none agrees, they are of another data set.
     if left and (by_class or len(left) < len(packed)):
         rule = "Tars must be extracted whole, not at all, or be elsewhere; left in them"
@@ -864,6 +875,7 @@ def list_all(classes: Iterable[Directory | Tar], others: list[str]) -> list[RawI
     for listing in listings:
         with _collecting(problems):
             images += listing.result()
+    problems = [*dict.fromkeys(problems)]  # one, if what holds them cannot be entered
     if num_more := len(problems[3:]):
         problems[3:] = [f"{_count(num_more, 'more class')} cannot be listed."]
     if problems:
@@ -881,9 +893,10 @@ class Directory:
     def list_images(self, others: list[str]) -> list[RawImage]:
         """Lists `*.JPEG` by name; adds the paths of other files to `others`."""
         images, beside = list[RawImage](), list[str]()
-        for entry in _visible(self.path):
+        entries = _visible(self.path)
+        for entry in entries:
             if not entry.name.endswith(IMAGE_SUFFIX):
-                beside += _files_below(entry.path)
+                beside += _unread_below(entry)
                 continue
             size = fingerprint = 0  # a link to nothing; `warnings_about` counts it
             try:
@@ -897,9 +910,9 @@ class Directory:
             about = self.synset, size, fingerprint
             images.append(RawImage(self.path, entry.name, *about))
         if not images:
-            raise _no_images(self.path, beside)
+            raise _no_images(self.path, beside or [entry.path for entry in entries])
         below = [path for path in beside if path.endswith(IMAGE_SUFFIX)]
-        if len(below) > len(images):
+        if len(below) > len(images) and not self.synset:
             found = f"holds {_count(len(images), 'image')}, and more below it"
             raise InvalidInputError(f"{self.path} {found}. {_describe_skipped(below)}")
         others += beside
@@ -985,18 +998,20 @@ def _visible(directory: str) -> list[os.DirEntry[str]]:
     return [entry for entry in _scan(directory) if not HIDDEN.match(entry.name)]
 
 
-def _files_below(path: str) -> Iterator[str]:
-    """Finds the files below a directory; of a file, itself."""
-    if not os.path.isdir(path):
-        yield path
-        return
-    above = pathlib.Path(os.path.realpath(os.path.dirname(path)))
-    if above.is_relative_to(os.path.realpath(path)):
-        return  # a link that leads back up
-    for place, directories, names in os.walk(path):
+def _unread_below(entry: os.DirEntry[str]) -> list[str]:
+    """Lists what seems to hold images: the entry itself, or what is below it."""
+    # Of a link in a circle, `entry.is_dir()` raises an error.
+    if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
+        return [entry.path] if UNREAD.search(entry.name) else []
+    above = pathlib.Path(os.path.realpath(os.path.dirname(entry.path)))
+    if above.is_relative_to(os.path.realpath(entry.path)):
+        return []  # a link that leads back up
+    found = []
+    for place, directories, names in os.walk(entry.path):
         directories[:] = itertools.filterfalse(HIDDEN.match, directories)
-        for name in itertools.filterfalse(HIDDEN.match, names):
-            yield f"{place}/{name}"
+        unread = filter(UNREAD.search, itertools.filterfalse(HIDDEN.match, names))
+        found += [f"{place}/{name}" for name in unread]
+    return found
 
 
 def _no_images(place: str, others: Sequence[str]) -> InvalidInputError:
@@ -1050,10 +1065,9 @@ IMAGENET_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)(?![0-9]|_(?!n[0-9]{8}))")
 LAST_NUMBER = re.compile("([0-9]+)(?:_n[0-9]{8})?[^0-9]*$")
 STEM_END = re.compile(r"(?i)((?<=_val_[0-9]{8})_n[0-9]{8})?(\.(jpe?g|png))*$")
 LIKE_LABELS = re.compile(r"(?i)label|synset|solution|\.(txt|csv)$")
-TWO_COLUMNS = (
-    f"To have {LABELS_FILE} decide, give it two columns: file name, synset; to have "
-    "directories and names decide, remove it."
-)
+ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
+TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
+NOT_NEEDED = "If directories and names are right, remove it."
 WHAT_DECIDES = "README, step 2, says what decides a class."
 # What says which synset of each image, the decisive first: `{"directory": "n01440764"}`
 Said: TypeAlias = dict[RawImage, dict[str, str]]
@@ -1066,9 +1080,13 @@ def assign_synsets(
     said = {image: _said_by_itself(image) for image in images}
     problems, warnings = list[str](), list[str]()  # each check adds to them
     _check_names(said, problems, warnings)
-    if not images or not all(said.values()) or os.path.lexists(labels_path):
-        with _collecting(problems):
-            _add_lines(said, labels_path, problems, warnings)
+    is_needed = not (images and all(said.values()))
+    if is_needed or os.path.lexists(labels_path):
+        about_file = list[str]()
+        with _collecting(about_file):
+            _add_lines(said, labels_path, about_file, warnings)
+        hint = "" if is_needed else f" {NOT_NEEDED}"
+        problems += [f"{problem}{hint}" for problem in about_file]
     if not problems:
         _check_agreement(said, problems, warnings)
         _check_imagenets(said, problems, warnings)
@@ -1118,34 +1136,35 @@ def _add_lines(said: Said, path: str, problems: list[str], warnings: list[str]) 
         for image in said:
             said[image] = {"row": label_file.get(_stem(image.name), ""), **said[image]}
         if missing := [image.filename for image in said if not said[image]["row"]]:
-            found = f"{_some(missing)}; its last line is of {[*label_file][-1]!r}"
+            found = f"{_some(missing)}; its last line is for {[*label_file][-1]!r}"
             among = f"{len(missing):,} of {images}"
-            problems.append(f"{path} has no line of {among}: {found}. {WHAT_DECIDES}")
+            problems.append(f"{path} has no line for {among}: {found}. {WHAT_DECIDES}")
     elif said and (label_file or is_needed):
         # ImageNet's numbers are certain to be those of lines; others only seem to be.
         sure = [i for i, im in enumerate(said, start=1) if _number(im) not in (None, i)]
         wrong = sure or _miscounted(said)
-        is_misfit = len(label_file) != len(said)
-        if is_misfit or (is_needed and wrong):
+        is_refused = len(label_file) != len(said) or (is_needed and sure)
+        if is_refused or (is_needed and wrong):
             i = wrong[0] if wrong else 1
-            (problems if is_misfit or sure else warnings).append(
+            (problems if is_refused else warnings).append(
                 f"{path} has {_count(len(label_file), 'line')} for {images}; line {i:,}, "
                 f"{''.join(label_file[i - 1 : i])!r}, is for {[*said][i - 1].filename}. "
-                f"{_why_misplaced(said, len(label_file))} {TWO_COLUMNS}"
+                f"{_why_misplaced(said, len(label_file))}{TWO_COLUMNS}"
             )
         for image, line in zip(said, label_file):
             said[image]["line"] = line
 
 
-def _why_misplaced(images: Iterable[RawImage], num_lines: int) -> str:
-    """Says whether ImageNet's names lack leading zeros, or which numbers."""
+def _why_misplaced(images: Said, num_lines: int) -> str:
+    """Says which numbers ImageNet's names lack, and whether they lack zeros."""
     numbers = [number for number in map(_number, images) if number is not None]
+    lacking = {*range(1, max(num_lines, len(images)) + 1)}.difference(numbers)
+    why = ""
+    if lacking and len(numbers) == len(images):
+        why += f"There is no image {_some([f'{n:,}' for n in sorted(lacking)])}. "
     if numbers != sorted(numbers):
-        return "Without leading zeros, names sort wrongly: 1, 10, 2."
-    lacking = {*range(1, max([num_lines, *numbers]) + 1)}.difference(numbers)
-    if numbers and lacking:
-        return f"There is no image {_some([f'{n:,}' for n in sorted(lacking)])}."
-    return "Lines, images or leading zeros may be missing."
+        why += "Without leading zeros, names sort wrongly: 1, 10, 2. "
+    return why or "Lines, images or leading zeros may be missing. "
 
 
 def read_label_file(path: str) -> list[str] | dict[str, str]:
@@ -1165,7 +1184,7 @@ def read_label_file(path: str) -> list[str] | dict[str, str]:
 
 def _stem_and_synset(line: str) -> tuple[str, str]:
     """Splits a line at tabs, commas or blanks; the stem of a single column is empty."""
-    line = line.replace('"', "").strip(" \t,")
+    line = line.replace('"', "").strip().strip(" \t,")
     if match := re.match(r"(\S+?),?\s+(n[0-9]{8})(?![^\s,])", line):
         return _stem(match[1]), match[2]  # words of the class may follow
     for delimiter in r"[ ,]*\t[\t ,]*", " *, *", r"\s+":
@@ -1195,25 +1214,27 @@ def _read_lines(path: str) -> list[str]:
         names = {n for place in places for n in glob.glob(place, root_dir=root)}
         found = _some(sorted(filter(LIKE_LABELS.search, names - {name})))
         beside = f" Found {found} beside it." if found else ""
-        raise InvalidInputError(f"{error}{beside} {WHAT_DECIDES}") from error
+        raise InvalidInputError(f"{error} {ONE_COLUMN}{beside}") from error
     return [os.fsdecode(line) for line in data.splitlines()]
 
 
-def _miscounted(images: Iterable[RawImage]) -> list[int]:
+def _miscounted(images: Said) -> list[int]:
     """Finds names that sort otherwise than they count, or that follow missing numbers."""
     unsorted, gaps, last = list[int](), dict[int, int](), dict[str, list[int]]()
+    series = set[tuple[object, ...]]()
     for i, image in enumerate(images, start=1):
         name = re.sub("_n[0-9]{8}", "", image.filename)
-        text, count = NUMBER.sub("#", name), [*map(int, NUMBER.findall(name))]
-        before = last.get(text, count)
-        last[text] = count
-        if count < before:
+        text, numbers = NUMBER.sub("#", name), [*map(int, NUMBER.findall(name))]
+        before = last.get(text, numbers)
+        last[text] = numbers
+        series.add((text, *numbers[:-1]))
+        if numbers < before:
             unsorted.append(i)
-        elif count[:-1] == before[:-1] and sum(count) > sum(before) + 1:
-            gaps[i] = sum(count) - sum(before) - 1
+        elif numbers and numbers[:-1] == before[:-1] and numbers[-1] > before[-1] + 1:
+            gaps[i] = numbers[-1] - before[-1] - 1
     # Names of several kinds, or with most numbers left out, do not count the images.
-    is_counted = len(last) == 1 and sum(gaps.values()) < i
-    return unsorted or [*gaps] * is_counted
+    is_counted = len(series) == 1 and sum(gaps.values()) < len(images)
+    return unsorted or ([*gaps] if is_counted else [])
 
 
 def _check_agreement(said: Said, problems: list[str], warnings: list[str]) -> None:
@@ -1339,7 +1360,7 @@ def _class_warnings(dataset: Dataset) -> Iterator[str]:
 
 
 def _size_warnings(dataset: Dataset, split: str, num_shards: int) -> Iterator[str]:
-    """Warns of images that ImageNet's split has, and of shards that will have none."""
+    """Warns if a split is not of ImageNet's size, and of shards that will be empty."""
     images = dataset.training if split == "training" else dataset.validation
     num_expected, smallest = IMAGENET_SIZES[split]
     if len(dataset.synsets) == IMAGENET_CLASSES and len(images) != num_expected:
@@ -1667,7 +1688,7 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
     try:
         pixels = tf.io.decode_jpeg(data, channels=3)  # decodes PNGs, too
     except tf.errors.InvalidArgumentError as error:
-        raise _ImageError(f"it is a {kind} that cannot be decoded") from error
+        raise _ImageError(f"it is a damaged {kind}") from error
     jpeg = tf.io.encode_jpeg(pixels, format="rgb", quality=100).numpy()
     height, width, _ = pixels.shape
     return EncodedImage(jpeg, height, width, repaired=True)
@@ -1791,8 +1812,14 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
                 num_repaired += encoded.repaired
     if problems:
         raise BadImagesError(*problems, unreadable=unreadable)
-    written = num_bytes, _crc32c_text(crc32c), num_repaired
-    return Stamp(shard.digest(), len(shard.images), *written, shard.fingerprint())
+    return Stamp(
+        digest=shard.digest(),
+        num_examples=len(shard.images),
+        num_bytes=num_bytes,
+        crc32c=_crc32c_text(crc32c),
+        num_repaired=num_repaired,
+        fingerprint=shard.fingerprint(),
+    )
 
 
 def write_shard(
@@ -1920,9 +1947,9 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # The run starts a helper, which imports TensorFlow, forks the workers and waits. All of
 # them exit when their stdin ends, to which nothing is ever written: the run closes it,
 # or the system does if the run is killed. Calls and answers go over a socket for each
-# worker. When a worker dies, the helper dies of the same signal, or with the same exit
-# status, and so the socket closes: from that status, and from the last words on stderr,
-# the run tells the cause. If the helper alone is killed, the workers go on.
+# worker. When a worker dies, its socket closes, which the run sees, and the helper dies
+# of the same signal, or with the same exit status: from that, and from the last words on
+# stderr, the run tells the cause. If the helper alone is killed, the workers go on.
 
 LAST_WORDS_BYTES = 2**16
 # Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
@@ -1966,8 +1993,10 @@ class Pool:
             answer = pickle.load(connection)
         except (EOFError, ConnectionError, pickle.UnpicklingError):
             time.sleep(0.2)  # a signal to the whole run may still be on its way
-            status = self._helper.wait()  # it has died of the same
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is stopped, say
+                self._helper.wait(timeout=5)  # it has died of the same
             self.close()
+            status = self._helper.returncode or 0
             answer = MachineError(_cause_of_death(status, self._words))
         finally:
             self._idle.put(connection)
@@ -2019,11 +2048,13 @@ def _fork_workers(sockets: list[int]) -> NoReturn:
         os._exit(IMPORT_FAILED)
     gc.freeze()
     gc.enable()
-    for own in sockets:
+    while sockets:
+        own = sockets.pop()
         if not os.fork():  # after TensorFlow has run anything, that would hang
-            for other in {*sockets} - {own}:
+            for other in sockets:
                 os.close(other)
             _make_calls(own)
+        os.close(own)
     status = os.waitstatus_to_exitcode(os.wait()[1])  # 0 only at the run's end
     if status < 0:
         os.kill(os.getpid(), -status)
@@ -2219,7 +2250,7 @@ UPLOAD_SECONDS = 600  # the same, while a file is uploaded
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
 RESTART_DELAYS = (1, 4, 16, 60)  # before a lost upload begins anew
 WARNING_SECONDS = 10
-# Otherwise the client asks for the bucket's metadata, in a thread of its own.
+# Unless this is set, the client asks for the bucket's metadata in a thread of its own.
 NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
 QUIET_LOGGERS = ("google", "urllib3")  # they warn of each retry
 
@@ -2317,10 +2348,10 @@ class Destination:
         If the requester pays for the bucket, later requests name our project; not
         otherwise, since that needs a permission in the project.
         """
-        found = self._ask("", lambda f: f.must_pay or f.failure == DENIED, self._list)
+        found = self._ask("", lambda f: f.must_pay or f.is_denied, self._list)
         if isinstance(found, Fault) and found.must_pay:
             self._bucket = self.client.bucket(self.path.bucket, self._project)
-            found = self._ask("", lambda fault: fault.failure == DENIED, self._list)
+            found = self._ask("", lambda fault: fault.is_denied, self._list)
         is_refused = isinstance(found, Fault)
         if is_refused and self.is_listed:
             logging.warning(
@@ -2613,54 +2644,55 @@ TOKEN = re.compile(r"\binvalid_grant\b|\b(?:iam|serviceusage|storage)\.\w+\.")
 SPOKEN = {"OSError", "GoogleAuthError", "HTTPError", "WrongContentError"}  # for people
 LOG_IN = "run `gcloud auth application-default login`"
 DENIED, FAILED = "Access to {} is denied", "Cloud Storage failed at {}"
-FINAL = {"page", "untrusted", "plain", "InvalidSchema", "InvalidProxyURL"}
-# A fact follows from others, those of `_facts_of` first: | is "or", a blank is "and".
+FINAL = {"PAGE", "UNTRUSTED", "PLAIN", "InvalidSchema", "InvalidProxyURL"}
+# Facts in capitals are ours. These follow from others, in this order, those of
+# `_facts_of` first: | is "or", a blank is "and".
 RULES = {
-    "proxy": "407 | ProxyError | InvalidProxyURL",
-    "login": "401 | GoogleAuthError",
-    "refused": "403 | login",
-    "nobody": "unknown | login metadata 404",
-    "passes": "408 | 429 | 500 | 502 | 503 | 504 | retryable | nobody googles | "
+    "PROXY": "407 | ProxyError | InvalidProxyURL",
+    "LOGIN": "401 | GoogleAuthError",
+    "REFUSED": "403 | LOGIN",
+    "NOBODY": "UNKNOWN | LOGIN METADATA 404",
+    "PASSES": "408 | 429 | 500 | 502 | 503 | 504 | RETRYABLE | NOBODY GOOGLES | "
     "403 rateLimitExceeded | 403 userRateLimitExceeded | 403 RATE_LIMIT_EXCEEDED | "
-    "silent ConnectionError | silent ChunkedEncodingError | silent Timeout | "
-    "silent TransportError",
-    "lost": "short | WrongContentError | session 200 | session 308 | session 400 | "
-    "session 404 | session 410",
+    "SILENT ConnectionError | SILENT ChunkedEncodingError | SILENT Timeout | "
+    "SILENT TransportError",
+    "LOST": "SHORT | WrongContentError | SESSION 200 | SESSION 308 | SESSION 400 | "
+    "SESSION 404 | SESSION 410",
 }
 # What failed, with {} for the place, and what helps: the first whose facts all hold
 FAILURES = {
-    "proxy": "No way through the proxy to {}",
+    "PROXY": "No way through the proxy to {}",
     "DefaultCredentialsError": "No credentials for {}",
-    "login": "Cannot log in for {}",
-    **dict.fromkeys(("passes", "page", "lost"), FAILED),
+    "LOGIN": "Cannot log in for {}",
+    **dict.fromkeys(("PASSES", "PAGE", "LOST"), FAILED),
     "403": DENIED,
     "404 notFound": "No bucket for {}",
     "": FAILED,
 }
 REMEDIES = {
     "407": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
-    "nobody metadata": "Attach a service account to this machine.",
-    "nobody": f"As a person, {LOG_IN}; attach a service account to a VM.",
-    "passes": RERUN,
-    "socks": "Run: python3 -m pip install 'requests[socks]'",
-    "proxy": "HTTPS_PROXY and NO_PROXY say which hosts are reached through it.",
-    "page": "A sign-in page or a proxy may be in the way.",
-    "untrusted": "Check this machine's clock. If your network has its own certificate "
+    "NOBODY METADATA": "Attach a service account to this machine.",
+    "NOBODY": f"As a person, {LOG_IN}; attach a service account to a VM.",
+    "PASSES": RERUN,
+    "SOCKS": "Run: python3 -m pip install 'requests[socks]'",
+    "PROXY": "HTTPS_PROXY and NO_PROXY say which hosts are reached through it.",
+    "PAGE": "A sign-in page or a proxy may be in the way.",
+    "UNTRUSTED": "Check this machine's clock. If your network has its own certificate "
     "authority, REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate.",
-    "lost": RERUN,
-    "login invalid_grant": f"As a person, {LOG_IN} again; with a key, check this "
+    "LOST": RERUN,
+    "LOGIN invalid_grant": f"As a person, {LOG_IN} again; with a key, check this "
     "machine's clock, and that account and key still exist.",
-    "metadata refused iam.serviceAccounts.": "Grant roles/iam.workloadIdentityUser on "
+    "METADATA REFUSED iam.serviceAccounts.": "Grant roles/iam.workloadIdentityUser on "
     "that service account to the Kubernetes service account of the pod.",
-    "refused iam.serviceAccounts.": "Grant roles/iam.serviceAccountTokenCreator on "
+    "REFUSED iam.serviceAccounts.": "Grant roles/iam.serviceAccountTokenCreator on "
     "that service account to the account that impersonates it.",
-    "refused insufficientPermissions": "Stop the VM and run: gcloud compute instances "
+    "REFUSED insufficientPermissions": "Stop the VM and run: gcloud compute instances "
     "set-service-account NAME --scopes=cloud-platform",
-    "refused serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer "
+    "REFUSED serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer "
     "on the project to the account of this run.",
-    "refused storage.objects.": "Grant roles/storage.objectUser on {bucket} to the "
+    "REFUSED storage.objects.": "Grant roles/storage.objectUser on {bucket} to the "
     "account of this run.",
-    "login": "",
+    "LOGIN": "",
     "404 notFound": "Create it: gcloud storage buckets create {bucket} "
     "--project={project} --location=LOCATION",
     "": "",
@@ -2676,6 +2708,7 @@ class Fault:
       may_pass: Whether the same request may succeed later.
       is_lost: Whether an upload is lost, but may succeed from its beginning.
       must_pay: Whether the requester has to name a project that pays.
+      is_denied: Whether this account may not do that.
       failure, remedy: A row of `FAILURES`, of `REMEDIES`.
     """
 
@@ -2697,19 +2730,20 @@ class Fault:
         words = words or ("a web page came back" if is_page else _last_words(chain))
         words = f"{self.status} {words}" if self.status >= 300 else words
         self.words = " ".join(words.split()).rstrip(".")
-        facts = _facts_of(chain, response) | ({"page"} if is_page else set())
+        facts = _facts_of(chain, response) | ({"PAGE"} if is_page else set())
         facts |= {code for key, code in said if key in ("reason", "error")}  # of OAuth
         facts |= {str(self.status), *TOKEN.findall(self.words)}
-        facts |= set() if self.status or facts & FINAL else {"silent"}
+        facts |= set() if self.status or facts & FINAL else {"SILENT"}
         for fact, rules in RULES.items():
             if any(_holds(rule, facts) for rule in rules.split("|")):
                 facts.add(fact)
-        self.may_pass, self.is_lost = "passes" in facts, "lost" in facts
+        self.may_pass, self.is_lost = "PASSES" in facts, "LOST" in facts
         self.must_pay = _holds("400 required", facts)
         self.failure, self.remedy = (
             next(row[1] for row in table.items() if _holds(row[0], facts))
             for table in (FAILURES, REMEDIES)
         )
+        self.is_denied = self.failure == DENIED
         if "GoogleAuthError" in facts and (path := os.environ.get(KEY_FILE)):
             self.words += f" ({KEY_FILE}={path})"
 
@@ -2728,22 +2762,22 @@ def _facts_of(chain: Sequence[BaseException], response: Any) -> set[str]:
     is_unknown = type(cause).__name__ == "DefaultCredentialsError" and not has_key
     socks = [p for p in urllib.request.getproxies().values() if "socks" in p]
     found = {
-        "unknown": is_unknown,  # nothing to log in with or, on a new machine, not yet
-        "googles": _is_googles_machine(),
+        "UNKNOWN": is_unknown,  # nothing to log in with or, on a new machine, not yet
+        "GOOGLES": _is_googles_machine(),
         # Of a machine's identity: https://cloud.google.com/compute/docs/metadata
-        "metadata": "Metadata-Flavor" in getattr(response, "headers", ()),
-        "session": "upload_id=" in str(getattr(response, "url", "")),  # an upload's
-        "short": type(chain[0]) is ValueError,  # the bucket kept less than was sent
-        "retryable": any(getattr(each, "retryable", False) for each in chain),
-        "plain": "WRONG_VERSION_NUMBER" in tls,  # no TLS
-        "untrusted": is_missing or tls & {"CERTIFICATE_VERIFY_FAILED", "X509", "PEM"},
-        "socks": "InvalidSchema" in kinds and socks,
+        "METADATA": "Metadata-Flavor" in getattr(response, "headers", ()),
+        "SESSION": "upload_id=" in str(getattr(response, "url", "")),  # an upload's
+        "SHORT": type(chain[0]) is ValueError,  # the bucket kept less than was sent
+        "RETRYABLE": any(getattr(each, "retryable", False) for each in chain),
+        "PLAIN": "WRONG_VERSION_NUMBER" in tls,  # no TLS
+        "UNTRUSTED": is_missing or tls & {"CERTIFICATE_VERIFY_FAILED", "X509", "PEM"},
+        "SOCKS": "InvalidSchema" in kinds and socks,
     }
     return kinds | {fact for fact, holds in found.items() if holds}
 
 
 def _quote(status: int, said: Mapping[str, str], body: str) -> str:
-    """The own words of what came back, if it has any."""
+    """What the answer says, or else HTTP's phrase for its status."""
     words = said.get("message") or ": ".join(
         said[key] for key in ("error", "error_description") if said.get(key)
     )
@@ -2874,10 +2908,9 @@ def _finished_problems(job: Job) -> Iterator[str]:
 
 def _differences(text: str, planned: Mapping[str, Any]) -> Iterator[str]:
     """Compares a manifest with ours; one that cannot be read vouches for nothing."""
-    with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
-        manifest = json.loads(text)
-        for key in "examples", "labels":
-            old, new = manifest[key], planned[key]
+    for key in "examples", "labels":
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+            old, new = json.loads(text)[key], planned[key]
             unequal = [k for k in sorted({**old, **new}) if old.get(k) != new.get(k)]
             for name in unequal[:1]:
                 yield f"{key} {name}: {old.get(name)}, not {new.get(name)}"

@@ -24,10 +24,7 @@ LABELS = lzma.decompress(
 A, B, C, D = "n01440764", "n01440801", "n01440838", "n01440875"
 VAL = "ILSVRC2012_val_"
 V = [f"{VAL}{i:08d}.JPEG" for i in range(5)]
-TO_DECIDE = (
-    "To have synset_labels.txt decide, give it two columns: file name, synset; to have "
-    "directories and names decide, remove it."
-)
+TO_DECIDE = "To have synset_labels.txt decide, give it two columns: file name, synset."
 READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
 INTO_FOLDERS = (
     "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
@@ -85,6 +82,8 @@ def in_two_classes(one: str, other: str, more: str = "") -> str:
     )
 
 
+LINE_I = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
+NOT_NEEDED = "If directories and names are right, remove it."
 WHAT_DECIDES = "README, step 2, says what decides a class."
 T1 = "ILSVRC2012_test_00000001.JPEG"
 
@@ -101,11 +100,13 @@ REFUSED = {
         "3 lines", 3, 2, B, V[3], no_image("2")
     ),
     "cd validation; for i in 1 2 3 4; do mv *0$i.JPEG ILSVRC2012_val_$((3*i)).JPEG; "
-    "done": misplaced("4 lines", 4, 1, A, f"{VAL}12.JPEG", NO_ZEROS),
+    "done": misplaced(
+        "4 lines", 4, 1, A, f"{VAL}12.JPEG", f"{no_image('1, 2, 4')} {NO_ZEROS}"
+    ),
     "cd validation; rename() { mv *$1.JPEG ILSVRC2012_val_0000050$1.JPEG; }; "
     "for i in 1 2 3 4; do rename $i; done": (
         misplaced(
-            "4 lines", 4, 1, A, f"{VAL}00000501.JPEG", no_image("1, 2, 3 and 497 more")
+            "4 lines", 4, 1, A, f"{VAL}00000501.JPEG", no_image("1, 2, 3 and 1 more")
         )
     ),
     f"rm validation/{V[2]}": misplaced("4 lines", 3, 2, B, V[3], no_image("2")),
@@ -118,7 +119,9 @@ REFUSED = {
         misplaced("4 lines", 3, 3, C, V[4], no_image("3")) + "\n"
         f"1 file skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
     ),
-    f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 lines", 4, 1, A, V[1], UNCLEAR),
+    f"{INTO_FOLDERS} sed -i 3d ../*.txt": (
+        misplaced("3 lines", 4, 1, A, V[1], UNCLEAR) + f" {NOT_NEEDED}"
+    ),
     f"{INTO_FOLDERS} sed -i 3s/.*/{D}/ ../*.txt": (
         differ("directory", "line", 1, 3, f"validation/{C}/{V[3]}", f"{C} {D}")
         + f"Correct it. {TO_DECIDE}"
@@ -156,7 +159,7 @@ REFUSED = {
         "4 lines", 4, 1, A, V[0], no_image("1")
     ),
     f"echo >validation/{T1}; echo {A} >>*.txt": (
-        f"{of_test_set(T1)}\n" + misplaced("5 lines", 5, 2, B, V[1], no_image("5"))
+        f"{of_test_set(T1)}\n" + misplaced("5 lines", 5, 2, B, V[1], UNCLEAR)
     ),
     f"echo >validation/{T1}; for f in $(ls validation); do echo $f {A}; done >*.txt": (
         of_test_set(T1)
@@ -165,16 +168,17 @@ REFUSED = {
     f"{INTO_FOLDERS} mv {A}/*1.JPEG {A}/{T1}; cp {B}/* {C}": (
         f"{of_test_set(f'{A}/{T1}')}\n"
         f"{in_two_classes(f'{B}/{V[2]}', f'{C}/{V[2]}')}\n"
-        + misplaced("4 lines", 5, 3, C, V[2], no_image("1"))
+        + misplaced("4 lines", 5, 3, C, V[2], UNCLEAR)
+        + f" {NOT_NEEDED}"
     ),
     f"printf '{VAL}0000000%d {A}\\n' 1 2 4 >*.txt": (
-        f"RAW/synset_labels.txt has no line of 1 of 4 validation images: {V[3]}; its "
-        f"last line is of '{VAL}00000004'. {WHAT_DECIDES}"
+        f"RAW/synset_labels.txt has no line for 1 of 4 validation images: {V[3]}; its "
+        f"last line is for '{VAL}00000004'. {WHAT_DECIDES}"
     ),
     **{
         f"printf '{content}' >*.txt": (
-            f"RAW/synset_labels.txt has no line of 4 of 4 validation images: "
-            f"{V[1]}, {V[2]}, {V[3]} and 1 more; its last line is of {last!r}. "
+            f"RAW/synset_labels.txt has no line for 4 of 4 validation images: "
+            f"{V[1]}, {V[2]}, {V[3]} and 1 more; its last line is for {last!r}. "
             f"{WHAT_DECIDES}"
         )
         for content, last in (
@@ -189,20 +193,20 @@ REFUSED = {
         f"as n01440764; found 'a {A}'."
     ),
     "iconv -t utf-16le *.txt >x; mv x *.txt": (
-        f"RAW/synset_labels.txt is not text in UTF-8. {WHAT_DECIDES}"
+        f"RAW/synset_labels.txt is not text in UTF-8. {LINE_I}"
     ),
     "sed -i '2s/$/\\x00/' *.txt": (
-        f"RAW/synset_labels.txt is not text in UTF-8. {WHAT_DECIDES}"
+        f"RAW/synset_labels.txt is not text in UTF-8. {LINE_I}"
     ),
     **{
         f"printf '{page}' >*.txt": (
-            f"RAW/synset_labels.txt is a web page; download the file itself. {WHAT_DECIDES}"
+            f"RAW/synset_labels.txt is a web page; download the file itself. {LINE_I}"
         )
         for page in ("\\n \\n<!DOCTYPE html>", "<!DOCTYPE html>\\n<html>\\n<p>")
     },
     "mv *.txt synset_labels.txt.txt; touch imagenet_2012_labels notes": (
-        "Cannot read RAW/synset_labels.txt: No such file or directory. Found "
-        f"imagenet_2012_labels, synset_labels.txt.txt beside it. {WHAT_DECIDES}"
+        f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
+        "imagenet_2012_labels, synset_labels.txt.txt beside it."
     ),
     **{
         f"{INTO_FOLDERS} cp {A}/* x.JPEG; {linked}": (
@@ -212,7 +216,8 @@ REFUSED = {
         for linked in ("", "mkdir ../c; mv n* ../c; ln -s $PWD/../c/* .; ln -s / n1")
     },
     f"{INTO_FOLDERS} echo '<html>' >../*.txt": (
-        f"RAW/synset_labels.txt is a web page; download the file itself. {WHAT_DECIDES}"
+        f"RAW/synset_labels.txt is a web page; download the file itself. {LINE_I} "
+        f"{NOT_NEEDED}"
     ),
     f"printf '{VAL}0000000%d,,{A}\\n' 1 2 3 4 >*.txt": (
         "Line 1 of RAW/synset_labels.txt must be a file name and its only synset such "
@@ -230,11 +235,11 @@ REFUSED = {
         "0, 1, 2 and 1 more; found 4. README, step 2, says what decides a class."
     ),
     "mv *.txt validation": (
-        "Cannot read RAW/synset_labels.txt: No such file or directory. Found "
-        f"validation/synset_labels.txt beside it. {WHAT_DECIDES}"
+        f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} Found "
+        "validation/synset_labels.txt beside it."
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}; rm ../*.txt": (
-        f"Cannot read RAW/synset_labels.txt: No such file or directory. {WHAT_DECIDES}\n"
+        f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I}\n"
         f"1 file skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
     ),
     "sed -i 's/$/ tench/; 1s/.*/ImageId/; 3s/.*/x/' *.txt": (

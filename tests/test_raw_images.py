@@ -153,8 +153,7 @@ def test_labels_are_refused(
 
 
 TWO_COLUMNS = (
-    "To have synset_labels.txt decide, give it two columns: file name, synset; to have "
-    "directories and names decide, remove it."
+    "To have synset_labels.txt decide, give it two columns: file name, synset."
 )
 NO_TRAIN = "and no ILSVRC2012_img_train.tar beside it. Found"
 NO_VALIDATION = "No directory RAW/validation, and no ILSVRC2012_img_val.tar beside it."
@@ -162,6 +161,7 @@ BOTH = "there. Both splits are required; README, step 2, says in which layouts."
 NO_IMAGES = "No images match RAW/train/<synset>/*.JPEG."
 SEVERAL = "n01440764, n01440801, n01440838 and"
 UNKNOWN = "Validation images must be of the classes of the training images, such as "
+LINE_I = "Line i of synset_labels.txt is for the i-th image (README, step 2)."
 HINT = "README, step 2, says what decides a class."
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
@@ -175,7 +175,7 @@ READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, say
 REFUSALS = {
     **{
         f"rm synset_labels.txt; {command}": (
-            f"Cannot read RAW/synset_labels.txt: {reason}. {HINT}"
+            f"Cannot read RAW/synset_labels.txt: {reason}. {LINE_I}"
         )
         for command, reason in (
             ("", "No such file or directory"),
@@ -184,7 +184,7 @@ REFUSALS = {
         )
     },
     "printf '\\xff\\xfen\\0' >synset_labels.txt": (  # as PowerShell's `>` writes
-        f"RAW/synset_labels.txt is not text in UTF-8. {HINT}"
+        f"RAW/synset_labels.txt is not text in UTF-8. {LINE_I}"
     ),
     **{
         command: (

@@ -195,8 +195,8 @@ def test_tasks_are_told_when_their_images_differ(
         assert done.status == 75  # a task may still be replacing them
         assert done.errors == [
             (
-                f"Other tasks made 2 shards in {place} of other images. Give all tasks "
-                "the same raw images and rerun them."
+                f"Other tasks made 2 shards in {place} of other images. Wait for them, "
+                "or give all tasks the same raw images, and rerun."
             )
         ]
     assert not (tmp_path / "shared" / "manifest.json").exists()
