@@ -582,6 +582,17 @@ def test_finished_set_of_other_raw_data_is_never_replaced(
     assert (emulator.objects(), contents(scratch)) == before
 
 
+def test_labels_of_a_manifest_count_even_without_its_examples(
+    raw: Path, emulator: Emulator
+) -> None:
+    emulator.put("imagenet/manifest.json", b'{"labels": {"1": "n00000001"}}')
+    before = emulator.objects()
+    finished = upload(raw, emulator)
+    assert finished.status == 1
+    assert "manifest.json says labels 1: n00000001, not n01440764" in finished.stderr
+    assert emulator.objects() == before
+
+
 @pytest.mark.parametrize("junk", [b"", b"junk", b"[1]", b'{"labels":5,"examples":[]}'])
 def test_manifest_that_cannot_be_read_vouches_for_nothing(
     raw: Path, emulator: Emulator, junk: bytes

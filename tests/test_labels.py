@@ -110,6 +110,10 @@ REFUSED = {
         )
     ),
     f"rm validation/{V[2]}": misplaced("4 lines", 3, 2, B, V[3], no_image("2")),
+    # Only as many numbers are looked for as there are lines.
+    f"mv validation/{V[4]} validation/{VAL}1700000004.JPEG": (
+        misplaced("4 lines", 4, 4, D, f"{VAL}1700000004.JPEG", no_image("4"))
+    ),
     f"rm validation/{V[4]}": misplaced("4 lines", 3, 1, A, V[1], no_image("4")),
     f"cd validation; mv {V[3]} x.jpg": (
         misplaced("4 lines", 3, 3, C, V[4], no_image("3")) + "\n"
@@ -297,6 +301,8 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "": (LINES, []),
     EVERY.format(".JPEG ", ""): (LINES, []),
     EVERY.format(" ", ""): (LINES, []),
+    # No-break spaces, which no editor shows
+    "sed -i 's/$/\\xc2\\xa0/' *.txt": (LINES, []),
     EVERY.format(".jpg ", ""): (LINES, []),
     f"{HUGGING_FACE} cd ..; {EVERY.format(' ', '')}": (LINES, []),
     EVERY.format("', '", ""): (LINES, []),

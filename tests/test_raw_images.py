@@ -253,7 +253,7 @@ REFUSALS = {
         f"cd train; mv n01440838 ../x; touch {name}": f"{CLASS}; found RAW/train/{name}."
         for name in (
             *("n01440838.tar.gz", "n01440838.tar.part", "n01440838.TAR"),
-            "n01440838.7z",
+            *("n01440838.7z", "n01440838.part1.rar"),
         )
     },
     "cd train; touch x.tar.part; for s in n*; do tar -cf $s.tar -C $s .; done; "

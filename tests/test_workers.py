@@ -377,6 +377,17 @@ def test_workers_are_as_many_as_asked_for(large: Path) -> None:
         assert len(run.workers()) == 3
 
 
+def test_death_is_seen_even_when_the_helper_is_stopped(large: Path) -> None:
+    with started(*flags(large, 100), "--num_workers=2") as run:
+        wait_for(lambda: len(run.workers()) == 2, run)
+        helper, worker = run.helper() or run.pid, run.workers()[-1]
+        wait_for(lambda: finished_shards(large / "scratch"), run)
+        os.kill(helper, signal.SIGSTOP)
+        os.kill(worker, signal.SIGKILL)
+        done = run.finish()
+    assert (done.status, len(done.errors)) == (1, 1)
+
+
 def test_run_goes_on_when_only_the_helper_dies(large: Path) -> None:
     with started(*flags(large, 100), "--num_workers=2") as run:
         wait_for(lambda: len(run.workers()) == 2, run)
