@@ -1047,9 +1047,10 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 #    training image whose name contradicts its directory.
 # 4. If all of ImageNet's validation images and classes are there, their labels are
 #    compared with ImageNet's own, known by digest. A difference is refused if a label
-#    file of one column decides, else warned of.
-# 5. A label file of two columns overrules the rest: write one to have your way where 2
-#    or 4 refuse; you are then only warned.
+#    file of one column decides and all names are ImageNet's, else warned of.
+# 5. A label file of one column must have as many lines as there are images.
+# 6. A label file of two columns overrules the rest: write one to have your way where 2,
+#    4 or 5 refuse; you are then only warned.
 
 
 IMAGENET_CLASSES = 1000  # https://image-net.org/challenges/LSVRC/2012
@@ -1238,7 +1239,7 @@ def _miscounted(images: Said) -> list[int]:
 
 
 def _check_agreement(said: Said, problems: list[str], warnings: list[str]) -> None:
-    """Tells slips from what is meant, by 2, 3 and 5 of the rule."""
+    """Tells slips from what is meant, by 2, 3 and 6 of the rule."""
     wrong = collections.defaultdict(list)  # by what decides and what contradicts it
     for i, (image, says) in enumerate(said.items(), start=1):
         decisive, *others = says
@@ -2239,8 +2240,8 @@ def draw_line(text: str) -> None:
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # what is sent again after a fault
 PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
 TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
-# The first also bounds the sending of a piece: the system's buffer (4 MB) takes it once
-# a third is free, and must be empty before the answer comes. 20 KB/s are enough.
+# The next one's first bounds the sending of a piece, too: the system's buffer (4 MB)
+# takes it once a third is free, and must be empty before the answer comes: 20 KB/s do.
 CHUNK_TIMEOUT = (120, 300)
 # A request that fails is repeated by `_persist`, instead of the client, if that
 # `Fault.may_pass`; an upload that `Fault.is_lost` begins anew, in `upload`; all else
@@ -3668,6 +3669,7 @@ def draw_fake_image(path: pathlib.Path, seed: int) -> None:
         pathlib.Path(temporary_path).write_bytes(jpeg.numpy())
 
 
+# The helper is a module of this name, too, for calls are pickled; see `_start_helper`.
 if "WORKER_SOCKETS" in globals():
     _fork_workers(globals()["WORKER_SOCKETS"])
 elif __name__ == "__main__":
