@@ -56,8 +56,8 @@ Errors have a line per problem; finished shards are kept:
       MachineError        what this machine lacks: a disk, memory, open files
       ServiceError        what Cloud Storage, or the way to it, refused
 
-Exit status: 0 if this task is done; 1 if something must be fixed; 75 if the same
-command can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after
+Exit status: 0 if this task is done; 1 if something must be fixed; 75 if the
+same command can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after
 SIGHUP.
 
 Who calls whom:
