@@ -1112,8 +1112,9 @@ def _check_names(said: Said, problems: list[str], warnings: list[str]) -> None:
     first_of: dict[int | None, RawImage] = {}
     wrong, double = list[str](), list[str]()
     for image in said:
-        first = first_of.setdefault(_number(image), image)
-        if first is not image and _number(image) is not None:
+        number = _number(image)
+        first = first_of.setdefault(number, image)
+        if first is not image and number is not None:
             is_double = [*said[first].values()][:1] == [*said[image].values()][:1]
             (double if is_double else wrong).append(f"{first.path} and {image.path}")
     if wrong:
@@ -3164,17 +3165,19 @@ class Options:
 
     def _scratch_faults(self, given: str) -> Iterator[str]:
         """Says why shards cannot be written to the scratch directory."""
-        for split in TARS:
+        for split in SPLITS:
             yield _directory_fault(os.path.join(given, split), may_be_missing=True)
         place = nearest_existing(self.scratch_dir)
         is_writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
         yield "" if is_writable else f"{place} is not writable"
         taken, own = (  # not `resolve`, which fails on a loop of links
-            tuple(os.path.realpath(os.path.join(place, split)) + "/" for split in TARS)
+            tuple(
+                os.path.realpath(os.path.join(place, split)) + "/" for split in SPLITS
+            )
             for place in (self.raw_dir, self.scratch_dir)
         )
         if any(path.startswith(taken) for path in own):
-            yield f"it is --raw_data_dir, or in its {' or '.join(TARS)}"
+            yield f"it is --raw_data_dir, or in its {' or '.join(SPLITS)}"
 
 
 def _directory_fault(given: str, may_be_missing: bool) -> str:
@@ -3514,7 +3517,7 @@ def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
             name, size = plain
             offset = position + tarfile.BLOCKSIZE
             found[_normalized(name)] = offset, size
-        elif member := _read_member(descriptor, position, end):
+        elif any(header) and (member := _read_member(descriptor, position, end)):
             name, target = _normalized(member.name), _normalized(member.linkname)
             offset = position + member.offset_data
             size = 0 if member.type in b"123456" else member.size  # links and so on
