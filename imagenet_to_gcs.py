@@ -386,7 +386,7 @@ def plan_job(options: Options, pool: Pool | None = None) -> Job:
             client, stopping = options.client, pool.stopping if pool else None
             destination = Destination(path, options.gcs_project, client, stopping)
         job = look(Job(options, dataset.labels, shards, destination))
-        for check in _finished_problems, _scratch_problems, _bucket_problems:
+        for check in _finished_problems, _room_problems, _bucket_problems:
             with _collecting(problems):
                 problems += check(job)
         if destination and job.work.left:
@@ -2877,15 +2877,10 @@ def _bucket_problems(job: Job) -> Iterator[str]:
     if job.options.task_count > 1 and not job.destination.is_listed:
         yield f"--task_count needs the permission to list {place}."
     if strangers := _strangers(job.objects, job.shards):
-        # No * for an index beyond the count: it could match this run's shards.
-        pattern = lambda m: f"{m[1]}-*-of-{m[3]}" if m[2] < m[3] else m[0]
-        names = {re.sub(rf"^{SHARD_NAME.pattern}\Z", pattern, s) for s in strangers}
-        paths = shlex.join(f"{place}/{name}" for name in sorted(names))
-        command = f" (gcloud storage rm {paths})" if len(names) <= 10 else ""
         yield (
             f"{place} contains train-* or validation-* objects from elsewhere, which "
-            f"models would also read: {_some(strangers)}. Delete them{command}, or "
-            "choose another directory."
+            f"models would also read: {_some(strangers)}. Delete them, or choose "
+            "another directory."
         )
 
 
@@ -2918,19 +2913,11 @@ def _differences(text: str, planned: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{key} {name}: {old.get(name)}, not {new.get(name)}"
 
 
-def _scratch_problems(job: Job) -> Iterator[str]:
-    """Says why the shards that are to be written cannot be: their names, or no room."""
+def _room_problems(job: Job) -> Iterator[str]:
+    """Says if the disk has no room for the shards that are to be written."""
     options, shards = job.options, job.work.to_write
-    paths = {shard_path(shard, options.scratch_dir) for shard in shards}
-    names = {job.manifest_path, *paths, *map(_stamp_path, paths)}
-    places = sorted(filter(os.path.isdir, {os.path.dirname(name) for name in names}))
-    there = [each for place in places for each in _scan(place) if each.path in names]
-    if taken := sorted(e.path for e in there if e.is_dir(follow_symlinks=False)):
-        yield f"Shards must be written, but these are directories: {_some(taken)}."
-    for place in places:
-        if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
-            yield f"Cannot write {place}/*: Permission denied, or a read-only disk."
-    old = [e.stat(follow_symlinks=False).st_size for e in there if e.path in paths]
+    paths = [shard_path(shard, options.scratch_dir) for shard in shards]
+    old = [os.path.getsize(path) for path in filter(os.path.isfile, paths)]
     needed = _needed_room(options, [shard.estimated_bytes for shard in shards], old)
     needed -= sum(map(os.path.getsize, job.work.spare))
     free = shutil.disk_usage(nearest_existing(options.scratch_dir)).free
@@ -2964,14 +2951,12 @@ def nearest_existing(path: StrPath) -> pathlib.Path:
 
 def _remove_temporary_files(options: Options) -> None:
     """Removes what a killed run of this task left half-written."""
-    scratch_dir = pathlib.Path(options.scratch_dir)
-    if options.task_count == 1:
-        for path in scratch_dir.glob(f".{MANIFEST_FILE}.*{TEMPORARY_SUFFIX}"):
-            remove(path)
-    for path in scratch_dir.glob(f"*/.*-of-*{TEMPORARY_SUFFIX}"):
-        shard = SHARD_NAME.match(path.name.lstrip("."))
-        if shard and int(shard[2]) % options.task_count == options.task:
-            remove(path)
+    scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
+    for pattern in f".{MANIFEST_FILE}.*", "*/.*-of-*":
+        for path in scratch_dir.glob(pattern + TEMPORARY_SUFFIX):
+            shard = SHARD_NAME.match(path.name.lstrip("."))
+            if int(shard[2]) % count == options.task if shard else count == 1:
+                remove(path)
 
 
 def _remove_manifest(job: Job) -> None:

@@ -78,21 +78,8 @@ OBSTACLES = {
     "mkdir -p parent/scratch; cd $_; ln -s nothing validation": (
         "but TMP/parent/scratch/validation is a dangling link"
     ),
-    "mkdir -p parent/scratch/train; cd $_; mkdir train-0000{0,3}-of-00004": (
-        "are directories: TMP/.*/train/train-00000-of-00004, TMP/.*-00003-of-00004"
-    ),
-    "mkdir -p parent/scratch/validation/.validation-00001-of-00002.json": (
-        "are directories: TMP/.*/.validation-00001-of-00002.json"
-    ),
-    "mkdir -p parent/scratch/manifest.json": "directories: TMP/.*/manifest.json",
     "mkdir -m 555 parent": "but TMP/parent is not writable",
     "mkdir parent; touch parent/scratch": "but TMP/parent/scratch is a file",
-    "mkdir -p parent/scratch; cd $_; mkdir -m 555 train": (
-        "Cannot write TMP/parent/scratch/train/.*: Permission denied"
-    ),
-    "mkdir -p parent/scratch; cd $_; mkdir -m 555 validation": (
-        "Cannot write TMP/parent/scratch/validation/.*: Permission denied"
-    ),
     "mkdir -p parent/scratch; cd $_; install -m 444 /dev/null .lock-0-of-1": (
         "Cannot write TMP/parent/scratch/.lock-0-of-1: Permission denied"
     ),
@@ -103,7 +90,7 @@ OBSTACLES = {
     ("commands", "said", "more"),
     [
         *((*obstacle, ()) for obstacle in OBSTACLES.items()),
-        *((*obstacle, ("--dry_run",)) for obstacle in list(OBSTACLES.items())[:9]),
+        *((*obstacle, ("--dry_run",)) for obstacle in list(OBSTACLES.items())[:6]),
     ],
 )
 def test_scratch_is_refused_in_one_line_when_it_cannot_be_written(

@@ -3,11 +3,9 @@
 import functools
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 import contract
@@ -366,7 +364,7 @@ def assert_refused(finished: Finished, raw: Path, *errors: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "names", "found", "globs"),
+    ("path", "names", "found"),
     [
         pytest.param(
             "gs://bucket/imagenet",
@@ -376,14 +374,12 @@ def assert_refused(finished: Finished, raw: Path, *errors: str) -> None:
                 "train-00002-of-00002",
             ],
             "train-00000-of-01024, train-00001-of-01024, train-00002-of-00002 and 8 more",
-            ["train-*-of-01024", "train-00002-of-00002", "validation-*-of-00128"],
             id="other number of shards",
         ),
         pytest.param(
             "gs://bucket",
             ["train-a b", "validation-0"],
             "train-a b, validation-0",
-            ["train-a b", "validation-0"],
             id="in the bucket itself",
         ),
     ],
@@ -394,26 +390,18 @@ def test_upload_is_refused_when_the_models_would_read_something_else(
     path: str,
     names: list[str],
     found: str,
-    globs: list[str],
 ) -> None:
-    """The command for it deletes just that, and none of this run's shards."""
     directory = path.removeprefix("gs://bucket").removeprefix("/")
     others = [*SMALL_NAMES, "other/train-d", "README"]
     for name in [*names, *others]:
         emulator.put(f"{directory}/{name}".removeprefix("/"), b"")
     finished = upload(raw, emulator, path)
-    command = shlex.join(
-        ["gcloud", "storage", "rm", *(f"{path}/{glob}" for glob in sorted(globs))]
-    )
     assert_refused(
         finished,
         raw,
         f"{path} contains train-* or validation-* objects from elsewhere, which models "
-        f"would also read: {found}. Delete them ({command}), or choose another "
-        "directory.",
+        f"would also read: {found}. Delete them, or choose another directory.",
     )
-    matched = [n for n in [*names, *others] if any(fnmatch(n, g) for g in globs)]
-    assert matched == names
 
 
 def test_other_objects_are_left_alone(raw: Path, emulator: Emulator) -> None:
