@@ -118,7 +118,6 @@ import pickle
 import queue
 import random
 import re
-import resource
 import shlex
 import shutil
 import socket
@@ -1946,21 +1945,15 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # 8. Processes that write shards, and the line that says how far they are
 
 
-# The run starts a helper, which imports TensorFlow, forks the workers and waits. All of
-# them exit when their stdin ends, to which nothing is ever written: the run closes it,
-# or the system does if the run is killed. Calls and answers go over a socket for each
-# worker. When a worker dies, its socket closes, which the run sees, and the helper dies
-# of the same signal, or with the same exit status: from that, and from the last words on
-# stderr, the run tells the cause. If the helper alone is killed, the workers go on.
+# The run starts this file once more, as the helper, which imports TensorFlow, forks the
+# workers and waits. Each worker gets calls and sends answers over a socket of its own.
+# The run closes stdin, or the system does if the run is killed: then all exit. When a
+# worker dies, its socket closes, and the helper dies in the same way. From that, and
+# from the last words on stderr, the run tells the cause.
 
-LAST_WORDS_BYTES = 2**16
-# Lines that do not tell a cause: the log, stack traces, a traceback's source lines,
-# and what libjpeg says of each skeleton.
-NOISE = re.compile(
-    r"$|\s|\*\*\* |WARNING: |Corrupt JPEG|[EIW]\d{4} |[\d-]+ [\d:.]+: [EIW] "
-)
+FORK_WORKERS = "--fork-workers"  # starts the helper; its sockets follow
+LAST_WORDS = re.compile(r"\n((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
 TOO_MANY = re.compile(r"pthread_create\(\) failed|start new thread|BlockingIOError: ")
-IMPORT_FAILED = 88  # exit status of the helper if it cannot import TensorFlow
 
 
 class Pool:
@@ -1971,7 +1964,20 @@ class Pool:
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # sockets, as files
         self._words = b"\n"  # the last that the processes wrote to stderr
         pairs = [socket.socketpair() for _ in range(num_workers)]
-        self._helper = _start_helper([theirs.fileno() for _, theirs in pairs])
+        sockets = [theirs.fileno() for _, theirs in pairs]
+        program = [sys.executable, os.path.abspath(__file__), FORK_WORKERS]
+        same_path = {"PYTHONPATH": ":".join(sys.path)}
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+        self._helper: Any = subprocess.Popen(
+            [*program, *map(str, sockets)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=sockets,
+            env={**os.environ, **same_path, **quiet},
+            cwd="/",  # the current directory may be gone, which TensorFlow minds
+            start_new_session=True,  # which neither Ctrl-C nor hangups reach
+        )
         for ours, theirs in pairs:
             self._idle.put(ours.makefile("rwb"))
             theirs.close()
@@ -1990,16 +1996,11 @@ class Pool:
         try:
             if self.stopping.is_set():
                 raise concurrent.futures.CancelledError
-            pickle.dump(functools.partial(function, *arguments), connection)
+            pickle.dump((function, arguments), connection)
             connection.flush()
-            answer = pickle.load(connection)
+            answer = _Unpickler(connection).load()
         except (EOFError, ConnectionError, pickle.UnpicklingError):
-            time.sleep(0.2)  # a signal to the whole run may still be on its way
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it is stopped, say
-                self._helper.wait(timeout=5)  # it has died of the same
-            self.close()
-            status = self._helper.returncode or 0
-            answer = MachineError(_cause_of_death(status, self._words))
+            answer = MachineError(self._cause_of_death())
         finally:
             self._idle.put(connection)
         if isinstance(answer, BaseException):
@@ -2010,52 +2011,53 @@ class Pool:
         """Keeps the last that the processes write to stderr, until all have ended."""
         with self._helper.stderr as stderr:
             while piece := os.read(stderr.fileno(), 2**16):
-                self._words = (self._words + piece)[-LAST_WORDS_BYTES:]
+                self._words = (self._words + piece)[-(2**16) :]
                 time.sleep(0.05)  # else each image would wake this thread
         self._helper.wait()
 
+    def _cause_of_death(self) -> str:
+        """Explains in a line why a worker died, once all processes have ended."""
+        time.sleep(0.2)  # a signal to the whole run may still be on its way
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the helper is stopped
+            self._helper.wait(timeout=5)
+        self.close()
+        text = self._words.decode(errors="replace")
+        status = self._helper.returncode or 0
+        if status == -signal.SIGKILL or "failed to map segment" in text:
+            killed = "A worker process was killed, most likely because"
+            return f"{killed} the machine ran out of memory. {LIMITS[errno.ENOMEM]}"
+        if TOO_MANY.search(text):
+            return TOO_MANY_THREADS
+        said = [line.rstrip(".") for line in LAST_WORDS.findall(text)[-1:]]
+        if status == 1:  # what a call raises is an answer; only the import gets here
+            return f"TensorFlow cannot be imported: {': '.join(said)}. Run: {INSTALL}."
+        name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        if name == "SIGILL":
+            name += ", as if TensorFlow were built for another processor"
+        return f"A worker process died: {': '.join([name, *said])}. {FIX_AND_RERUN}"
 
-def _start_helper(sockets: list[int]) -> Any:
-    """Runs this file, whatever its name, as the same module; see its last lines."""
-    # With runpy, importing TensorFlow would take 0.5 s longer.
-    code = (
-        f"import sys; sys.path[:] = {sys.path}; WORKER_SOCKETS = {sockets}; "
-        f"__file__, __name__ = {(os.path.abspath(__file__), __name__)}; "
-        "sys.modules[__name__] = sys.modules['__main__']; "
-        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code],  # no warning is a cause of death
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=sockets,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"},
-        cwd="/",  # the current directory may be gone, which TensorFlow minds
-        start_new_session=True,  # which neither Ctrl-C nor hangups reach
-    )
+
+class _Unpickler(pickle.Unpickler):
+    """Finds the names of this file, whichever module it is in the other process."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return globals().get(name) or super().find_class(module, name)
 
 
 def _fork_workers(sockets: list[int]) -> NoReturn:
     """Imports TensorFlow, to use one processor, and forks a worker for each socket."""
     threading.Thread(target=_end_with_run, daemon=True).start()
     gc.disable()  # or the import would take 1.6 times as long
-    try:
-        import tensorflow as tf
+    import tensorflow as tf
 
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-        os._exit(IMPORT_FAILED)
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     gc.freeze()
     gc.enable()
     while sockets:
         own = sockets.pop()
         if not os.fork():  # after TensorFlow has run anything, that would hang
-            for other in sockets:
-                os.close(other)
-            _make_calls(own)
+            _make_calls(own, sockets)
         os.close(own)
     status = os.waitstatus_to_exitcode(os.wait()[1])  # 0 only at the run's end
     if status < 0:
@@ -2063,19 +2065,16 @@ def _fork_workers(sockets: list[int]) -> NoReturn:
     os._exit(status)
 
 
-def _end_with_run() -> None:
-    os.read(0, 1)  # waits until the run closes its end
-    os._exit(0)
-
-
-def _make_calls(own: int) -> NoReturn:
+def _make_calls(own: int, others: list[int]) -> NoReturn:
     """Makes the calls that the run sends to this worker."""
     threading.Thread(target=_end_with_run, daemon=True).start()
+    for other in others:
+        os.close(other)
     connection = socket.socket(fileno=own).makefile("rwb")
     while connection.peek(1):  # nothing once the run has closed its end
-        call = pickle.load(connection)
         try:
-            answer = call()
+            function, arguments = _Unpickler(connection).load()
+            answer = function(*arguments)
         except (RunError, OSError, MemoryError) as error:
             answer = error
         except BaseException:  # noqa: BLE001  # not all can be sent; words can
@@ -2085,127 +2084,70 @@ def _make_calls(own: int) -> NoReturn:
     os._exit(0)
 
 
-def _cause_of_death(status: int, words: bytes) -> str:
-    """Explains in a line why a process died."""
-    text = words.decode(errors="replace")
-    _, *lines = text.splitlines()  # the first may be cut
-    lines = [line for line in lines if not NOISE.match(line)]
-    errors = [line for line in lines if re.match(r"[\w.]+: ", line)]
-    said = [line.rstrip(".") for line in (errors or lines)[-1:]]
-    name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # by those that have ended
-    is_over = 0 < resource.getrlimit(resource.RLIMIT_CPU)[1] < sum(used[:2]) + 1
-    killed = "A worker process was killed, most likely because"
-    if name == "SIGXCPU" or (name == "SIGKILL" and is_over):
-        limit = "the limit of processor time (ulimit -t)"
-        return f"{killed} it reached {limit}. Raise it and rerun the same command."
-    if name == "SIGKILL" or "failed to map segment" in text:
-        return f"{killed} the machine ran out of memory. {LIMITS[errno.ENOMEM]}"
-    if TOO_MANY.search(text):
-        return TOO_MANY_THREADS
-    if status == IMPORT_FAILED:
-        return f"TensorFlow cannot be imported: {': '.join(said)}. Run: {INSTALL}."
-    if name == "SIGILL":
-        name += ", as if TensorFlow were built for another processor"
-    return f"A worker process died: {': '.join([name, *said])}. {FIX_AND_RERUN}"
+def _end_with_run() -> None:
+    os.read(0, 1)  # waits until the run closes its end
+    os._exit(0)
 
 
 LOG_SECONDS = 10.0
-REDRAW_SECONDS = 0.5
-SPEED_SECONDS = 30.0
 has_live_line = False  # True only for the command, on a terminal
-
-
-def _totals(stamps: Iterable[Stamp]) -> tuple[int, int]:
-    """Numbers of images and of bytes."""
-    return sum(s.num_examples for s in stamps), sum(s.num_bytes for s in stamps)
 
 
 class Progress:
     """How far the writing and the upload are, and how fast they go."""
 
     def __init__(self, job: Job):
-        shards = [shard for shard, _ in job.work.in_turn()]
         self.written: list[Stamp] = []
         self.uploaded: list[Stamp] = []
-        self._to_write = len(job.work.to_write)
-        self._to_upload = len(shards) if job.destination else 0
-        self._all_bytes = sum(shard.estimated_bytes for shard in shards) or 1
+        self._sent: dict[str, int] = {}  # bytes of each shard
         self._job = job
-        self._sent_bytes = {shard.name: 0 for shard in shards}
         self._start = time.monotonic()
-        self._history = collections.deque([(0.0, 0, 0)])
 
     def sent(self, shard_name: str, num_bytes: int) -> None:
         """Takes down how much of a shard has been uploaded so far."""
-        self._sent_bytes[shard_name] = num_bytes
+        self._sent[shard_name] = num_bytes
 
     def seconds(self) -> float:
         return max(time.monotonic() - self._start, 1e-3)
 
     def line(self) -> str:
         """Says how far the run is, in the order of interest: terminals are narrow."""
-        written, uploaded, options = self.written, self.uploaded, self._job.options
-        begun = pathlib.Path(options.scratch_dir).glob(f"*/.*-of-*{TEMPORARY_SUFFIX}")
-        if not (written or any(self._sent_bytes.values()) or any(begun)):
-            return f"Starting {_count(options.workers, 'worker')}."
-        images_per_second, bytes_per_second = self._measure()
-        left = max(self._all_bytes - self._done_bytes(), 0)
-        parts = [f"{100 - math.ceil(100 * left / self._all_bytes)}%"]
-        if bytes_per_second > 0:
-            parts.append(f"{_duration(left / bytes_per_second)} left")
-        if self._to_write:
-            parts.append(
-                f"{len(written):,} of {_count(self._to_write, 'shard')} written"
-            )
-        if self._to_upload:
-            of = f" of {_count(self._to_upload, 'shard')}"
-            of = "" if self._to_upload == self._to_write else of
-            parts.append(f"{len(uploaded):,}{of} uploaded")
-        if self._to_write:
-            parts.append(f"{images_per_second:,.0f} images/s")
-        return ", ".join([*parts, f"{_size(bytes_per_second)}/s."])
-
-    def _done_bytes(self) -> int:
-        """Bytes of the upload if there is one, of the written shards otherwise."""
-        sent = sum(self._sent_bytes.values())
-        return sent if self._job.destination else _totals(self.written)[1]
-
-    def _measure(self) -> tuple[float, float]:
-        """Measures images written, and bytes done, a second in the last half minute."""
-        now = self.seconds(), _totals(self.written)[0], self._done_bytes()
-        self._history.append(now)
-        while now[0] - self._history[1][0] >= SPEED_SECONDS:
-            self._history.popleft()
-        seconds, *done = (new - old for new, old in zip(now, self._history[0]))
-        return done[0] / seconds, done[1] / seconds
+        work, done = self._job.work, self._num_bytes()
+        if not (self.written or done):
+            return f"Starting {_count(self._job.options.workers, 'worker')}."
+        all_bytes = sum(shard.estimated_bytes for shard, _ in work.in_turn()) or 1
+        left = max(all_bytes - done, 0)
+        time_left = f" {_duration(left / done * self.seconds())} left," if done else ""
+        return f"{100 * (all_bytes - left) // all_bytes}%,{time_left} {self._so_far()}"
 
     def log_done(self) -> None:
-        """Says what was written and uploaded, and how fast."""
-        seconds = self.seconds()
-        for verb, stamps, num_shards, place in (
-            ("Wrote", self.written, self._to_write, self._job.options.scratch_dir),
-            ("Uploaded", self.uploaded, self._to_upload, self._job.place),
-        ):
-            images, size = _totals(stamps)
-            if num_shards:
-                logging.info(
-                    f"{verb} {len(stamps):,} of {_count(num_shards, 'shard')} "
-                    f"({_count(images, 'image')}, {_size(size)}) to {place} in "
-                    f"{_duration(seconds)}, {images / seconds:,.0f} images/s, "
-                    f"{_size(size / seconds)}/s."
-                )
+        """Says what was done, and how fast."""
+        if self.written or self.uploaded:
+            logging.info(f"Done in {_duration(self.seconds())}: {self._so_far()}")
         if repaired := sum(stamp.num_repaired for stamp in self.written):
             dirty = _count(repaired, "PNG or CMYK image")
             logging.info(f"Encoded {dirty} again as RGB JPEG.")
+
+    def _num_bytes(self) -> int:
+        """How much was uploaded or, if there is no upload, written."""
+        written = sum(stamp.num_bytes for stamp in self.written)
+        return sum(self._sent.values()) if self._job.destination else written
+
+    def _so_far(self) -> str:
+        work, seconds = self._job.work, self.seconds()
+        written = len(work.to_upload) + len(self.written)
+        of = _count(len(work.left), "shard")
+        uploaded = f" {len(self.uploaded):,} uploaded," if self._job.destination else ""
+        images = sum(stamp.num_examples for stamp in self.written) / seconds
+        speed = f"{images:,.0f} images/s, {_size(self._num_bytes() / seconds)}/s."
+        return f"{written:,} of {of} written,{uploaded} {speed}"
 
 
 @contextlib.contextmanager
 def reporting(say: Callable[[], str]) -> Iterator[None]:
     """Shows progress: a live line on a terminal, else a log line every 10 seconds."""
     is_over = threading.Event()
-    live, logged = (REDRAW_SECONDS, draw_line), (LOG_SECONDS, logging.info)
-    seconds, show = live if has_live_line else logged
+    seconds, show = (0.5, draw_line) if has_live_line else (LOG_SECONDS, logging.info)
 
     def report() -> None:
         while not is_over.wait(seconds):
@@ -2229,7 +2171,7 @@ def draw_line(text: str) -> None:
     # Not while another thread writes a log line, nor if the terminal is gone.
     with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
         width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-        line = textwrap.shorten(text, max(width, 1), placeholder="")
+        line = textwrap.shorten(text, width, placeholder="")
         line = re.sub(r",( [\d.]+)?$", "", line)  # no number without its unit
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -3657,9 +3599,8 @@ def draw_fake_image(path: pathlib.Path, seed: int) -> None:
         pathlib.Path(temporary_path).write_bytes(jpeg.numpy())
 
 
-# The helper is a module of this name, too, for calls are pickled; see `_start_helper`.
-if "WORKER_SOCKETS" in globals():
-    _fork_workers(globals()["WORKER_SOCKETS"])
-elif __name__ == "__main__":
+if __name__ == "__main__":
+    if sys.argv[1:2] == [FORK_WORKERS]:
+        _fork_workers([int(number) for number in sys.argv[2:]])
     _open_closed_streams()
     app.run(main, flags_parser=parse_flags)

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -91,8 +90,8 @@ def test_run_says_what_it_does(runs: Runs, mixed_raw: Path) -> None:
         ),
         rf"Writing 12 shards of 29 images \([\d.]+ KB\) to {scratch}\.",
         (
-            rf"Wrote 12 of 12 shards \(29 images, {written}\) to {scratch} in \d+ \w+, "
-            r"\d+ images/s, [\d.]+ ([KM]B|bytes)/s\."
+            r"Done in \d+ \w+: 12 of 12 shards written, \d+ images/s, "
+            r"[\d.]+ ([KM]B|bytes)/s\."
         ),
         r"Encoded 8 PNG or CMYK images again as RGB JPEG\.",
         rf"The data set is complete: 29 images in 12 shards \({written}\) in {scratch}\.",
@@ -167,8 +166,8 @@ def test_progress_is_logged_while_it_runs(
     done = r"\d+%(, \d+ (s|min) left)?, \d+ of {} shards written"
     speed = r"\d+ images/s, [\d.]+ (bytes|KB|MB)/s\.\n"
     assert re.search(f"{done.format(404)}, {speed}", finished.stderr)
-    uploaded = r"\d+ of 44 shards uploaded"
-    assert re.search(f"{done.format(40)}, {uploaded}, {speed}", finished.stderr)
+    uploaded = r"\d+ uploaded"
+    assert re.search(f"{done.format(44)}, {uploaded}, {speed}", finished.stderr)
 
 
 STAMP = script.Stamp("", 1000, 10**8, "")
@@ -191,18 +190,6 @@ def progress_of(
     return script.Progress(script.Job(options, {"n1": 1}, shards, destination, work))
 
 
-def test_speed_is_that_of_late(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the last half minute, so that a link that stalls is seen."""
-    progress = progress_of(raw, 2, 0)
-    progress.written.append(STAMP)
-    assert ", 0 bytes/s" not in progress.line()
-    monkeypatch.setattr(script, "SPEED_SECONDS", 0.1)
-    for _ in range(3):
-        time.sleep(0.15)
-        line = progress.line()
-    assert ", 0 images/s, 0 bytes/s" in line
-
-
 @pytest.mark.parametrize(
     ("to_write", "to_upload", "written", "uploaded", "expected"),
     [
@@ -214,13 +201,14 @@ def test_speed_is_that_of_late(raw: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
         pytest.param(
             *(10, 20, 5, 12),
-            "40%, 25 min left, 5 of 10 shards written, 12 of 30 shards uploaded, "
-            "5 images/s, 1.2 MB/s.",
+            "40%, 25 min left, 25 of 30 shards written, 12 uploaded, 5 images/s, "
+            "1.2 MB/s.",
             id="some need only be uploaded",
         ),
         pytest.param(
             *(0, 3, 0, 2),
-            "66%, 8 min left, 2 of 3 shards uploaded, 200.0 KB/s.",
+            "66%, 8 min left, 3 of 3 shards written, 2 uploaded, 0 images/s, "
+            "200.0 KB/s.",
             id="all need only be uploaded",
         ),
         pytest.param(

@@ -243,11 +243,11 @@ def test_guide_tries_the_access_first_and_needs_no_permission_on_buckets(
 
 
 def test_guide_ends_with_what_to_give_the_model(guide: Guide) -> None:
-    uploaded, encoded, complete = guide.finished.lines[-3:]
+    done, encoded, complete = guide.finished.lines[-3:]
     assert re.fullmatch(
-        r"Uploaded 1,152 of 1,152 shards \(16 images, [\d.]+ KB\) to "
-        r"gs://bucket/data/imagenet in \d+ s, \d+ images/s, [\d.]+ (bytes|KB)/s\.",
-        uploaded,
+        r"Done in \d+ s: 1,152 of 1,152 shards written, 1,152 uploaded, "
+        r"\d+ images/s, [\d.]+ (bytes|KB)/s\.",
+        done,
     )
     assert re.fullmatch(
         r"The data set is complete: 16 images in 1,152 shards \([\d.]+ KB\) in "

@@ -155,10 +155,7 @@ def test_upload_survives_fault(
     assert all(line.startswith("WARNING: Uploading ") for line in warnings), warnings
     assert all(f"{name} {warning}" in line for line in warnings), warnings
     assert "http:" not in done.stderr
-    assert (
-        "Uploaded 5 of 5 shards (16 images, 21.0 MB) to gs://bucket/imagenet in"
-        in done.stderr
-    )
+    assert "5 of 5 shards written, 5 uploaded, " in done.stderr
 
 
 @pytest.mark.parametrize(
