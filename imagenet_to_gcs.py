@@ -1473,89 +1473,72 @@ class _ChangedError(OSError):
     """A file is not the one that was listed."""
 
 
-class OpenImage(NamedTuple):
-    """An image that the disk is already fetching, or the error that prevents it."""
+def open_image(image: RawImage) -> BinaryIO | OSError:
+    """Opens an image, which the disk then fetches; returns what prevents it."""
+    try:
+        file = open_file(image.path if image.offset is None else image.source)
+    except OSError as error:
+        return error
+    offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0 means "all"
+    file.seek(offset)
+    with contextlib.suppress(OSError):  # not everywhere possible
+        os.posix_fadvise(file.fileno(), offset, num_bytes, os.POSIX_FADV_WILLNEED)
+    return file
 
-    image: RawImage
-    file: BinaryIO | OSError  # at the image's first byte
 
-    @classmethod
-    def of(cls, image: RawImage) -> OpenImage:
-        try:
-            file = open_file(image.path if image.offset is None else image.source)
-        except OSError as error:
-            return cls(image, error)
-        offset, num_bytes = image.offset or 0, image.num_bytes or 1  # 0 means "all"
-        file.seek(offset)
-        with contextlib.suppress(OSError):  # not everywhere possible
-            os.posix_fadvise(file.fileno(), offset, num_bytes, os.POSIX_FADV_WILLNEED)
-        return cls(image, file)
-
-    def read(self) -> bytes:
-        """Reads the image, if it is the one that was listed, and closes its file."""
-        image, file = self
-        if isinstance(file, OSError):
-            raise file
-        with file:
-            data = file.read(image.num_bytes)
-            status = os.fstat(file.fileno())
-        is_file = image.offset is None
-        now = file_fingerprint(status) if is_file else tar_fingerprint(status)
-        has_grown = is_file and status.st_size > image.num_bytes
-        if len(data) < image.num_bytes or has_grown or now != image.fingerprint:
-            raise _ChangedError(None, f"it {CHANGED}")
-        return data
+def read_image(image: RawImage, file: BinaryIO | OSError) -> bytes:
+    """Reads an image, if it is the one that was listed, and closes its file."""
+    if isinstance(file, OSError):
+        raise file
+    with file:
+        data = file.read(image.num_bytes)
+        status = os.fstat(file.fileno())
+    fingerprint = file_fingerprint if image.offset is None else tar_fingerprint
+    if len(data) < image.num_bytes or fingerprint(status) != image.fingerprint:
+        raise _ChangedError(None, f"it {CHANGED}")
+    return data
 
 
 def prefetch(images: Iterable[RawImage]) -> None:
     """Makes the disk fetch images that will be opened again to be read."""
-    for _, file in map(OpenImage.of, images):
+    for file in map(open_image, images):
         if not isinstance(file, OSError):
             file.close()
 
 
-def open_ahead(images: Sequence[RawImage]) -> Iterator[OpenImage]:
-    """Opens images before their turn: in threads where that is slow, as on NFS."""
+def open_ahead(images: Sequence[RawImage]) -> Iterator[BinaryIO | OSError]:
+    """Opens 32 images before their turn: in threads where that is slow, as on NFS."""
     start = time.perf_counter()
     prefetch(images[:1])
-    if time.perf_counter() - start < SLOW_OPEN_SECONDS:
-        # Threads that pass the GIL around would slow the encoding by a fifth.
-        yield from _keep_ahead(map(OpenImage.of, images))
-        return
+    is_slow = time.perf_counter() - start >= SLOW_OPEN_SECONDS
     with concurrent.futures.ThreadPoolExecutor(READ_AHEAD) as threads:
-        futures = (threads.submit(OpenImage.of, image) for image in images)
-        for future in _keep_ahead(futures):
-            yield future.result()
-
-
-def _keep_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Yields all items, with 32 taken at any time: that one, and those after it."""
-    ahead = collections.deque(itertools.islice(items, READ_AHEAD))
-    while ahead:
-        yield ahead.popleft()
-        ahead.extend(itertools.islice(items, 1))
+        files: Iterator[Any] = map(open_image, images)
+        if is_slow:  # else, passing the GIL around would slow the encoding by a fifth
+            files = (threads.submit(open_image, image) for image in images)
+        ahead = collections.deque(itertools.islice(files, READ_AHEAD))
+        while ahead:
+            first = ahead.popleft()
+            yield first.result() if is_slow else first
+            ahead.extend(itertools.islice(files, 1))
 
 
 class _ImageError(ValueError):
     """Why an image cannot be decoded, in words."""
 
 
-def problem_of(image: RawImage, error: Exception) -> Exception:
-    """Says why an image cannot be used; all but a BadImagesError stop the run."""
+def bad_image(image: RawImage, error: Exception) -> BadImagesError:
+    """Says why an image cannot be used; raises what is no fault of the image."""
     if isinstance(error, _ImageError):
         return BadImagesError(f"Cannot decode {image.path}: {error}.")
-    is_tensorflows = type(error).__name__ == "ResourceExhaustedError"
-    if isinstance(error, MemoryError) or is_tensorflows:
-        return refusal("read", image.path, MemoryError())
-    if not isinstance(error, OSError):
-        return BadImagesError(f"Cannot use {image.path}: {error!r}.")
-    if error.errno in LIMITS:
-        return refusal("read", image.path, error)
+    if not isinstance(error, (OSError, MemoryError)):  # TensorFlow's, of memory perhaps
+        raise MachineError(f"Cannot use {image.path}: {error!r}. {FIX_AND_RERUN}")
+    if isinstance(error, MemoryError) or error.errno in LIMITS:
+        raise refusal("read", image.path, error)
     if isinstance(error, _ChangedError) and image.offset is not None:
-        return MachineError(f"{image.source} {CHANGED}. {RERUN}", may_pass=True)
+        raise MachineError(f"{image.source} {CHANGED}. {RERUN}", may_pass=True)
     was_there = image.fingerprint or image.num_bytes  # when it was listed
-    reason = error.strerror or repr(error)
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+    reason = error.strerror
+    if isinstance(error, FileNotFoundError):
         reason = GONE if was_there else "it is a dangling link"
     elif error.errno in DISK_ERRORS:
         reason = f"{reason}. {DISK_FAILS}"
@@ -1575,13 +1558,9 @@ class EncodedImage:
     repaired: bool = False  # it was a PNG or a CMYK JPEG, and was encoded again
 
 
-JPEG_START = b"\xff\xd8\xff"
-PNG_START = b"\x89PNG\r\n\x1a\n"
-
 # FF 00 is a data byte FF, FF FF is fill, FF 01 and FF D0 to FF D7 stand alone and
 # change nothing, FF D9 ends; any other FF begins a segment (ITU-T T.81, B.1.1).
 _WITHOUT_SEGMENT = frozenset({0x01, *range(0xD0, 0xD8), 0xFF})
-_END_MARKER = 0xD9
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 _OVERRUN_BYTES = 1024  # libjpeg reads at most 129 bytes (a table) past a segment's end
@@ -1593,11 +1572,11 @@ def check_and_repair(data: bytes) -> EncodedImage:
     """Checks an image; encodes it again only if some readers could not decode it."""
     import tensorflow as tf
 
-    if data.startswith(PNG_START):
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
         width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
         _check_values(height, width)
         return _encode_again(data, "PNG")
-    if not data.startswith(JPEG_START):
+    if not data.startswith(b"\xff\xd8\xff"):
         found = f"not a JPEG (starts with {data[:4]!r})"
         raise _ImageError(found if data else "the file is empty")
     skeleton, height, width, num_components = read_skeleton(data)
@@ -1632,7 +1611,7 @@ def read_skeleton(data: bytes) -> tuple[bytes, int, int, int]:
         if start < 0:
             raise _ImageError("it is cut short: no end marker")
         marker = data[start + 1]
-        if marker == _END_MARKER:
+        if marker == 0xD9:
             break
         if marker in _WITHOUT_SEGMENT:
             start += 1
@@ -1660,15 +1639,13 @@ def _check_values(height: int, width: int, num_components: int = 3) -> None:
     """Refuses, as a full decode does, sizes that would take gigabytes to decode."""
     num_values = height * width * num_components
     if max(height, width) > _MAX_SIDE or not 0 < num_values < _MAX_VALUES:
-        found = f"its header declares {width:,} x {height:,} x {num_components} values"
-        most = f"at most {_MAX_SIDE:,} a side and {_MAX_VALUES - 1:,} in all"
-        raise _ImageError(f"{found}; there must be some, {most}")
+        found = f"{width:,} x {height:,} x {num_components} values"
+        raise _ImageError(f"its header declares {found}, which are none or too many")
 
 
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
     """Decodes again to catch libjpeg's reason, which it only writes to stderr."""
-    stderr = os.dup(2)
-    reader, writer = os.pipe()
+    stderr, (reader, writer) = os.dup(2), os.pipe()
     os.set_blocking(writer, False)  # what does not fit into its 64 KiB is dropped
     os.dup2(writer, 2)
     with contextlib.suppress(Exception):
@@ -1677,9 +1654,8 @@ def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
     os.close(stderr)
     os.close(writer)
     with open(reader, errors="replace") as caught:
-        lines = caught.read().splitlines()
-    reasons = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)]
-    return reasons[-1].rstrip(".") if reasons else "libjpeg cannot decode it"
+        reasons = caught.read().splitlines() or ["libjpeg cannot decode it"]
+    return reasons[-1].rstrip(".")
 
 
 def _encode_again(data: bytes, kind: str) -> EncodedImage:
@@ -1751,7 +1727,6 @@ def _crc32c_text(crc32c: int) -> str:
 
 BLOCK_BYTES = 2**20  # read or written at once
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
-CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some FUSE file systems
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1792,35 +1767,28 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
     """Writes the records of a shard to a file; runs in a worker process."""
     problems: list[str] = []
     unreadable: list[str] = []
-    num_bytes = num_repaired = crc32c = 0
+    num_repaired = crc32c = 0
     with open(temporary_path, "wb", buffering=BLOCK_BYTES) as file:
-        for opened in open_ahead(shard.images):
+        for image, opened in zip(shard.images, open_ahead(shard.images)):
             try:
-                encoded = check_and_repair(opened.read())
-                label = shard.labels[opened.image.synset]
-                record = framed(make_example(opened.image, label, encoded))
-            except Exception as error:  # it concerns one image
-                problem = problem_of(opened.image, error)
-                if not isinstance(problem, BadImagesError):
-                    raise problem from error
+                encoded = check_and_repair(read_image(image, opened))
+                label = shard.labels[image.synset]
+                record = framed(make_example(image, label, encoded))
+            except Exception as error:  # noqa: BLE001  # it concerns one image
+                problem = bad_image(image, error)
                 problems += problem.args
                 unreadable += problem.unreadable
                 if len(unreadable) == UNREADABLE_IMAGES:
                     break
             else:
-                num_bytes += file.write(record)
+                file.write(record)
                 crc32c = google_crc32c.extend(crc32c, record)
                 num_repaired += encoded.repaired
     if problems:
         raise BadImagesError(*problems, unreadable=unreadable)
-    return Stamp(
-        digest=shard.digest(),
-        num_examples=len(shard.images),
-        num_bytes=num_bytes,
-        crc32c=_crc32c_text(crc32c),
-        num_repaired=num_repaired,
-        fingerprint=shard.fingerprint(),
-    )
+    status = os.stat(temporary_path)
+    contents = len(shard.images), status.st_size, _crc32c_text(crc32c), num_repaired
+    return Stamp(shard.digest(), *contents, shard.fingerprint(), status.st_mtime_ns)
 
 
 def write_shard(
@@ -1834,8 +1802,6 @@ def write_shard(
     path = shard_path(shard, scratch_dir)
     with _complete_or_absent(path, durable) as temporary_path:
         stamp = write(shard, temporary_path)
-        mtime_ns = os.stat(temporary_path).st_mtime_ns
-    stamp = dataclasses.replace(stamp, mtime_ns=mtime_ns)
     write_text(_stamp_path(path), json_text(dataclasses.asdict(stamp)))
     return stamp
 
@@ -1855,7 +1821,8 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
         try:
             yield temporary_path
             if durable:
-                _flush(temporary_path)
+                with open(temporary_path, "r+b") as file:  # SMB minds "rb"
+                    os.fsync(file.fileno())
             os.replace(temporary_path, path)
         finally:
             with contextlib.suppress(OSError):  # gone if it was given its name
@@ -1866,16 +1833,6 @@ def remove(path: StrPath) -> None:
     """Removes a file, if there is one."""
     with trying_to("remove", path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def _flush(path: str) -> None:
-    """Waits until the disk has a file, if the file system can tell."""
-    with open(path, "r+b") as file:  # SMB flushes none that is open only for reading
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in CANNOT_FLUSH:
-                raise
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -1897,11 +1854,9 @@ def read_text(path: str) -> str:
 
 
 def read_stamp(path: str) -> Stamp | None:
-    """Reads the stamp of a shard, even of one that was removed; None if there is none.
+    """Reads a shard's stamp, even if the shard was removed; None if there is none.
 
-    An unreadable stamp matches no shard: its digest and fingerprint are empty, so that
-    the shard is written again. If it counted as absent, the bucket's copy would pass
-    for up to date, although an image may have been touched.
+    An unreadable one counts as that of a shard whose images were touched since.
     """
     try:
         fields = json.loads(read_text(_stamp_path(path)))
@@ -1921,15 +1876,13 @@ def is_as_stamped(path: str, stamp: Stamp) -> bool:
 
 
 def measure(path: str) -> Stamp:
-    """Reads a file to make its stamp; returns the one beside it if that matches."""
+    """Reads a file to tell its size and checksum."""
     num_bytes = crc32c = 0
     with trying_to("read", path), open_file(path) as file:
         while block := file.read(BLOCK_BYTES):
             num_bytes += len(block)
             crc32c = google_crc32c.extend(crc32c, block)
-    found = Stamp("", 0, num_bytes, _crc32c_text(crc32c))
-    stamp = read_stamp(path)
-    return stamp if stamp and stamp.same_bytes(found) else found
+    return Stamp("", 0, num_bytes, _crc32c_text(crc32c))
 
 
 def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
@@ -2054,23 +2007,22 @@ def _fork_workers(sockets: list[int]) -> NoReturn:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     gc.freeze()
     gc.enable()
-    while sockets:
-        own = sockets.pop()
+    connections = [socket.socket(fileno=number).makefile("rwb") for number in sockets]
+    while connections:
+        own = connections.pop()
         if not os.fork():  # after TensorFlow has run anything, that would hang
-            _make_calls(own, sockets)
-        os.close(own)
+            connections.clear()  # and so closed in this process
+            _make_calls(own)
+        own.close()
     status = os.waitstatus_to_exitcode(os.wait()[1])  # 0 only at the run's end
     if status < 0:
         os.kill(os.getpid(), -status)
     os._exit(status)
 
 
-def _make_calls(own: int, others: list[int]) -> NoReturn:
+def _make_calls(connection: Any) -> NoReturn:
     """Makes the calls that the run sends to this worker."""
     threading.Thread(target=_end_with_run, daemon=True).start()
-    for other in others:
-        os.close(other)
-    connection = socket.socket(fileno=own).makefile("rwb")
     while connection.peek(1):  # nothing once the run has closed its end
         try:
             function, arguments = _Unpickler(connection).load()
