@@ -413,8 +413,7 @@ def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
         f"({_size(dataset.num_bytes)}) in {options.raw_dir}."
     )
     if dataset.synsets != FAKE_SYNSETS:
-        shards = options.training_shards, options.validation_shards
-        for line in warnings_about(dataset, *shards):
+        for line in warnings_about(dataset):
             logging.warning(line)
     return dataset
 
@@ -811,7 +810,7 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     if is_training and (unnamed := [i.path for i in images if not i.synset]):
         raise InvalidInputError(f"A folder must name the class of {unnamed[0]}.")
     # If as many are there as ImageNet has, its tar need not be listed: that takes long.
-    size, _ = IMAGENET_SIZES["training" if is_training else "validation"]
+    size = IMAGENET_SIZES["training" if is_training else "validation"]
     is_complete = len(images) == size
     _check_extracted(images, class_tars + ([] if is_complete else whole_tar))
     classes = {image.synset for image in images}
@@ -854,7 +853,7 @@ def _check_extracted(images: Sequence[RawImage], tars: Iterable[Tar]) -> None:
     def key(image: RawImage) -> tuple[str, str]:
         name = re.sub("_n[0-9]{8}[.]", ".", image.filename)  # as Hugging Face adds
         # A validation image is the same in another class, where it was put as better.
-        return name, "" if _number(image) or not by_class else image.synset
+        return name, "" if imagenet_number(image) or not by_class else image.synset
 
     there = {*map(key, images)}
     left = [image.path for image in packed if key(image) not in there]
@@ -1033,245 +1032,172 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------
 # 3. Labels: which class an image is of, and what contradicts it
 #
-# The rule:
-# 1. A training image is of the class of its directory or class tar; a validation image
-#    is of the class that the first of these says:
-#      row        of a label file of two columns: the file's name, its synset
-#      directory  validation/n01440764/, on disk or in a tar, or n01440764.tar
-#      name       ILSVRC2012_val_00000293_n01440764.JPEG, n01440764_18.JPEG
-#      line       i of a label file of one column, for the i-th name
-# 2. Where a later one contradicts it for fewer than half of the images, that is a slip,
-#    and refused.
-# 3. Where it does so for half of them or more, it is meant, and warned of; so is every
-#    training image whose name contradicts its directory.
-# 4. If all of ImageNet's validation images and classes are there, their labels are
-#    compared with ImageNet's own, known by digest. A difference is refused if a label
-#    file of one column decides and all names are ImageNet's, else warned of.
-# 5. A label file of one column must have as many lines as there are images.
-# 6. A label file of two columns overrules the rest: write one to have your way where 2,
-#    4 or 5 refuse; you are then only warned.
+# A training image is of the class of its directory or class tar; a validation image is
+# of the class that the first of these says:
+#
+#   row        of a label file of two columns: the file's name, its synset
+#   directory  validation/n01440764/, on disk or in a tar, or n01440764.tar
+#   name       ILSVRC2012_val_00000293_n01440764.JPEG, n01440764_18.JPEG
+#   line       i of a label file of one column, for the i-th name
+#
+# If a later one contradicts it for fewer than half of the images, that is refused as a
+# slip; else it is meant, and warned of. Lines for all of ImageNet's validation images
+# must be its own labels. Whoever means what is refused writes a file of two columns.
 
 
 IMAGENET_CLASSES = 1000  # https://image-net.org/challenges/LSVRC/2012
-# Images of ImageNet-1k, and of the smallest of its classes
-IMAGENET_SIZES = {"training": (1_281_167, 732), "validation": (50_000, 50)}
+IMAGENET_SIZES = {"training": 1_281_167, "validation": 50_000}
 # SHA-256 of its sorted synsets, and of the synsets of its validation images in order
 SYNSETS_DIGEST = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 VALIDATION_DIGEST = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
 SYNSET = re.compile(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9A-Za-z])")
-NUMBER, ANYTHING = re.compile("[0-9]+"), re.compile("(?s:.*)")
-# Also in `Copy of ...` and `... (1).JPEG`, but not in a part, `..._crop.JPEG`
-IMAGENET_NUMBER = re.compile("ILSVRC2012_val_([0-9]+)(?![0-9]|_(?!n[0-9]{8}))")
-LAST_NUMBER = re.compile("([0-9]+)(?:_n[0-9]{8})?[^0-9]*$")
-STEM_END = re.compile(r"(?i)((?<=_val_[0-9]{8})_n[0-9]{8})?(\.(jpe?g|png))*$")
-LIKE_LABELS = re.compile(r"(?i)label|synset|solution|\.(txt|csv)$")
-ONE_COLUMN = f"Line i of {LABELS_FILE} is for the i-th image (README, step 2)."
 TWO_COLUMNS = f"To have {LABELS_FILE} decide, give it two columns: file name, synset."
-NOT_NEEDED = "If directories and names are right, remove it."
-WHAT_DECIDES = "README, step 2, says what decides a class."
-# What says which synset of each image, the decisive first: `{"directory": "n01440764"}`
-Said: TypeAlias = dict[RawImage, dict[str, str]]
 
 
 def assign_synsets(
     images: list[RawImage], labels_path: str, skipped: Sequence[str]
 ) -> tuple[list[RawImage], list[str]]:
     """Gives validation images, sorted by name, their synsets; returns warnings."""
-    said = {image: _said_by_itself(image) for image in images}
-    problems, warnings = list[str](), list[str]()  # each check adds to them
-    _check_names(said, problems, warnings)
-    is_needed = not (images and all(said.values()))
-    if is_needed or os.path.lexists(labels_path):
-        about_file = list[str]()
-        with _collecting(about_file):
-            _add_lines(said, labels_path, about_file, warnings)
-        hint = "" if is_needed else f" {NOT_NEEDED}"
-        problems += [f"{problem}{hint}" for problem in about_file]
-    if not problems:
-        _check_agreement(said, problems, warnings)
-        _check_imagenets(said, problems, warnings)
-    if problems:
-        about = [_describe_skipped(skipped)] if images and skipped else []
-        raise InvalidInputError(*problems, *about)
-    return [i._replace(synset=next(iter(said[i].values()))) for i in images], warnings
+    problems, warnings = list[str](), list[str]()
+    with _collecting(problems):
+        _check_names(images)
+        said = _ask_all(images, labels_path, warnings)
+        decided = _decide(images, said, warnings)
+        _check_imagenets(decided, warnings)
+        return [i._replace(synset=s) for i, (_, s) in zip(images, decided)], warnings
+    beside = [_describe_skipped(skipped)] if images and skipped else []
+    raise InvalidInputError(*problems, *beside)
 
 
-def _said_by_itself(image: RawImage) -> dict[str, str]:
-    """What an image's directory and name say; empty if neither does."""
-    # Several synsets in a name are wrong; all of them together equal no other.
-    name = " and ".join(sorted({*SYNSET.findall(image.filename)}))
-    said = {"directory": image.synset, "name": name}
-    return {by: synset for by, synset in said.items() if synset}
-
-
-def _check_names(said: Said, problems: list[str], warnings: list[str]) -> None:
-    """Finds images of the test set, and images that are there twice."""
-    if tests := [i.path for i in said if "ILSVRC2012_test_" in i.filename]:
-        problems.append(f"Images of the test set must be moved away: {_some(tests)}.")
-    first_of: dict[int | None, RawImage] = {}
-    wrong, double = list[str](), list[str]()
-    for image in said:
-        number = _number(image)
+def _check_names(images: Sequence[RawImage]) -> None:
+    """Refuses images of the test set, and images that are there twice."""
+    if tests := [i.path for i in images if "ILSVRC2012_test_" in i.filename]:
+        raise InvalidInputError(f"Move images of the test set away: {_some(tests)}.")
+    first_of = dict[int | None, RawImage]()
+    for image in images:
+        number = imagenet_number(image)
         first = first_of.setdefault(number, image)
-        if first is not image and number is not None:
-            is_double = [*said[first].values()][:1] == [*said[image].values()][:1]
-            (double if is_double else wrong).append(f"{first.path} and {image.path}")
-    if wrong:
-        rule = "The same image is in two classes; remove the wrong one"
-        problems.append(f"{rule}: {_some(wrong, 1)}.")
-    if double:
-        warnings.append(f"The same image is there twice: {_some(double, 1)}.")
+        if number is not None and first is not image:
+            rule = "The same image is there twice; remove the wrong one"
+            raise InvalidInputError(f"{rule}: {first.path} or {image.path}.")
 
 
-def _number(image: RawImage, pattern: re.Pattern[str] = IMAGENET_NUMBER) -> int | None:
-    """The number in a name, by default in ImageNet's own of a validation image."""
-    match = pattern.search(image.filename)
+def imagenet_number(image: RawImage) -> int | None:
+    """The number in ImageNet's own name of a validation image."""
+    match = re.fullmatch(r"ILSVRC2012_val_([0-9]+)(_n[0-9]{8})?\.JPEG", image.filename)
     return int(match[1]) if match else None
 
 
-def _add_lines(said: Said, path: str, problems: list[str], warnings: list[str]) -> None:
-    """Adds what the label file says: first if it names the images, else last."""
-    label_file = read_label_file(path)
-    is_needed, images = not all(said.values()), _count(len(said), "validation image")
-    if isinstance(label_file, dict):
-        for image in said:
-            said[image] = {"row": label_file.get(_stem(image.name), ""), **said[image]}
-        if missing := [image.filename for image in said if not said[image]["row"]]:
-            found = f"{_some(missing)}; its last line is for {[*label_file][-1]!r}"
-            among = f"{len(missing):,} of {images}"
-            problems.append(f"{path} has no line for {among}: {found}. {WHAT_DECIDES}")
-    elif said and (label_file or is_needed):
-        # ImageNet's numbers are certain to be those of lines; others only seem to be.
-        sure = [i for i, im in enumerate(said, start=1) if _number(im) not in (None, i)]
-        wrong = sure or _miscounted(said)
-        is_refused = len(label_file) != len(said) or (is_needed and sure)
-        if is_refused or (is_needed and wrong):
-            i = wrong[0] if wrong else 1
-            (problems if is_refused else warnings).append(
-                f"{path} has {_count(len(label_file), 'line')} for {images}; line {i:,}, "
-                f"{''.join(label_file[i - 1 : i])!r}, is for {[*said][i - 1].filename}. "
-                f"{_why_misplaced(said, len(label_file))}{TWO_COLUMNS}"
-            )
-        for image, line in zip(said, label_file):
-            said[image]["line"] = line
+def _ask_all(
+    images: Sequence[RawImage], path: str, warnings: list[str]
+) -> dict[str, list[str]]:
+    """Returns what each source says of each image, "" if nothing; the first decides."""
+    # Several synsets in a name are wrong; all of them together equal no other.
+    names = [" and ".join(sorted({*SYNSET.findall(i.filename)})) for i in images]
+    said = {"directory": [image.synset for image in images], "name": names}
+    is_needed = not images or ("", "") in zip(*said.values())
+    if not is_needed and not os.path.lexists(path):
+        return said
+    labels = read_label_file(path)
+    if isinstance(labels, list):
+        if images and (is_needed or len(labels) != len(images)):
+            _check_lines(labels, images, path, warnings)
+        return said | {"line": labels}
+    rows = [labels.get(i.filename.removesuffix(IMAGE_SUFFIX), "") for i in images]
+    if missing := [i.filename for i, row in zip(images, rows) if not row]:
+        found = f"{_some(missing)}; its last is for {[*labels][-1]!r}"
+        raise InvalidInputError(f"{path} has no line for {found}.")
+    return {"row": rows} | said
 
 
-def _why_misplaced(images: Said, num_lines: int) -> str:
-    """Says which numbers ImageNet's names lack, and whether they lack zeros."""
-    numbers = [number for number in map(_number, images) if number is not None]
-    lacking = {*range(1, max(num_lines, len(images)) + 1)}.difference(numbers)
-    why = ""
-    if lacking and len(numbers) == len(images):
-        why += f"There is no image {_some([f'{n:,}' for n in sorted(lacking)])}. "
-    if numbers != sorted(numbers):
-        why += "Without leading zeros, names sort wrongly: 1, 10, 2. "
-    return why or "Lines, images or leading zeros may be missing. "
+def _check_lines(
+    lines: Sequence[str], images: Sequence[RawImage], path: str, warnings: list[str]
+) -> None:
+    """Refuses lines that are not for ImageNet's images in order; warns of others."""
+    numbers = [imagenet_number(image) for image in images]
+    known, expected = [n for n in numbers if n is not None], range(1, len(lines) + 1)
+    num_lines, num_images = _count(len(lines), "line"), _count(len(images), "image")
+    problem = f"{path} has {num_lines} for {num_images}. "
+    if known and (lacking := sorted({*expected}.difference(known))):
+        problem += f"There is no image {_some([f'{n:,}' for n in lacking])}. "
+    if known != sorted(known):
+        problem += "Without leading zeros, names sort wrongly: 1, 10, 2. "
+    if len(lines) != len(images) or (known and numbers != [*expected]):
+        raise InvalidInputError(problem + TWO_COLUMNS)
+    if not known:
+        rule = f"Lines of {path} are for images in the order of names as text: 1, 10, 2"
+        warnings.append(f"{rule}. The last is for {images[-1].filename}.")
 
 
 def read_label_file(path: str) -> list[str] | dict[str, str]:
-    """Reads the synset of each line or, of two columns, of each file name's stem."""
-    lines = _read_lines(path)
-    rows = [*map(_stem_and_synset, lines)]
-    by_stem = dict(rows)
-    has_stems = 2 * sum(stem != "" for stem, _ in rows) > len(rows)
-    for i, (stem, synset) in enumerate(rows):
-        is_alike = stem and synset == by_stem[stem] if has_stems else not stem
-        if not (is_alike and synset and synset.isprintable()):
-            rule = "a file name and its only" if has_stems else "a single"
-            found = f"synset such as n01440764; found {lines[i].strip()[:60]!r}"
-            raise InvalidInputError(f"Line {i + 1:,} of {path} must be {rule} {found}.")
-    return by_stem if has_stems else [synset for _, synset in rows]
-
-
-def _stem_and_synset(line: str) -> tuple[str, str]:
-    """Splits a line at tabs, commas or blanks; the stem of a single column is empty."""
-    line = line.replace('"', "").strip().strip(" \t,")
-    if match := re.match(r"(\S+?),?\s+(n[0-9]{8})(?![^\s,])", line):
-        return _stem(match[1]), match[2]  # words of the class may follow
-    for delimiter in r"[ ,]*\t[\t ,]*", " *, *", r"\s+":
-        name, *columns = re.split(delimiter, line)
-        if columns:  # Kaggle's synsets are followed by boxes
-            return _stem(name), re.sub("^(n[0-9]{8})[ ,].*", r"\1", columns[0])
-    return "", line
-
-
-def _stem(path: str) -> str:
-    """What a name has in common with that in a label file: `ILSVRC2012_val_00000293`."""
-    return STEM_END.sub("", os.path.basename(path))
-
-
-def _read_lines(path: str) -> list[str]:
-    """Reads the lines of a label file; refuses what is not text."""
+    """Reads the synset of each line or, of two columns, of each name without .JPEG."""
     try:
         with trying_to("read", path, is_input=True), open_file(path) as file:
             data = file.read().removeprefix(b"\xef\xbb\xbf").rstrip()
-        if data.lstrip().startswith(b"<"):
-            raise InvalidInputError(f"{path} is a web page; download the file itself.")
-        if b"\0" in data:
-            raise InvalidInputError(f"{path} is not text in UTF-8.")
     except InvalidInputError as error:
         root, name = os.path.split(path)
-        places = "*", f"{VALIDATION_DIRECTORY}/*"
-        names = {n for place in places for n in glob.glob(place, root_dir=root)}
-        found = _some(sorted(filter(LIKE_LABELS.search, names - {name})))
-        beside = f" Found {found} beside it." if found else ""
-        raise InvalidInputError(f"{error} {ONE_COLUMN}{beside}") from error
-    return [os.fsdecode(line) for line in data.splitlines()]
+        beside = _some(sorted({*glob.glob("*label*", root_dir=root)} - {name}))
+        rule = "Line i is for the i-th image (README, step 2). Beside it"
+        raise InvalidInputError(f"{error} {rule}: {beside or 'no other'}.") from error
+    if data.lstrip().startswith(b"<"):
+        raise InvalidInputError(f"{path} is a web page; download the file itself.")
+    if b"\0" in data:
+        raise InvalidInputError(f"{path} is not text; save it as UTF-8.")
+    lines = [os.fsdecode(line).replace('"', "").strip() for line in data.splitlines()]
+    rows = [_name_and_synset(line) for line in lines]
+    by_name = dict(rows)
+    has_names = 2 * sum(name != "" for name, _ in rows) > len(rows)
+    for i, (name, synset) in enumerate(rows):
+        is_right = synset == by_name[name] if has_names else not name
+        if not (is_right and synset and synset.isprintable()):
+            rule = "a file name and its only" if has_names else "a single"
+            found = f"synset such as n01440764; found {lines[i][:60]!r}"
+            raise InvalidInputError(f"Line {i + 1:,} of {path} must be {rule} {found}.")
+    return by_name if has_names else [synset for _, synset in rows]
 
 
-def _miscounted(images: Said) -> list[int]:
-    """Finds names that sort otherwise than they count, or that follow missing numbers."""
-    unsorted, gaps, last = list[int](), dict[int, int](), dict[str, list[int]]()
-    series = set[tuple[object, ...]]()
-    for i, image in enumerate(images, start=1):
-        name = re.sub("_n[0-9]{8}", "", image.filename)
-        text, numbers = NUMBER.sub("#", name), [*map(int, NUMBER.findall(name))]
-        before = last.get(text, numbers)
-        last[text] = numbers
-        series.add((text, *numbers[:-1]))
-        if numbers < before:
-            unsorted.append(i)
-        elif numbers and numbers[:-1] == before[:-1] and numbers[-1] > before[-1] + 1:
-            gaps[i] = numbers[-1] - before[-1] - 1
-    # Names of several kinds, or with most numbers left out, do not count the images.
-    is_counted = len(series) == 1 and sum(gaps.values()) < len(images)
-    return unsorted or ([*gaps] if is_counted else [])
+def _name_and_synset(line: str) -> tuple[str, str]:
+    """Splits a line at tabs, commas or blanks; the name in a single column is empty."""
+    for delimiter in r"\t+", ",", r"\s+":
+        name, *columns = re.split(delimiter, line)
+        if columns:  # Kaggle's synsets are followed by boxes
+            synset = re.sub(r"^(n[0-9]{8})\s.*", r"\1", columns[0].strip())
+            return name.strip().removesuffix(IMAGE_SUFFIX), synset
+    return "", line
 
 
-def _check_agreement(said: Said, problems: list[str], warnings: list[str]) -> None:
-    """Tells slips from what is meant, by 2, 3 and 6 of the rule."""
+def _decide(
+    images: Sequence[RawImage], said: Mapping[str, Sequence[str]], warnings: list[str]
+) -> list[tuple[str, str]]:
+    """Finds what decides, and the synset; refuses slips, and warns of what is meant."""
+    decided = list[tuple[str, str]]()
     wrong = collections.defaultdict(list)  # by what decides and what contradicts it
-    for i, (image, says) in enumerate(said.items(), start=1):
-        decisive, *others = says
-        for by in others:
-            if says[by] != says[decisive]:
-                found = f"{says[decisive]} by {decisive}, {says[by]} by {by}"
-                wrong[decisive, by].append(f"image {i:,}, {image.path}, is {found}")
+    for i, image in enumerate(images):
+        (decisive, synset), *others = [(by, s[i]) for by, s in said.items() if s[i]]
+        decided.append((decisive, synset))
+        for by, other in others:
+            if other != synset:
+                found = f"{synset} by {decisive}, {other} by {by}"
+                wrong[decisive, by].append(f"image {i + 1:,}, {image.path}, is {found}")
     for (decisive, by), those in wrong.items():
-        among = f"{len(those):,} of {_count(len(said), 'validation image')}"
+        among = f"{len(those):,} of {_count(len(images), 'validation image')}"
         problem = f"The {decisive} and the {by} of {among} disagree: {those[0]}."
-        if decisive == "row" or 2 * len(those) >= len(said):
-            warnings.append(f"{problem} The {decisive} decides.")
-        else:
-            problems.append(f"{problem} Correct it. {TWO_COLUMNS}")
+        if decisive != "row" and 2 * len(those) < len(images):
+            raise InvalidInputError(f"{problem} Correct it. {TWO_COLUMNS}")
+        warnings.append(f"{problem} The {decisive} decides.")
+    return decided
 
 
-def _check_imagenets(said: Said, problems: list[str], warnings: list[str]) -> None:
-    """Compares all of ImageNet's validation images with its labels, by 4 of the rule."""
-    decided = {image: next(iter(says.items())) for image, says in said.items()}
-    synset_of = {_number(i, LAST_NUMBER): synset for i, (_, synset) in decided.items()}
-    synsets = [synset_of.get(number, "") for number in range(1, len(said) + 1)]
-    is_whole = len(said) == IMAGENET_SIZES["validation"][0]
+def _check_imagenets(decided: Sequence[tuple[str, str]], warnings: list[str]) -> None:
+    """Compares the labels of all of ImageNet's validation images with its own."""
+    synsets = [synset for _, synset in decided]
+    is_whole = len(synsets) == IMAGENET_SIZES["validation"]
     is_imagenet = is_whole and has_digest(sorted({*synsets}), SYNSETS_DIGEST)
     if is_imagenet and not has_digest(synsets, VALIDATION_DIGEST):
-        problem = (
-            "Validation images have ImageNet's numbers and classes, not its labels."
-        )
-        by_line = "line" in {by for by, _ in decided.values()}
-        if by_line and None not in map(_number, said):
-            problems.append(f"{problem} {TWO_COLUMNS}")
-        else:
-            warnings.append(problem)
+        problem = "Labels of validation images, in order of names, are not ImageNet's."
+        if "line" in {by for by, _ in decided}:
+            raise InvalidInputError(f"{problem} {TWO_COLUMNS}")
+        warnings.append(problem)
 
 
 def has_digest(synsets: Iterable[str], digest: str) -> bool:
@@ -1285,34 +1211,21 @@ def class_problems(
     """Describes classes that must be wrong: each would move the labels behind it."""
     if not (trained and validated):
         return  # what could not be listed is refused already
-    usual = _usual(trained)
-    misnamed = {name for name in trained | validated if not usual.fullmatch(name)}
-    if stray := sorted(misnamed & trained - validated):
-        rule = f"Most classes are named like {min(trained - misnamed)}"
+    odd = {name for name in trained if not SYNSET.fullmatch(name)}
+    if 2 * len(odd) < len(trained) and (stray := sorted(odd - validated)):
+        rule = f"Most classes are named like {min(trained - odd)}"
         yield f"{rule}; move others out of {directory}: {_some(stray)}."
-    unknown = validated - trained
-    # With part of ImageNet, or of the training images, some classes may have none.
-    is_part = trained & validated and len(trained) != IMAGENET_CLASSES
-    if is_part and (validated > trained or all(map(SYNSET.fullmatch, unknown))):
-        unknown &= misnamed
+    unknown = sorted(validated - trained)
+    if trained & validated and len(trained) != IMAGENET_CLASSES:
+        # Of part of ImageNet, some classes may have no training images.
+        unknown = [name for name in unknown if not SYNSET.fullmatch(name)]
     if unknown:
         rule = "Validation images must be of the classes of the training images"
-        odd = [name if name.isascii() else ascii(name) for name in sorted(unknown)]
-        found = f"such as {_some(sorted(trained))}; found {_some(odd)}"
-        yield f"{rule}, {found}. {WHAT_DECIDES}"
+        some, found = _some(sorted(trained)), _some([*map(ascii, unknown)])
+        yield f"{rule}, such as {some}; found {found}. See README, step 2."
 
 
-def _usual(names: AbstractSet[str]) -> re.Pattern[str]:
-    """The pattern of most names: of synsets, of numbers, or of anything."""
-    for pattern in SYNSET, NUMBER:
-        if 2 * len([*filter(pattern.fullmatch, names)]) > len(names):
-            return pattern
-    return ANYTHING
-
-
-def warnings_about(
-    dataset: Dataset, training_shards: int, validation_shards: int
-) -> Iterator[str]:
+def warnings_about(dataset: Dataset) -> Iterator[str]:
     """Describes what is allowed, but differs from ImageNet, or from what is usual."""
     if dataset.skipped:
         yield _describe_skipped(dataset.skipped)
@@ -1325,57 +1238,35 @@ def warnings_about(
     unusual = [i for i in training if i.name[:9] != i.synset or "n" in i.name[9:]]
     if wrong := [i for i in unusual if {*SYNSET.findall(i.filename)} - {i.synset}]:
         among = f"{len(wrong):,} of {_count(len(training), 'training image')}"
-        where = f"{wrong[0].path}, in {wrong[0].synset}"
-        yield f"The directory decides against the name of {among}, such as {where}."
-    others = re.compile("ILSVRC2012_(val|test)_")
-    if moved := [i.path for i in unusual if others.search(i.filename)]:
-        found = f"{_count(len(moved), 'image')} of another split, such as {moved[0]}"
-        yield f"{TRAINING_DIRECTORY}/ holds {found}."
+        yield f"Directories overrule the names of {among}, such as {wrong[0].path}."
     yield from _class_warnings(dataset)
-    yield from _size_warnings(dataset, "training", training_shards)
-    yield from _size_warnings(dataset, "validation", validation_shards)
+    for split, images in ("training", training), ("validation", dataset.validation):
+        expected = IMAGENET_SIZES[split]
+        if len(dataset.synsets) == IMAGENET_CLASSES and len(images) != expected:
+            found = f"{len(images):,} ({len(images) - expected:+,})"
+            yield f"ImageNet-1k has {expected:,} {split} images, found {found}."
 
 
 def _class_warnings(dataset: Dataset) -> Iterator[str]:
     """Warns of labels that are not what they seem, and of classes of one split."""
     synsets, labels, trained = dataset.synsets, dataset.labels, dataset.trained
     validated = {image.synset for image in dataset.validation}
-    usual = _usual({*synsets})
-    is_large = usual is SYNSET and len(synsets) >= 900
-    if is_large and not has_digest(synsets, SYNSETS_DIGEST):
-        found = f"The {_count(len(synsets), 'class')} are not the 1,000 of ImageNet-1k"
-        yield f"{found}: labels differ from those of models trained on it."
-    if odd := [s for s in sorted(trained & validated) if not usual.fullmatch(s)]:
-        yield f"Classes that are named unlike most others count, too: {_some(odd)}."
-    wrong = [s for s in synsets if NUMBER.fullmatch(s) and int(s) != labels[s]]
-    if wrong and usual is NUMBER:
+    odd = [name for name in synsets if not SYNSET.fullmatch(name)]
+    if 2 * len(odd) < len(synsets):
+        if len(synsets) >= 900 and not has_digest(synsets, SYNSETS_DIGEST):
+            rule = "labels differ from those of models trained on it"
+            yield f"The {_count(len(synsets), 'class')} are not ImageNet-1k's: {rule}."
+        if odd:
+            yield f"Classes that are named unlike most others count, too: {_some(odd)}."
+    if wrong := [s for s in synsets if s.isdecimal() and int(s) != labels[s]]:
         found = f"class {wrong[-1]} has label {labels[wrong[-1]]:,}"
         yield f"Labels are ranks of names as text: {found}."
-    only = {"validation": validated - trained}
+    lone = dict.fromkeys(validated - trained, "validation")
     if 3 * len(validated) >= 2 * len(trained):  # else it is a trial
-        only["training"] = trained - validated
-    for split, those in only.items():
-        if lone := [f"{s} (label {labels[s]})" for s in synsets if s in those]:
-            among = f"{len(lone):,} of {_count(len(synsets), 'synset')}"
-            yield f"There are only {split} images of {among}: {_some(lone)}."
-
-
-def _size_warnings(dataset: Dataset, split: str, num_shards: int) -> Iterator[str]:
-    """Warns if a split is not of ImageNet's size, and of shards that will be empty."""
-    images = dataset.training if split == "training" else dataset.validation
-    num_expected, smallest = IMAGENET_SIZES[split]
-    if len(dataset.synsets) == IMAGENET_CLASSES and len(images) != num_expected:
-        sizes = sorted(collections.Counter(image.synset for image in images).items())
-        short = [f"{synset} ({size:,})" for synset, size in sizes if size < smallest]
-        classes = f" Classes of fewer than {smallest}: {_some(short, 10)}."
-        yield (
-            f"ImageNet-1k has {num_expected:,} {split} images, found {len(images):,} "
-            f"({len(images) - num_expected:+,}).{classes if short else ''}"
-        )
-    num_full = math.ceil(len(images) / images_per_shard(len(images), num_shards))
-    if num_empty := num_shards - num_full:
-        among = f"{num_empty:,} of {_count(num_shards, f'{split} shard')}"
-        yield f"{among} will be empty; a smaller --{split}_shards avoids that."
+        lone |= dict.fromkeys(trained - validated, "training")
+    if lone:
+        found = _some([f"{s} ({lone[s]}, label {labels[s]})" for s in sorted(lone)])
+        yield f"Only one split has images of {_count(len(lone), 'synset')}: {found}."
 
 
 # ---------------------------------------------------------------------------------
