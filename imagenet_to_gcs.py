@@ -14,67 +14,48 @@
     python3 imagenet_to_gcs.py --project=$PROJECT --gcs_output_path=$DATA_DIR \\
       --raw_data_dir=$IMAGENET_HOME
 
-Without ImageNet and without a bucket, try it on generated images:
-
-    python3 imagenet_to_gcs.py --nogcs_upload --fake_imagenet --raw_data_dir=new
-
-What goes in, under --raw_data_dir:
-
+What goes in, under --raw_data_dir, extracted or as ImageNet's own tars:
     train/n01440764/n01440764_18.JPEG        1,281,167 images, in 1,000 synsets
     validation/ILSVRC2012_val_00000001.JPEG  50,000 images
     synset_labels.txt            line i: the synset of the i-th validation image
 
-ImageNet's own tars are read in place, without extracting them.
-
 What comes out, under --local_scratch_dir and, flat, under --gcs_output_path:
-
     train/train-00000-of-01024            1,024 shards
     validation/validation-00000-of-00128    128 shards
     manifest.json                         written last: the data set is complete
 
 A shard is a TFRecord file; a record is a tf.train.Example of nine features:
+    image/height, image/width       int64  pixels
+    image/channels                  int64  3
+    image/colorspace, image/format  bytes  RGB and JPEG
+    image/class/label               int64  the rank among sorted synsets, from 1
+    image/class/synset              bytes  n01440764
+    image/filename                  bytes  n01440764_18.JPEG
+    image/encoded                   bytes  the file; a PNG or CMYK one as JPEG
 
-    image/height, image/width  int64  pixels
-    image/colorspace           bytes  RGB
-    image/channels             int64  3
-    image/class/label          int64  1 to 1000, the rank among sorted synsets
-    image/class/synset         bytes  n01440764
-    image/format               bytes  JPEG
-    image/filename             bytes  n01440764_18.JPEG
-    image/encoded              bytes  the file; a PNG or CMYK JPEG as RGB JPEG
-
-Beside the local shards lie hidden files: stamps, which tell a later run what is
-finished, and locks. The same raw directory and TensorFlow give the same bytes,
-with any number of workers, however often the run was interrupted. To resume,
-rerun the command.
+To resume, rerun the command. The same raw directory and TensorFlow give the
+same bytes, with any number of workers, however often it was interrupted.
 
 Errors have a line per problem; finished shards are kept:
-
     InvalidInputError   what must be fixed before a shard can be written
     RunError            what else stopped the run, such as another run; or
       BadImagesError      images to be replaced; all other shards are done
       MachineError        what this machine lacks: a disk, memory, open files
       ServiceError        what Cloud Storage, or the way to it, refused
-
 Exit status: 0 if this task is done; 1 if something must be fixed; 75 if the
-same command can succeed later; 130 after Ctrl-C, 143 after SIGTERM, 129 after
-SIGHUP.
+same command can succeed later; after Ctrl-C 130, SIGTERM 143, SIGHUP 129.
 
 Who calls whom:
-
-    main                       flags, signals, exit status
-      run                      the whole way
-        plan_job               lists, plans and checks
-          read_dataset         lists the images and finds their classes
-          plan_shards          says which image goes where
-          look                 compares this with the disk and the bucket
-        carry_out
-          write_and_upload     one shard in each thread: `_take_shard`
-            write_shard        `write_records` fills it, in a worker process
-            Destination.upload
-          _complete            writes the manifest, once `look` has found all
-
-The last lines of the file start `main` or, in a helper process, the workers.
+    main, run                flags, signals, exit status; the whole way
+      plan_job               lists, plans and checks
+        read_dataset         lists the images and finds their classes
+        plan_shards          says which image goes where
+        look                 compares this with the disk and the bucket
+      carry_out
+        write_and_upload     one shard in each thread: `_take_shard`
+          write_shard        `write_records` fills it, in a worker process
+          Destination.upload
+        _complete            writes the manifest, once `look` has found all
 """
 
 from __future__ import annotations
@@ -83,10 +64,8 @@ import signal
 import sys
 import warnings
 
-if sys.platform != "linux":
-    sys.exit("imagenet_to_gcs.py runs on Linux only, which includes WSL on Windows.")
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("imagenet_to_gcs.py needs Python 3.10 or newer.")
+if sys.platform != "linux" or sys.version_info < (3, 10):
+    sys.exit("This needs Python 3.10 or newer on Linux, which includes WSL on Windows.")
 if __name__ == "__main__":
     # Until `main` handles it, Ctrl-C ends the process without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -106,7 +85,6 @@ import gc
 import glob
 import hashlib
 import http.client
-import importlib.util
 import io
 import itertools
 import json
@@ -140,12 +118,10 @@ INSTALL = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt (on Debian, "
     "first: sudo apt-get install --yes python3-venv), and use .venv/bin/python"
 )
-
 try:
     import google_crc32c
-    from absl import app, logging
+    from absl import app, flags, logging
     from absl.flags import FLAGS, DEFINE_bool, DEFINE_integer, DEFINE_string
-    from absl.flags import Error as FlagError
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -163,9 +139,7 @@ SPLITS = TRAINING_DIRECTORY, VALIDATION_DIRECTORY = "train", "validation"
 
 DEFINE_string("project", None, "Google Cloud project of the upload.")
 DEFINE_string("gcs_output_path", None, "Where to upload: gs://bucket[/directory].")
-DEFINE_string(
-    "local_scratch_dir", None, "Where to write; default: tf_records in --raw_data_dir."
-)
+DEFINE_string("local_scratch_dir", None, "Where to write; default: below raw_data_dir.")
 DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
 DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
 DEFINE_integer("num_workers", None, "Number of processes; default: one per processor.")
@@ -177,27 +151,20 @@ DEFINE_integer("task_index", None, "Index of this machine among --task_count, fr
 DEFINE_integer("task_count", 1, "Number of machines that share the work.")
 DEFINE_bool("dry_run", False, "Check everything and say what would be done.")
 DEFINE_bool("version", False, "Print the version and exit.")
-
 INHERITED_FLAGS = """
   --flagfile: A file with flags, one a line.
   --verbosity: -1 logs only warnings and errors. (default: '0')
   --help: Print this manual and exit."""
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Fix this and rerun the same command."
-TOO_MANY_THREADS = (
-    "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it "
-    "or, if the run has several workers, rerun it with fewer --num_workers."
-)
+TOO_MANY_THREADS = "Cannot start a thread. Raise the limit of processes (ulimit -u)."
 DISK_FAILS = "The disk fails or is gone"
-DISK_ERRORS = (
-    *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT),
-    *(errno.ENOTCONN, errno.EREMOTEIO, errno.EUCLEAN),
-)
+DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV}
+DISK_ERRORS |= {errno.ETIMEDOUT, errno.ENOTCONN}  # of a network disk
 LIMITS = {  # of the machine; no file is to blame
     errno.EMFILE: "Raise the limit (ulimit -n) and rerun the same command.",
     errno.ENFILE: "Raise the limit (sysctl fs.file-max) and rerun the same command.",
-    errno.ENOMEM: "Allow the run more memory or, if it has several workers, rerun it "
-    "with fewer --num_workers.",
+    errno.ENOMEM: "Allow the run more memory, or rerun it with fewer --num_workers.",
 }
 MACHINE_ERRORS = LIMITS | dict.fromkeys(DISK_ERRORS, f"{DISK_FAILS}. {FIX_AND_RERUN}")
 
@@ -248,14 +215,13 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 def refusal(
     verb: str, path: StrPath, error: OSError | MemoryError, is_input: bool = False
 ) -> InvalidInputError | MachineError:
-    """Returns the error to raise, such as 'Cannot list /x: Permission denied.'
-
-    What is input must be fixed, unless it is the machine's fault.
-    """
+    """Returns the error to raise, such as 'Cannot list /x: Permission denied.'"""
     if isinstance(error, MemoryError):
         error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    if isinstance(error, PermissionError) and (closed := closed_directory(path)):
-        verb, path = "enter", closed
+    if isinstance(error, PermissionError):
+        place = nearest_existing(path)
+        if place != pathlib.Path(path) and not os.access(place, os.X_OK):
+            verb, path = "enter", place
     problem = f"Cannot {verb} {path}: {error.strerror or error}."
     if is_input and error.errno not in MACHINE_ERRORS:
         return InvalidInputError(problem)
@@ -272,25 +238,13 @@ def trying_to(verb: str, path: StrPath, is_input: bool = False) -> Iterator[None
         raise refusal(verb, path, error, is_input) from error
 
 
-def closed_directory(path: StrPath) -> str:
-    """The nearest directory above a path, if it may not be entered; else empty."""
-    place = str(nearest_existing(path))
-    is_open = place == os.fspath(path) or os.access(place, os.X_OK, effective_ids=True)
-    return "" if is_open else place
-
-
-def open_regular(path: str) -> int:
+def open_file(path: str) -> BinaryIO:
     """Opens a regular file for reading; refuses a pipe instead of waiting for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
-    return descriptor
-
-
-def open_file(path: str) -> BinaryIO:
-    """Opens a regular file for reading."""
-    return open(open_regular(path), "rb")
+    return open(descriptor, "rb")
 
 
 def _count(number: int, noun: str) -> str:
@@ -509,7 +463,7 @@ def log_intent(job: Job) -> None:
         found = f"{_count(len(others), 'shard')} of another plan: {_some(others)}"
         logging.warning(f"{scratch_dir} also holds {found}. Remove what is not needed.")
     if options.task_count > 1:
-        task = f"Task {options.task:,} of {options.task_count:,}"
+        task = f"Task {options.task_index:,} of {options.task_count:,}"
         missing = f"{job.num_missing:,} of {_count(len(job.shards), 'shard')}"
         logging.info(f"{task}. Still to do over all tasks: {missing}.")
     num_own = sum(map(options.is_own, job.shards))
@@ -2314,6 +2268,8 @@ class Destination:
             yield
         except (RunError, FileNotFoundError, concurrent.futures.CancelledError):
             raise
+        except ImportError:  # `main` says what to install
+            raise
         except Exception as error:
             fault = Fault(error)
             place = f"{self.path}/{filename}".removesuffix("/")
@@ -2328,7 +2284,7 @@ class _ChunkedFile(io.FileIO):
     """A file that the client reads in chunks and sends in pieces."""
 
     def __init__(self, path: str, before_piece: Callable[[int], None]):
-        super().__init__(open_regular(path))
+        super().__init__(path)
         self.path, self.before_piece = path, before_piece
 
     def read(self, size: int = -1) -> Any:  # type: ignore[override]
@@ -2737,10 +2693,11 @@ def nearest_existing(path: StrPath) -> pathlib.Path:
 def _remove_temporary_files(options: Options) -> None:
     """Removes what a killed run of this task left half-written."""
     scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
+    task = options.task_index or 0
     for pattern in f".{MANIFEST_FILE}.*", "*/.*-of-*":
         for path in scratch_dir.glob(pattern + TEMPORARY_SUFFIX):
             shard = SHARD_NAME.match(path.name.lstrip("."))
-            if int(shard[2]) % count == options.task if shard else count == 1:
+            if int(shard[2]) % count == task if shard else count == 1:
                 remove(path)
 
 
@@ -2843,9 +2800,6 @@ def _complete(job: Job, written: Sequence[Shard]) -> None:
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESSOR_LIMIT = "/sys/fs/cgroup/cpu.max"  # as a container sees it; cgroup v2
-HELP = re.compile(r"--?(h|\?|help(short|full|xml)?)(=.*)?")
-TOO_LONG = re.compile(rb"(?s)[^/]{256}|.{3901}")  # and .{4096} for the system
-NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # U+DC80-U+DCFF are bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2868,8 +2822,9 @@ class Options:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        check_arguments(**vars(self))
-        problems = [problem for holds, problem in self._checks() if not holds]
+        check_types(**{n: v for n, v in vars(self).items() if n != "client"})
+        with trying_to("find", "the working directory", is_input=True):
+            problems = [problem for holds, problem in self._checks() if not holds]
         with _collecting(problems):
             if self.gcs_upload:
                 GcsPath.parse(self.gcs_output_path or "")
@@ -2878,131 +2833,83 @@ class Options:
 
     @functools.cached_property  # not affected by a later change of directory
     def raw_dir(self) -> str:
-        return absolute(self.raw_data_dir or "")
+        return os.path.abspath(os.path.expanduser(self.raw_data_dir or ""))
 
     @functools.cached_property
     def scratch_dir(self) -> str:
-        default = os.path.join(self.raw_dir, "tf_records")
-        return absolute(self.local_scratch_dir or default)
+        given = self.local_scratch_dir or os.path.join(self.raw_dir, "tf_records")
+        return os.path.abspath(os.path.expanduser(given))
 
     @property
     def workers(self) -> int:
         """As given, or the processors that this process, or its container, may use."""
         number = len(os.sched_getaffinity(0))
-        with contextlib.suppress(OSError, ValueError, ArithmeticError):  # 'max', say
+        with contextlib.suppress(OSError, ValueError):  # no limit: no file, or 'max'
             quota, period = map(int, pathlib.Path(PROCESSOR_LIMIT).read_text().split())
             number = min(number, math.ceil(quota / period))
         return self.num_workers or max(1, number)
 
-    @property
-    def task(self) -> int:
-        return self.task_index or 0
-
     def is_own(self, shard: Shard) -> bool:
         """Whether a shard, of either split, is for this task."""
-        return shard.index % self.task_count == self.task
+        return shard.index % self.task_count == (self.task_index or 0)
 
     def _checks(self) -> Iterator[tuple[object, str]]:
         """Pairs what must hold with what to say if it does not."""
-        given = os.fspath(self.raw_data_dir or "")
-        fault = _directory_fault(given, self.fake_imagenet)
-        must = f"must be the directory of the raw ImageNet, but {fault}."
-        yield not fault, f"--raw_data_dir={given} {must}"
+        raw = self.raw_data_dir or ""
+        scratch = self.local_scratch_dir or self.scratch_dir
+        fault = _directory_fault(raw, self.raw_dir, is_output=self.fake_imagenet)
+        must = "must be the directory of the raw ImageNet"
+        yield not fault, f"--raw_data_dir={raw} {must}, but {fault}."
         if self.local_scratch_dir or not fault:
-            given = os.fspath(self.local_scratch_dir or self.scratch_dir)
-            fault = next(filter(None, self._scratch_faults(given)), "")
-            must = f"must be a local directory to write to, but {fault}."
-            yield not fault, f"--local_scratch_dir={given} {must}"
+            fault = _directory_fault(scratch, self.scratch_dir, is_output=True)
+            must = "must be a local directory to write to"
+            yield not fault, f"--local_scratch_dir={scratch} {must}, but {fault}."
+        taken = [os.path.realpath(f"{self.raw_dir}/{split}") for split in SPLITS]
+        own = [os.path.realpath(f"{self.scratch_dir}/{split}") for split in SPLITS]
+        is_apart = all(os.path.commonpath(p) not in taken for p in zip(taken, own))
+        must = f"must not be --raw_data_dir, or in its {' or '.join(SPLITS)}"
+        yield is_apart, f"--local_scratch_dir={scratch} {must}."
         needed = "must be given for the upload (or pass --nogcs_upload)"
         yield self.gcs_project or not self.gcs_upload, f"--project {needed}."
         stays = self.keep_local_shards or self.gcs_upload
         yield stays, "--nokeep_local_shards needs an upload: drop --nogcs_upload."
         for flag in "num_workers", "training_shards", "validation_shards", "task_count":
             value = getattr(self, flag)
-            problem = f"--{flag} must be from 1 to 99,999; found {value}."
-            yield value is None or 0 < value < 100_000, problem
+            is_valid = value is getattr(Options, flag) or 0 < (value or 0) < 100_000
+            yield is_valid, f"--{flag} must be from 1 to 99,999; found {value}."
         tasks = range(self.task_count) if self.task_count > 1 else (None, 0)
-        found = f"found {self.task_index} of {self.task_count:,}"
-        is_task = self.task_index in tasks
-        yield is_task, f"--task_index must be from 0 to --task_count - 1; {found}."
-        for name in ["tensorflow"] + ["google.cloud.storage"] * self.gcs_upload:
-            is_there = False
-            with contextlib.suppress(ModuleNotFoundError):  # of what is above it
-                is_there = bool(importlib.util.find_spec(name))
-            yield is_there, f"The package {name} is missing: run {INSTALL}."
-        is_file = os.path.exists(__file__)  # for the worker processes to read
-        yield is_file, f"The script must be a file; found {__file__}."
-
-    def _scratch_faults(self, given: str) -> Iterator[str]:
-        """Says why shards cannot be written to the scratch directory."""
-        for split in SPLITS:
-            yield _directory_fault(os.path.join(given, split), may_be_missing=True)
-        place = nearest_existing(self.scratch_dir)
-        is_writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
-        yield "" if is_writable else f"{place} is not writable"
-        taken, own = (  # not `resolve`, which fails on a loop of links
-            tuple(
-                os.path.realpath(os.path.join(place, split)) + "/" for split in SPLITS
-            )
-            for place in (self.raw_dir, self.scratch_dir)
-        )
-        if any(path.startswith(taken) for path in own):
-            yield f"it is --raw_data_dir, or in its {' or '.join(SPLITS)}"
+        must = "must be from 0 to --task_count - 1"
+        yield self.task_index in tasks, f"--task_index {must}; found {self.task_index}."
+        yield os.path.exists(__file__), f"The script must be a file; found {__file__}."
 
 
-def _directory_fault(given: str, may_be_missing: bool) -> str:
-    """Says why a flag's value is not a local directory; empty if it is one."""
-    if not given:
-        return "none is given"
-    if url := re.match(r"\w[\w+.-]*://", given):
-        return f"it is a URL ({url[0]})"
-    path = absolute(given)
-    if TOO_LONG.search(os.fsencode(path)):
-        return "it is too long: the limit is 255 bytes a name, 3,900 in all"
+def _directory_fault(given: StrPath, path: str, is_output: bool) -> str:
+    """Says why a directory cannot be used; one for output may still be missing."""
+    if not given or "://" in str(given):
+        return "it is a URL" if given else "none is given"
     place = str(nearest_existing(path))
-    if not os.path.isdir(place):
-        return f"{place} is a {'file' if os.path.exists(place) else 'dangling link'}"
-    if closed := closed_directory(path):
-        return f"{closed} cannot be entered"
-    return "" if place == path or may_be_missing else f"{path} does not exist"
+    mode = os.W_OK | os.X_OK if is_output else os.X_OK
+    if not os.path.isdir(place) or not os.access(place, mode):
+        return f"{place} is no {'writable' if is_output else 'accessible'} directory"
+    return "" if is_output or place == path else f"{path} does not exist"
 
 
-def check_arguments(**values: object) -> None:
-    """Refuses what is not as `Options` annotates it, or is no text for the system."""
-    # No client was made of a class that was never imported.
-    client = getattr(sys.modules.get("google.cloud.storage"), "Client", ())
-    types: dict[str, Any] = {"str": str, "int": int, "bool": bool, "None": type(None)}
-    types |= {"os.PathLike[str]": os.PathLike, "storage.Client": client}
+def check_types(**values: object) -> None:
+    """Refuses arguments of other types than the flags they stand for."""
+    types = {"string": str, "int": int, "bool": bool}
     for name, value in values.items():
-        annotation = Options.__annotations__[name]
-        kinds = tuple(types[kind] for kind in annotation.split(" | "))
-        text = os.fspath(value) if isinstance(value, os.PathLike) else value
-        is_wrong_bool = isinstance(value, bool) and bool not in kinds  # it is an int
-        if not isinstance(value, kinds) or isinstance(text, bytes) or is_wrong_bool:
-            problem = f"must be of type {annotation}"
-        elif isinstance(text, str) and (wrong := NOT_IN_NAMES.search(text)):
-            problem = f"must not contain {wrong[0]!r}"
-        else:
-            continue
-        raise InvalidInputError(f"{name} {problem}; found {text!r}.")
-
-
-def absolute(path: StrPath) -> str:
-    """Makes a path absolute; `~` is the home directory, as in a shell."""
-    try:
-        return os.path.abspath(os.path.expanduser(os.fspath(path)))
-    except FileNotFoundError as error:
-        problem = "The working directory no longer exists: change to another (cd)."
-        raise InvalidInputError(problem) from error
+        kind = FLAGS["project" if name == "gcs_project" else name].flag_type()
+        is_path = name.endswith("_dir") and isinstance(value, os.PathLike)
+        if not (value is None or is_path or isinstance(value, types[kind])):
+            raise InvalidInputError(f"{name} must be of type {kind}; found {value!r}.")
 
 
 def convert_to_tf_records(
     raw_data_dir: StrPath, local_scratch_dir: StrPath
 ) -> tuple[list[str], list[str]]:
     """Writes all shards, as `run` does; returns the paths, in order, of both splits."""
-    local = False, None, None, local_scratch_dir
-    scratch_dir = Options(raw_data_dir, *local).scratch_dir
-    run(raw_data_dir, *local)
+    run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
+    scratch_dir = os.path.abspath(os.path.expanduser(local_scratch_dir))
     paths = [shard_path(shard, scratch_dir) for shard in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
@@ -3020,51 +2927,24 @@ def upload_to_gcs(
       InvalidInputError: A ValueError: a path that is no file, or none of Cloud Storage.
       RunError: What stopped the upload; what has arrived stays.
     """
-    check_arguments(
-        gcs_output_path=gcs_output_path, gcs_project=gcs_project, client=client
-    )
+    check_types(gcs_output_path=gcs_output_path, gcs_project=gcs_project)
+    path_of: dict[str, str] = {}
+    for path in map(os.fsdecode, (*training_records, *validation_records)):
+        name = os.path.basename(path)
+        if name in path_of or name == MANIFEST_FILE or not os.path.isfile(path):
+            must = f"be files of different names, none of them {MANIFEST_FILE}"
+            raise InvalidInputError(f"Shards must {must}; found {path}.")
+        path_of[name] = path
     with contained():
-        path_of = _record_paths(training_records, validation_records)
-        path = GcsPath.parse(gcs_output_path or "")
-        destination = Destination(path, gcs_project, client)
-        destination.list_objects()
-        if new := [name for name in path_of if name not in destination.objects]:
-            destination.check_access(new[0])
+        place = GcsPath.parse(gcs_output_path or "")
+        destination = Destination(place, gcs_project, client)
+        there = destination.list_objects()
         stamps = {name: measure(path) for name, path in path_of.items()}
-
-        def left() -> list[str]:
-            found = destination.objects
-            return [n for n, s in stamps.items() if not s.same_bytes(found.get(n))]
-
+        left = [n for n, s in stamps.items() if not s.same_bytes(there.get(n))]
         upload = lambda name: destination.upload(path_of[name], stamps[name])
         with threads_of(PARALLEL_UPLOADS, destination.stopping) as threads:
-            list(threads.map(upload, left()))
-        destination.list_objects()
-        if destination.is_listed:
-            check_none_wrong(left(), len(stamps), destination.path)
+            list(threads.map(upload, left))
         destination.check_none_passed_over()
-
-
-def _record_paths(*lists: Sequence[StrPath]) -> dict[str, str]:
-    """Checks the records of `upload_to_gcs`; returns their paths by base name."""
-    for records in lists:
-        if isinstance(records, (str, bytes)) or not isinstance(records, Iterable):
-            raise TypeError(f"Records must be a list of paths; found {records!r}.")
-    path_of: dict[str, str] = {}
-    for path in map(os.fsdecode, itertools.chain(*lists)):
-        name = os.path.basename(path)
-        same = path_of.setdefault(name, path)
-        problem = f"be files; found none at {escaped(path)}"
-        if same != path:
-            problem = f"differ in their base names; found {same} and {path}"
-        elif name == MANIFEST_FILE:
-            problem = f"come without {name}, which vouches for them; found {path}"
-        elif os.path.isfile(path):
-            continue
-        raise InvalidInputError(f"Shards must {problem}.")
-    if others := [name for name in path_of if not SHARD_NAME.fullmatch(name)]:
-        logging.warning(f"Will upload what is not named as a shard: {_some(others)}.")
-    return path_of
 
 
 @contextlib.contextmanager
@@ -3081,62 +2961,46 @@ def contained() -> Iterator[None]:
             stack.callback(os.environ.pop, NO_BUCKET_METADATA)
         try:
             yield
-        except BlockingIOError as error:  # no process can be started
-            raise MachineError(TOO_MANY_THREADS) from error
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
+            is_thread = "can't start new thread" in str(error)  # or no process
+            if is_thread or isinstance(error, BlockingIOError):
+                raise MachineError(TOO_MANY_THREADS) from error
+            if isinstance(error, RuntimeError):
+                raise
             path = getattr(error, "filename", None) or "what is needed"
             raise refusal("use", path, error) from error
-        except RuntimeError as error:
-            if "can't start new thread" not in str(error):  # perhaps in a worker's
-                raise
-            raise MachineError(TOO_MANY_THREADS) from error
 
 
 @contextlib.contextmanager
 def locked(options: Options) -> Iterator[None]:
     """Keeps a second run out of the scratch directory, but not the other tasks."""
-    scratch_dir, count = pathlib.Path(options.scratch_dir), options.task_count
-    is_new = not os.path.exists(scratch_dir)
-    with trying_to("write", scratch_dir, is_input=True):
+    scratch_dir, tasks = pathlib.Path(options.scratch_dir), f"-of-{options.task_count}"
+    own = scratch_dir / f".lock-{options.task_index or 0}{tasks}"
+    with trying_to("write", own, is_input=True):
         scratch_dir.mkdir(parents=True, exist_ok=True)
-    path = scratch_dir / f".lock-{options.task}-of-{count}"
-    with _lock(path):
-        for other in scratch_dir.glob(".lock-*-of-*"):
-            if not other.name.endswith(f"-of-{count}"):
-                _lock(other, fcntl.LOCK_SH).close()
+        own.touch()  # before others are looked for
+    others = [p for p in scratch_dir.glob(".lock-*") if not p.name.endswith(tasks)]
+    with contextlib.ExitStack() as stack:
+        for path in (own, *others):
+            file = stack.enter_context(path.open("ab+", 0))
+            kind = fcntl.LOCK_EX if path == own else fcntl.LOCK_SH
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = f"Another run is writing to {scratch_dir}: wait until it ends,"
+                remedy = "or choose another --local_scratch_dir."
+                raise RunError(f"{what} {remedy}", may_pass=True) from None
+            except OSError as error:  # some network file systems cannot
+                what = f"Cannot lock {path} ({error.strerror})"
+                logging.warning(f"{what}: do not run two at once.")
         try:
             yield
-        except (InvalidInputError, ServiceError):
-            if is_new:  # leave nothing where nothing was done
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # there are shards
-                    scratch_dir.rmdir()
+        except InvalidInputError:  # nothing was done
+            own.unlink(missing_ok=True)
             raise
 
 
-def _lock(path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> io.FileIO:
-    """Locks a file until it is closed."""
-    if path.is_symlink() or path.is_dir() or path.is_socket():
-        problem = "must be a file, not a link, directory or socket: remove it."
-        raise InvalidInputError(f"The lock {path} {problem}")
-    with trying_to("write", path, is_input=True):
-        mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        file = io.FileIO(os.open(path, mode, 0o666))
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink == 0:  # its run has just removed it
-            raise BlockingIOError
-    except BlockingIOError:
-        what = f"Another run is writing to {path.parent}: wait until it ends, or"
-        remedy = "choose another --local_scratch_dir."
-        raise RunError(f"{what} {remedy}", may_pass=True) from None
-    except OSError as error:  # some network file systems cannot
-        what = f"Cannot lock {path} ({error.strerror})"
-        logging.warning(f"{what}: do not run two at once.")
-    return file
-
-
-def main(arguments: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Runs the command; ends the process with the exit status of the manual."""
     logging.get_absl_handler().setFormatter(_LogFormatter())
     global has_live_line
@@ -3145,17 +3009,18 @@ def main(arguments: Sequence[str]) -> None:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup SIGHUP
                 signal.signal(number, _raise_stopped)
-        if len(arguments) > 1:
-            must = f"All arguments must be flags; found {arguments[1]!r}."
-            raise InvalidInputError(must, "See --help.")
+        if FLAGS.help or FLAGS.version:
+            _answer()
         names = [field.name for field in dataclasses.fields(Options)]
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
-        _ignore_signals()
+        _exit(0)
     except InvalidInputError as error:
         _exit(1, *error.args)
     except RunError as error:
         _exit(os.EX_TEMPFAIL if error.may_pass else 1, *error.args)
+    except ImportError as error:
+        _exit(1, f"{error}. Run: {INSTALL}")
     except Stopped as stopped:
         number = stopped.args[0]
         name = "Ctrl-C" if number == signal.SIGINT else number.name
@@ -3163,31 +3028,27 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
-    """Answers --help and --version, or parses the flags."""
+    """Parses the flags, unless one asks for help: absl's own would exit with 1."""
+    asks_help = not {"-h", "-?", "--help", "--helpfull"}.isdisjoint(arguments)
     try:
-        given = FLAGS.read_flags_from_files(arguments[1:], force_gnu=False)
-        asks_help = any(map(HELP.fullmatch, given))
-        rest = [] if asks_help else FLAGS([arguments[0], *given])
-    except (FlagError, ValueError, OSError) as error:
-        must = "--flagfile must be text: " if isinstance(error, UnicodeError) else ""
-        problem = escaped(must + str(error).removeprefix("ERROR:: "))
+        rest = FLAGS(arguments[:1] if asks_help else arguments)
+        if rest[1:]:
+            raise ValueError(f"All arguments must be flags; found {rest[1]!r}.")
+    except (flags.Error, ValueError, OSError) as error:
+        problem = str(error).removeprefix("ERROR:: ")
         sys.exit(f"FATAL Flags parsing error: {problem}\nSee --help.")
-    if asks_help:
-        usage = "Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n"
-        own_flags = FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
-        answer = f"{usage}\n{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}"
-    elif FLAGS.version:
-        answer = f"imagenet_to_gcs.py {__version__}"
-    else:
-        return rest
-    try:
-        print(answer, flush=True)
-    except BrokenPipeError:
-        pass  # a reader who has read enough, such as `head`, is no error
-    except OSError as error:
-        print(f"Cannot print: {error.strerror}.", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
+    FLAGS["help"].value = asks_help
+    return rest
+
+
+def _answer() -> NoReturn:
+    """Prints the manual or the version, and ends."""
+    usage = "Usage: python3 imagenet_to_gcs.py --raw_data_dir=DIRECTORY [flags]\n"
+    own_flags = FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
+    manual = f"{usage}\n{__doc__}\nFlags:\n{own_flags}{INHERITED_FLAGS}"
+    with trying_to("write", "to stdout"), contextlib.suppress(BrokenPipeError):
+        print(manual if FLAGS.help else f"imagenet_to_gcs.py {__version__}", flush=True)
+    _exit(0)
 
 
 class Stopped(BaseException):
@@ -3379,12 +3240,7 @@ FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 
 
 def make_fake_imagenet(options: Options, pool: Pool) -> None:
-    """Generates 2,048 training and 256 validation images of 1,000 synsets.
-
-    They leave none of the 1,024 and 128 shards empty. The synsets, from n90000000 on,
-    are not in WordNet. A complete fake is left as it is; an interrupted one is
-    generated again.
-    """
+    """Generates images for all shards, of 1,000 synsets that are not in WordNet."""
     if has_fake(options):
         return
     root = pathlib.Path(options.raw_dir)
@@ -3394,11 +3250,9 @@ def make_fake_imagenet(options: Options, pool: Pool) -> None:
         root.mkdir(parents=True, exist_ok=True)
         (root / FAKE_MARK).touch()
     draw = functools.partial(pool.call, draw_fake_image)
-    num_drawn = 0
-    say = lambda: f"Generated {num_drawn:,} of {len(paths):,} fake images."
+    say = lambda: f"Still generating fake images in {root}."
     with reporting(say), threads_of(2 * options.workers) as threads:
-        for _ in threads.map(draw, paths, itertools.count()):
-            num_drawn += 1
+        list(threads.map(draw, paths, itertools.count()))
     labels = "".join(f"{synset}\n" for synset in FAKE_SYNSETS[:FAKE_VALIDATION_IMAGES])
     write_text(str(root / LABELS_FILE), labels)  # last: all is there
 
@@ -3410,14 +3264,11 @@ def has_fake(options: Options) -> bool:
     found.discard(os.path.relpath(options.scratch_dir, root).split(os.sep)[0])
     ours = {path.name for path in _fake_paths(pathlib.Path(root))}
     images = pathlib.Path(root).glob("[tv]*/**/[!.]*.JPEG")
-    # The mark alone proves nothing: it may be left from an earlier fake.
-    is_ours = FAKE_MARK in found and all(path.name in ours for path in images)
-    if found and not is_ours:
-        raise InvalidInputError(
-            f"--raw_data_dir={options.raw_data_dir} must be empty or missing for "
-            f"--fake_imagenet; it contains {_some(sorted(found))}. Choose another "
-            "directory."
-        )
+    # The mark may be left from an earlier fake, and all else be of another data set.
+    if found and not (FAKE_MARK in found and all(path.name in ours for path in images)):
+        must = "must be empty or missing for --fake_imagenet; it contains"
+        problem = f"--raw_data_dir={root} {must} {_some(sorted(found))}."
+        raise InvalidInputError(f"{problem} Choose another directory.")
     return LABELS_FILE in found
 
 

@@ -144,6 +144,6 @@ def test_lack_of_memory_is_no_image_s_fault(raw: Path, tmp_path: Path) -> None:
     """
     done = run_code(code, str(raw), str(tmp_path / "scratch"))
     assert done.stdout == (
-        f"Cannot read {path}: Cannot allocate memory. Allow the run more memory "
-        "or, if it has several workers, rerun it with fewer --num_workers.\n"
+        f"Cannot read {path}: Cannot allocate memory. Allow the run more "
+        "memory, or rerun it with fewer --num_workers.\n"
     ), done.stderr

@@ -72,16 +72,14 @@ def test_scratch_is_refused_when_it_has_no_room(raw: Path) -> None:
 
 
 OBSTACLES = {
-    "touch parent": "but TMP/parent is a file",
-    "ln -s nothing parent": "but TMP/parent is a dangling link",
-    "mkdir -p parent/scratch; cd $_; touch train": "but TMP/.*/train is a file",
-    "mkdir -p parent/scratch; cd $_; ln -s nothing validation": (
-        "but TMP/parent/scratch/validation is a dangling link"
+    "touch parent": "but TMP/parent is no writable directory",
+    "ln -s nothing parent": "but TMP/parent is no writable directory",
+    "mkdir -m 555 parent": "but TMP/parent is no writable directory",
+    "mkdir parent; touch parent/scratch": (
+        "but TMP/parent/scratch is no writable directory"
     ),
-    "mkdir -m 555 parent": "but TMP/parent is not writable",
-    "mkdir parent; touch parent/scratch": "but TMP/parent/scratch is a file",
     "mkdir -p parent/scratch; cd $_; install -m 444 /dev/null .lock-0-of-1": (
-        "Cannot write TMP/parent/scratch/.lock-0-of-1: Permission denied"
+        "Cannot use TMP/parent/scratch/.lock-0-of-1: Permission denied"
     ),
 }
 
@@ -90,7 +88,7 @@ OBSTACLES = {
     ("commands", "said", "more"),
     [
         *((*obstacle, ()) for obstacle in OBSTACLES.items()),
-        *((*obstacle, ("--dry_run",)) for obstacle in list(OBSTACLES.items())[:6]),
+        *((*obstacle, ("--dry_run",)) for obstacle in list(OBSTACLES.items())[:4]),
     ],
 )
 def test_scratch_is_refused_in_one_line_when_it_cannot_be_written(
@@ -120,7 +118,7 @@ def test_scratch_is_refused_when_its_disk_is_read_only(
     [error] = done.errors
     scratch = f"--local_scratch_dir={disk}/scratch"
     must = "must be a local directory to write to"
-    assert error == f"{scratch} {must}, but {disk} is not writable."
+    assert error == f"{scratch} {must}, but {disk} is no writable directory."
 
 
 # ------------------------------------------------------------------ the bucket

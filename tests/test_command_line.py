@@ -2,15 +2,12 @@
 
 import os
 import re
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import contract
 import pytest
 from absl.flags import FLAGS
-from command import IMPORTS, SCRIPT, UPLOAD, Finished, run_code, run_command
-from emulator import Emulator
+from command import IMPORTS, SCRIPT, UPLOAD, Finished, run_command
 
 import imagenet_to_gcs as script
 
@@ -45,13 +42,9 @@ def files_in(directory: Path) -> list[str]:
 # --------------------------------------------------------------------------- flags
 
 
-HELP = ("--help", "-h", "-help", "-?", "--helpshort", "--helpfull", "--flagfile=help")
-
-
-@pytest.mark.parametrize("flag", HELP)
+@pytest.mark.parametrize("flag", ["--help", "-h", "-?", "--helpfull"])
 def test_help_begins_with_how_to_use_it(tmp_path: Path, flag: str) -> None:
     """And lists the flags, without those of libraries that no user needs."""
-    (tmp_path / "help").write_text("--nogcs_upload\n--help\n")
     finished = run_light(flag, cwd=tmp_path)
     assert (finished.status, finished.lines) == (0, [])
     assert re.match(r"(?i)usage", finished.stdout)
@@ -67,7 +60,7 @@ def test_help_begins_with_how_to_use_it(tmp_path: Path, flag: str) -> None:
     for name in ("pdb", "only_check_args", "xml_output_file", "logger_levels"):
         assert f"--{name}" not in finished.stdout
         assert f"--[no]{name}" not in finished.stdout
-    assert files_in(tmp_path) == ["help"]
+    assert files_in(tmp_path) == []
 
 
 def test_version_is_printed(tmp_path: Path) -> None:
@@ -103,7 +96,7 @@ def test_constants_are_the_references() -> None:
         ),
         ("--flagfile=.", "Unable to open flagfile: [Errno 21] Is a directory: '.'"),
         (f"--flagfile={300 * 'x'}", "Unable to open flagfile: [Errno 36] File name"),
-        ("--flagfile=binary", "--flagfile must be text: 'utf-8' codec can't decode"),
+        ("--flagfile=binary", "'utf-8' codec can't decode"),
         ("--flagfile=nested", "Unable to open flagfile: [Errno 2] No such file or dir"),
         ("--flagfile=wrong", "flag --num_workers=x: invalid literal for int()"),
     ],
@@ -130,8 +123,8 @@ def test_argument_is_refused_when_it_is_no_flag(tmp_path: Path) -> None:
     flags = ["--nogcs_upload", "--raw_data_dir=/my", "data"]
     finished = run_light(*flags, cwd=tmp_path)
     assert finished.status == 1
-    said = ["All arguments must be flags; found 'data'.", "See --help."]
-    assert finished.lines == [f"ERROR: {line}" for line in said]
+    said = "FATAL Flags parsing error: All arguments must be flags; found 'data'."
+    assert finished.lines == [said, "See --help."]
     assert files_in(tmp_path) == []
 
 
@@ -142,7 +135,7 @@ NO_PROJECT = "--project must be given for the upload (or pass --nogcs_upload)."
 NO_PATH = "--gcs_output_path= must start with gs://, as in gs://bucket/directory."
 NO_GS = "--gcs_output_path=bucket/x must start with gs://, as in gs://bucket/directory."
 RANGE = "must be from 1 to 99,999; found"
-IN_RAW = "--local_scratch_dir=RAW/.* but it is --raw_data_dir, or in its train or "
+IN_RAW = "--local_scratch_dir=RAW/.* must not be --raw_data_dir, or in its train or "
 LOCAL = "--nogcs_upload --raw_data_dir=RAW"
 PROJECT, PATH = UPLOAD
 REFUSED = {
@@ -153,7 +146,7 @@ REFUSED = {
         "--raw_data_dir=/no/such must be .*, but /no/such does not exist."
     ],
     "--nogcs_upload --raw_data_dir=RAW/synset_labels.txt --local_scratch_dir=RAW/new": [
-        r"--raw_data_dir=RAW/synset_labels\.txt.* is a file"
+        r"--raw_data_dir=RAW/.*, but RAW/synset_labels\.txt is no accessible directory"
     ],
     f"{LOCAL} --local_scratch_dir=RAW/validation/..": [IN_RAW],
     f"{LOCAL} --local_scratch_dir=RAW/train": [IN_RAW],
@@ -180,27 +173,16 @@ REFUSED = {
 }
 REFUSED |= {
     f"{LOCAL} --task_count={count} {index and f'--task_index={index}'}": [
-        f"--task_index must be from 0 to .*; found {index or None} of {count}."
+        f"--task_index must be from 0 to .*; found {index or None}."
     ]
     for index, count in (("", 3), ("3", 3), ("-1", 3), ("1", 1))
 }
 REFUSED |= {
     f"{LOCAL} --local_scratch_dir=RAW/new {flag}={url}x": [
-        rf"{flag}={url}x must be .* directory.*, but it is a URL \({url}\)\."
+        rf"{flag}={url}x must be .* directory.*, but it is a URL\."
     ]
     for flag in ("--raw_data_dir", "--local_scratch_dir")
     for url in ("gs://", "s3://", "file://", "https://", "wasb-s.x://")
-}
-REFUSED |= {
-    f"{LOCAL} --local_scratch_dir=RAW/new {flag}={path}": [
-        f"{flag.split()[-1]}={path} must be .* directory.*, but it is too long: the"
-    ]
-    for flag in (
-        "--raw_data_dir",
-        "--fake_imagenet --raw_data_dir",
-        "--local_scratch_dir",
-    )
-    for path in ("/tmp/new/" + 256 * "x", 1000 * "/abc")
 }
 
 
@@ -239,7 +221,7 @@ def test_scratch_is_refused_when_its_train_is_the_raw_one_by_a_link(raw: Path) -
     flags = f"--raw_data_dir={raw}/linked", f"--local_scratch_dir={raw}"
     finished = run_light(*flags, "--nogcs_upload", cwd=raw)
     assert finished.status == 1
-    assert "but it is --raw_data_dir, or in its train or " in finished.errors[0]
+    assert "must not be --raw_data_dir, or in its train or " in finished.errors[0]
     assert not [*raw.glob("train/*-of-*")]
 
 
@@ -268,41 +250,6 @@ def test_run_raises_when_it_cannot_work(raw: Path) -> None:
     assert files_in(raw) == before
 
 
-class BytesPath(os.PathLike[bytes]):
-    def __fspath__(self) -> bytes:
-        return b"raw"
-
-
-@pytest.mark.parametrize(
-    "value", ["a\0b", "a\ud800b", Path("a\0b"), BytesPath(), 7], ids=range(5)
-)
-@pytest.mark.parametrize(
-    "name", ["raw_data_dir", "local_scratch_dir", "gcs_output_path", "gcs_project"]
-)
-def test_argument_is_refused_when_it_names_nothing(
-    raw: Path, tmp_path: Path, name: str, value: Any
-) -> None:
-    """In one line of its name, what it must be, and what was found."""
-    path, project = "gs://bucket/x", "project"
-    arguments = {"gcs_output_path": path, "gcs_project": project, name: value}
-    run: Any = script.run  # arguments of any type
-    upload: Any = script.upload_to_gcs
-    calls: list[Any] = [partial(run, **{"raw_data_dir": raw, **arguments})]
-    if name == "local_scratch_dir":
-        calls.append(partial(script.convert_to_tf_records, raw, value))
-    elif name != "raw_data_dir":
-        (tmp_path / "train-00000-of-00001").touch()
-        records = [tmp_path / "train-00000-of-00001"]
-        calls.append(partial(upload, records, [], **arguments))
-    for call in calls:
-        with pytest.raises(script.InvalidInputError) as caught:
-            call()
-        found = os.fspath(value) if isinstance(value, os.PathLike) else value
-        must = r"must (be of type str \|.*|not contain '\\(x00|ud800)')"
-        assert re.fullmatch(rf"{name} {must}; found (.*)\.", str(caught.value))
-        assert str(caught.value).endswith(f"; found {found!r}.")
-
-
 def test_path_may_be_of_any_bytes(raw: Path) -> None:
     """They arrive as surrogates; so they do from `os.listdir`."""
     path = raw.rename(raw.parent / os.fsdecode(b"raw\xff"))
@@ -315,37 +262,6 @@ def test_path_may_be_of_any_bytes(raw: Path) -> None:
     assert script.Options(path, False, None, None, scratch).raw_dir == str(path)
 
 
-def test_manifest_is_no_shard_to_upload(tmp_path: Path) -> None:
-    """Uploaded, it would say that the data set is complete."""
-    path = tmp_path / "manifest.json"
-    path.touch()
-    with pytest.raises(script.InvalidInputError) as caught:
-        script.upload_to_gcs([], [str(path)], "gs://bucket/x", "project")
-    said = "Shards must come without manifest.json, which vouches for them"
-    assert str(caught.value) == f"{said}; found {path}."
-
-
-def test_other_names_than_of_shards_are_uploaded_and_warned_of(
-    tmp_path: Path, emulator: Emulator
-) -> None:
-    """They may be meant, but no model reads them."""
-    names = ["train-00000-of-00001", ".train-00000-of-00001.json", "part-0"]
-    paths = [tmp_path / name for name in names]
-    for path in paths:
-        path.touch()
-    code = """if True:
-        import sys, imagenet_to_gcs
-        imagenet_to_gcs.upload_to_gcs(sys.argv[1:], [], "gs://bucket/x", "project")
-    """
-    finished = run_code(code, *map(str, paths), env=emulator.environment)
-    assert finished.status == 0, finished.stderr
-    said = (
-        "Will upload what is not named as a shard: .train-00000-of-00001.json, part-0."
-    )
-    assert said in finished.stderr
-    assert sorted(emulator.objects()) == sorted(f"x/{name}" for name in names)
-
-
 @pytest.mark.parametrize(
     ("limit", "number"),
     [
@@ -354,7 +270,6 @@ def test_other_names_than_of_shards_are_uploaded_and_warned_of(
         ("6400000 100000\n", min(64, len(os.sched_getaffinity(0)))),
         (None, len(os.sched_getaffinity(0))),  # no cgroup v2
         ("0 100000\n", 1),
-        ("100000 0\n", len(os.sched_getaffinity(0))),
     ],
 )
 def test_workers_are_as_many_as_the_container_has_processors(

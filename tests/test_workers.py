@@ -26,8 +26,7 @@ from imagenet_to_gcs import INSTALL
 FIX = "Fix this and rerun the same command."
 OUT_OF_MEMORY = (
     "A worker process was killed, most likely because the machine ran out of memory. "
-    "Allow the run more memory or, if it has several workers, rerun it with fewer "
-    "--num_workers."
+    "Allow the run more memory, or rerun it with fewer --num_workers."
 )
 
 
@@ -424,8 +423,5 @@ def test_limit_of_processes_is_named(raw: Path, tmp_path: Path, limit: int) -> N
     shell = f"ulimit -u {limit}; exec {shlex.join(command(raw))}"
     with running(*user, "bash", "-c", shell) as run:
         done = run.finish()
-    error = (
-        "Cannot start a thread: the limit of processes (ulimit -u) is reached. Raise it "
-        "or, if the run has several workers, rerun it with fewer --num_workers."
-    )
+    error = "Cannot start a thread. Raise the limit of processes (ulimit -u)."
     assert (done.status, done.errors) == (1, [error])
