@@ -2889,7 +2889,7 @@ def _directory_fault(given: StrPath, path: str, is_output: bool) -> str:
         return "it is a URL" if given else "none is given"
     place = str(nearest_existing(path))
     mode = os.W_OK | os.X_OK if is_output else os.X_OK
-    if not os.path.isdir(place) or not os.access(place, mode):
+    if not os.path.isdir(place) or not os.access(place, mode, effective_ids=True):
         return f"{place} is no {'writable' if is_output else 'accessible'} directory"
     return "" if is_output or place == path else f"{path} does not exist"
 
@@ -2941,9 +2941,8 @@ def upload_to_gcs(
         there = destination.list_objects()
         stamps = {name: measure(path) for name, path in path_of.items()}
         left = [n for n, s in stamps.items() if not s.same_bytes(there.get(n))]
-        upload = lambda name: destination.upload(path_of[name], stamps[name])
         with threads_of(PARALLEL_UPLOADS, destination.stopping) as threads:
-            list(threads.map(upload, left))
+            list(threads.map(lambda n: destination.upload(path_of[n], stamps[n]), left))
         destination.check_none_passed_over()
 
 
@@ -2995,8 +2994,10 @@ def locked(options: Options) -> Iterator[None]:
                 logging.warning(f"{what}: do not run two at once.")
         try:
             yield
-        except InvalidInputError:  # nothing was done
+        except InvalidInputError:  # leave nothing where nothing was done
             own.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is something else
+                scratch_dir.rmdir()
             raise
 
 
@@ -3015,10 +3016,9 @@ def main(_: Sequence[str]) -> None:
         options: dict[str, Any] = {n: FLAGS[n].value for n in names if n in FLAGS}
         run(gcs_project=FLAGS.project, **options)
         _exit(0)
-    except InvalidInputError as error:
-        _exit(1, *error.args)
-    except RunError as error:
-        _exit(os.EX_TEMPFAIL if error.may_pass else 1, *error.args)
+    except (InvalidInputError, RunError) as error:
+        may_pass = isinstance(error, RunError) and error.may_pass
+        _exit(os.EX_TEMPFAIL if may_pass else 1, *error.args)
     except ImportError as error:
         _exit(1, f"{error}. Run: {INSTALL}")
     except Stopped as stopped:
