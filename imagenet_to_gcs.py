@@ -362,9 +362,9 @@ def _find_dataset(options: Options, pool: Pool | None) -> Dataset:
         dataset = read_dataset(options.raw_dir)
     logging.info(
         f"Found {_count(len(dataset.training), 'training image')} in "
-        f"{_count(len(dataset.trained), 'synset')} and "
+        f"{_count(len({i.synset for i in dataset.training}), 'synset')} and "
         f"{_count(len(dataset.validation), 'validation image')} "
-        f"({_size(dataset.num_bytes)}) in {options.raw_dir}."
+        f"({_size(sum(i.num_bytes for i in dataset.images))}) in {options.raw_dir}."
     )
     if dataset.synsets != FAKE_SYNSETS:
         for line in warnings_about(dataset):
@@ -602,30 +602,20 @@ def threads_of(
 #   ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar    beside <split>/ or in it
 #
 # ImageNet's own training tar holds class tars, its validation tar holds images; either
-# may also hold class directories. Images that are not read are warned of.
+# may also hold class directories. What else is there is not read, but warned of.
 
 
 IMAGE_SUFFIX = ".JPEG"
 TRAINING_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
-# Names of directories in a tar, and of tars, that are not the class of what they hold
-CLASSLESS = ("val", *TARS, *(tar.removesuffix(".tar") for tar in TARS.values()))
-OTHER_IMAGE = r"\.(avif|bmp|gif|heic|jfif|jp2|jpe|jpe?g|png|tga|tiff?|webp)"
-ARCHIVE = r"\.(7z|rar|tar\.(bz2|gz|lz4?|xz|zst?)|tbz2?|tgz|txz|zip)"
-COPY = r"(~| +|\.(\d+|crdownload|part))?$"  # such as half of a download
-# Files that seem to hold images, but are not read
-UNREAD = re.compile(f"(?i)({OTHER_IMAGE}|{ARCHIVE}){COPY}")
-# A class that is neither a directory nor a *.tar
-PACKED_CLASS = re.compile(f"/(n[0-9]{{8}})((?i:[.]tar|([.][^/]*)?{ARCHIVE}){COPY}|$)")
+# Names of directories in a tar that are not the class of what they hold
+CLASSLESS = ("", *SPLITS, "val", "ILSVRC2012_img_train", "ILSVRC2012_img_val")
 # Paths of what operating systems and network disks leave: passed over
-HIDDEN = re.compile(
-    r"(?is)(?:.*/)?(?:\.|(?:#recycle|#snapshot|\$recycle\.bin|@__thumb|@eadir|@recycle"
-    r"|@recently-snapshot|__macosx|lost\+found|network trash folder"
-    r"|system volume information|temporary items)(?:/|$))"
-)
+HIDDEN = re.compile(r"(?s)(.*/)?(\.|(@eaDir|#recycle|Thumbs\.db|__MACOSX)(/|$))")
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
+ImageSource: TypeAlias = "Directory | Tar"
 TarFingerprint: TypeAlias = tuple[int, int, int]
 
 
@@ -671,7 +661,7 @@ class Dataset:
 
     Attributes:
       synsets: Sorted.
-      skipped: Paths of images that are not read; see `warnings_about`.
+      skipped: Paths of what is not read; see `warnings_about`.
       warnings: Contradictions about validation images that seem to be meant.
     """
 
@@ -686,18 +676,9 @@ class Dataset:
         """From 1 on, because models that read the shards keep 0 for "background"."""
         return {synset: label for label, synset in enumerate(self.synsets, start=1)}
 
-    @functools.cached_property  # a pass over 1.3 million images
-    def trained(self) -> set[str]:
-        """Synsets of the training images."""
-        return {image.synset for image in self.training}
-
     @property
     def images(self) -> Iterable[RawImage]:
         return itertools.chain(self.training, self.validation)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(image.num_bytes for image in self.images)
 
 
 def read_dataset(raw_data_dir: str) -> Dataset:
@@ -742,97 +723,65 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawImage]:
-    """Lists images by path; adds the paths of other images to `skipped`."""
-    directory = os.path.join(raw_data_dir, split)
-    is_there = os.path.lexists(directory)
-    exists = os.path.exists if is_there else os.path.lexists
-    paths = (os.path.join(place, TARS[split]) for place in (raw_data_dir, directory))
-    whole_tar = [*map(Tar, filter(exists, paths))][:1]
-    if not whole_tar and not is_there:
-        found = _some(sorted(e.name for e in _scan(raw_data_dir)), 10) or "nothing"
-        raise InvalidInputError(
-            f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
-            "there. Both splits are required; README, step 2, says in which layouts."
-        )
-    directories, class_tars, others = _find_classes(raw_data_dir, split)
-    sources = directories or class_tars or whole_tar
+    """Lists images by path; adds the paths of what is not read to `skipped`."""
     is_training = split == TRAINING_DIRECTORY
-    if not sources:
-        raise _no_images(f"{directory}/<synset>" if is_training else directory, others)
-    below = list[str]()
-    images = list_all(sources, below)
-    if is_training and (unnamed := [i.path for i in images if not i.synset]):
-        raise InvalidInputError(f"A folder must name the class of {unnamed[0]}.")
-    # If as many are there as ImageNet has, its tar need not be listed: that takes long.
+    (used, *unused), others = _find_layouts(raw_data_dir, split)
+    images = list_all(used, others)
     size = IMAGENET_SIZES["training" if is_training else "validation"]
-    is_complete = len(images) == size
-    _check_extracted(images, class_tars + ([] if is_complete else whole_tar))
+    if len(images) != size:  # else what is unused has been extracted
+        others += [source.path for layout in unused for source in layout]
+    skipped += {*others}
+    if is_training and not images[0].synset:
+        raise InvalidInputError(f"A folder must name the class of {images[0].path}.")
     classes = {image.synset for image in images}
-    for path in sorted(others if directories else others + below):
-        match = PACKED_CLASS.search(path)
-        if match and not classes & {match[1], ""}:
-            rule = f"Class {match[1]} must be a directory of *{IMAGE_SUFFIX} or a *.tar"
+    for path in sorted(others) if is_training else []:
+        synset = os.path.basename(path).partition(".")[0]
+        if SYNSET.fullmatch(synset) and synset not in classes:
+            rule = f"Classes must all be directories of *{IMAGE_SUFFIX}, or all *.tar"
             raise InvalidInputError(f"{rule}; found {path}.")
-    skipped += filter(UNREAD.search, others + below)
     return images
 
 
-def _find_classes(
+def _find_layouts(
     raw_data_dir: str, split: str
-) -> tuple[list[Directory], list[Tar], list[str]]:
-    """Finds class directories, class tars, and the paths of other files."""
-    directories, class_tars, others = list[Directory](), list[Tar](), list[str]()
+) -> tuple[list[Sequence[ImageSource]], list[str]]:
+    """Finds what a split can be read from, the first to be used; and other files."""
     directory = os.path.join(raw_data_dir, split)
-    for entry in _visible(directory) if os.path.lexists(directory) else []:
+    is_there = os.path.lexists(directory)
+    paths = [os.path.join(place, TARS[split]) for place in (raw_data_dir, directory)]
+    whole_tar = [Tar(path) for path in paths if os.path.lexists(path)][:1]
+    flat, directories, class_tars = (list[ImageSource]() for _ in range(3))
+    others = list[str]()
+    for entry in _visible(directory) if is_there else []:
         name, path = entry.name, entry.path
         if name.endswith(IMAGE_SUFFIX) and split == VALIDATION_DIRECTORY:
-            return [Directory(directory)], [], []  # of no class
-        if os.path.isdir(path) or not os.path.exists(path):  # listing it says why
+            flat = [Directory(directory)]
+        elif not os.path.isfile(path):  # of a link to nothing, listing it says why
             directories.append(Directory(path, name))
         elif name.endswith(".tar") and not name.startswith("ILSVRC"):
             class_tars.append(Tar(path, name[:-4]))
-        else:
+        elif name != TARS[split]:
             others.append(path)
-    return directories, class_tars, others
+    layouts = list[Sequence[ImageSource]]((flat, directories, class_tars, whole_tar))
+    if any(layouts):
+        return [*filter(None, layouts)], others
+    if is_there:
+        is_training = split == TRAINING_DIRECTORY
+        raise _no_images(f"{directory}/<synset>" if is_training else directory, others)
+    found = _some(sorted(e.name for e in _scan(raw_data_dir)), 10) or "nothing"
+    raise InvalidInputError(
+        f"No directory {directory}, and no {TARS[split]} beside it. Found {found} "
+        "there. Both splits are required; README, step 2, says in which layouts."
+    )
 
 
-def _check_extracted(images: Sequence[RawImage], tars: Iterable[Tar]) -> None:
-    """Refuses tars beside images if they hold more than was extracted of them."""
-    read = {image.source for image in images}
-    beside = [t for t in tars if t.path not in read and t.synset not in CLASSLESS]
-    if not (packed := list_all(beside, [])):
-        return
-    by_class = all(image.synset for image in (images[0], packed[0]))
-
-    def key(image: RawImage) -> tuple[str, str]:
-        name = re.sub("_n[0-9]{8}[.]", ".", image.filename)  # as Hugging Face adds
-        # A validation image is the same in another class, where it was put as better.
-        return name, "" if imagenet_number(image) or not by_class else image.synset
-
-    there = {*map(key, images)}
-    left = [image.path for image in packed if key(image) not in there]
-    # Where only names are compared, and none agrees, they are of another data set.
-    if left and (by_class or len(left) < len(packed)):
-        rule = "Tars must be extracted whole, not at all, or be elsewhere; left in them"
-        raise InvalidInputError(f"{rule}: {_some(sorted(left))}.")
-
-
-def list_all(classes: Iterable[Directory | Tar], others: list[str]) -> list[RawImage]:
+def list_all(classes: Iterable[ImageSource], others: list[str]) -> list[RawImage]:
     """Lists the images of classes, sorted by path."""
     # As paths sort: `a-b/` comes before `a/`.
     in_order = sorted(classes, key=lambda class_: os.fsencode(class_.synset + "/"))
-    images, problems = list[RawImage](), list[str]()
     with concurrent.futures.ThreadPoolExecutor(LISTING_THREADS) as threads:
         listings = [threads.submit(each.list_images, others) for each in in_order]
-    for listing in listings:
-        with _collecting(problems):
-            images += listing.result()
-    problems = [*dict.fromkeys(problems)]  # one, if what holds them cannot be entered
-    if num_more := len(problems[3:]):
-        problems[3:] = [f"{_count(num_more, 'more class')} cannot be listed."]
-    if problems:
-        raise InvalidInputError(*problems)
-    return images
+    return [image for listing in listings for image in listing.result()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -843,48 +792,34 @@ class Directory:
     synset: str = ""
 
     def list_images(self, others: list[str]) -> list[RawImage]:
-        """Lists `*.JPEG` by name; adds the paths of other files to `others`."""
+        """Lists `*.JPEG` by name; adds the paths of all else to `others`."""
         images, beside = list[RawImage](), list[str]()
-        entries = _visible(self.path)
-        for entry in entries:
+        for entry in _visible(self.path):
             if not entry.name.endswith(IMAGE_SUFFIX):
-                beside += _unread_below(entry)
+                beside.append(entry.path)
                 continue
-            size = fingerprint = 0  # a link to nothing; `warnings_about` counts it
             try:
                 status = entry.stat()
-                size, fingerprint = status.st_size, file_fingerprint(status)
-                if not stat.S_ISREG(status.st_mode) or size >= 2**31:
-                    raise InvalidInputError(f"{entry.path} must be a file below 2 GiB.")
+                about = self.synset, status.st_size, file_fingerprint(status)
             except OSError as error:
                 if not entry.is_symlink():
                     raise refusal("read", entry.path, error, is_input=True) from error
-            about = self.synset, size, fingerprint
+                about = self.synset, 0, 0  # no file; `warnings_about` counts it
             images.append(RawImage(self.path, entry.name, *about))
         if not images:
-            raise _no_images(self.path, beside or [entry.path for entry in entries])
-        below = [path for path in beside if path.endswith(IMAGE_SUFFIX)]
-        if len(below) > len(images) and not self.synset:
-            found = f"holds {_count(len(images), 'image')}, and more below it"
-            raise InvalidInputError(f"{self.path} {found}. {_describe_skipped(below)}")
+            raise _no_images(self.path, beside)
         others += beside
-        return _by_name(images)
+        return images
 
 
 @dataclasses.dataclass(frozen=True)
 class Tar:
-    """A tar of images, of one class if it has a synset.
-
-    Attributes:
-      start, end: Where it is in the file `path`, if it is a class tar in another tar.
-      fingerprint: Of the file when the class tar was found in it.
-    """
+    """A tar of images, of one class if it has a synset."""
 
     path: str
     synset: str = ""
-    start: int = 0
+    start: int = 0  # where it is in the file, if it is a class tar in another tar
     end: int | None = None
-    fingerprint: TarFingerprint | None = None
 
     @property
     def place(self) -> str:
@@ -893,52 +828,35 @@ class Tar:
     def list_images(self, others: list[str]) -> list[RawImage]:
         """Lists `*.JPEG` by path, also in class tars; else as `Directory` does."""
         images, class_tars, beside = list[RawImage](), list[Tar](), list[str]()
-        patterns = set[str]()  # of all that is read
-        class_of = functools.cache(self._class_of)
+        layouts = set[str]()
         fingerprint, files = list_tar(self)
-        for path, (offset, size) in files.items():
-            if HIDDEN.match(path):
-                continue
+        for path in sorted(itertools.filterfalse(HIDDEN.match, files), key=os.fsencode):
+            offset, size = files[path]
             directory, _, name = path.rpartition("/")
             if name.endswith(IMAGE_SUFFIX):
-                synset, pattern = class_of(directory)
-                patterns.add(pattern)
+                parent, _, synset = directory.rpartition("/")
+                layout = f"{parent}/*/*{IMAGE_SUFFIX}"
+                if self.synset or synset in CLASSLESS:
+                    synset, layout = self.synset, f"{directory}/*{IMAGE_SUFFIX}"
                 images.append(
                     RawImage(self.path, path, synset, size, fingerprint, offset)
                 )
             elif name.endswith(".tar"):
-                patterns.add(f"{directory}/*.tar".lstrip("/"))
-                where = offset, offset + size, fingerprint
-                class_tars.append(Tar(self.path, self.synset or name[:-4], *where))
+                layout = f"{directory}/*.tar"
+                where = self.path, self.synset or name[:-4], offset, offset + size
+                class_tars.append(Tar(*where))
             else:
-                beside.append(path)
-        if not patterns:
+                beside.append(f"{self.place}/{path}")
+                continue
+            layouts.add(layout)
+        if not layouts:
             raise _no_images(self.place, beside)
-        classes = {image.synset for image in images}
-        for path in beside:
-            synset, pattern = class_of(os.path.dirname(path))
-            if pattern in patterns and synset not in classes:
-                patterns.add(path)  # in a class directory without images
-        if len(patterns) > 1:
-            raise InvalidInputError(
-                "A tar must hold one directory of images, class directories side by "
-                f"side, or class tars; {self.place} holds {_some(sorted(patterns))}. "
-                "Extract it."
-            )
-        others += [f"{self.place}/{path}" for path in beside]
-        return _by_name(images) + list_all(class_tars, others)
-
-    def _class_of(self, directory: str) -> tuple[str, str]:
-        """The class of the images in a directory, and the pattern of all such images."""
-        parent, _, name = directory.rpartition("/")
-        if self.synset or not name or name in CLASSLESS:
-            return self.synset, f"{directory}/*{IMAGE_SUFFIX}".lstrip("/")
-        return name, f"{parent}/*/*{IMAGE_SUFFIX}".lstrip("/")
-
-
-def _by_name(images: Iterable[RawImage]) -> list[RawImage]:
-    """Sorts images by the bytes of their names, so alike in all locales."""
-    return sorted(images, key=lambda image: os.fsencode(image.name))
+        if len(layouts) > 1:
+            rule = "A tar must hold images in one layout"
+            found = f"{self.place} holds {_some(sorted(layouts))}"
+            raise InvalidInputError(f"{rule}; {found}. Extract it.")
+        others += beside
+        return images + list_all(class_tars, others)
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:
@@ -947,40 +865,20 @@ def _scan(directory: str) -> list[os.DirEntry[str]]:
 
 
 def _visible(directory: str) -> list[os.DirEntry[str]]:
-    return [entry for entry in _scan(directory) if not HIDDEN.match(entry.name)]
-
-
-def _unread_below(entry: os.DirEntry[str]) -> list[str]:
-    """Lists what seems to hold images: the entry itself, or what is below it."""
-    # Of a link in a circle, `entry.is_dir()` raises an error.
-    if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
-        return [entry.path] if UNREAD.search(entry.name) else []
-    above = pathlib.Path(os.path.realpath(os.path.dirname(entry.path)))
-    if above.is_relative_to(os.path.realpath(entry.path)):
-        return []  # a link that leads back up
-    found = []
-    for place, directories, names in os.walk(entry.path):
-        directories[:] = itertools.filterfalse(HIDDEN.match, directories)
-        unread = filter(UNREAD.search, itertools.filterfalse(HIDDEN.match, names))
-        found += [f"{place}/{name}" for name in unread]
-    return found
+    """Lists a directory by the bytes of names, so alike in all locales."""
+    visible = [entry for entry in _scan(directory) if not HIDDEN.match(entry.name)]
+    return sorted(visible, key=lambda entry: os.fsencode(entry.name))
 
 
 def _no_images(place: str, others: Sequence[str]) -> InvalidInputError:
-    there = _some(sorted(map(os.path.basename, others))) or "nothing"
-    unread = [*filter(UNREAD.search, others)]
-    found = _describe_skipped(unread) if unread else f"Found {there} there."
+    found = _describe_skipped(others) if others else "Found nothing there."
     return InvalidInputError(f"No images match {place}/*{IMAGE_SUFFIX}. {found}")
 
 
 def _describe_skipped(paths: Sequence[str]) -> str:
     """Describes what is not read, with what would make it be."""
-    suffixes = collections.Counter(os.path.splitext(path)[1] for path in paths)
-    found = ", ".join(f"{n:,} *{suffix}" for suffix, n in sorted(suffixes.items()))
-    return (
-        f"{_count(len(paths), 'file')} skipped ({found}), such as {min(paths)}: only "
-        f"JPEG and PNG files named *{IMAGE_SUFFIX} are read, where README, step 2, says."
-    )
+    rule = f"only JPEG and PNG files named *{IMAGE_SUFFIX} are read, where README"
+    return f"Skipped {_some(sorted(paths), 1)}: {rule}, step 2, says."
 
 
 # ---------------------------------------------------------------------------------
@@ -1203,7 +1101,8 @@ def warnings_about(dataset: Dataset) -> Iterator[str]:
 
 def _class_warnings(dataset: Dataset) -> Iterator[str]:
     """Warns of labels that are not what they seem, and of classes of one split."""
-    synsets, labels, trained = dataset.synsets, dataset.labels, dataset.trained
+    synsets, labels = dataset.synsets, dataset.labels
+    trained = {image.synset for image in dataset.training}
     validated = {image.synset for image in dataset.validation}
     odd = [name for name in synsets if not SYNSET.fullmatch(name)]
     if 2 * len(odd) < len(synsets):
@@ -3099,15 +2998,6 @@ def _open_closed_streams() -> None:
 
 
 MAX_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
-NOT_TARS = {  # by how they begin
-    rb"\x1f\x8b": "it is compressed; decompress it with gzip -d first",
-    rb"BZh": "it is compressed; decompress it with bzip2 -d first",
-    rb"\xfd7zXZ": "it is compressed; decompress it with xz -d first",
-    rb"\(\xb5/\xfd": "it is compressed; decompress it with zstd -d first",
-    rb"PK|7z|Rar!": "it is another kind of archive; extract and remove it",
-    rb"<": "it is not a tar but a web page; log in, and download it again",
-    rb"\{|version http": "it is text, not a tar; download it again",
-}
 # What follows the name, of 100 bytes, in the header of a plain file: all its numbers,
 # for tarfile ends at one that is none, and no prefix of the name.
 # https://www.gnu.org/software/tar/manual/html_node/Standard.html
@@ -3117,54 +3007,41 @@ PLAIN_HEADER = re.compile(
     rb"[0\0].{172}(?:[0-7]{7}[ \0]|\0{8}){2}\0.{166}",  # type, device
     re.DOTALL,
 )
-Place: TypeAlias = tuple[int, int]  # a file's offset and size
+Places: TypeAlias = dict[str, tuple[int, int]]  # offset and size of files by path
 
 
-def list_tar(tar: Tar) -> tuple[TarFingerprint, dict[str, Place]]:
-    """Lists the files in a tar by normalized name, and tells its fingerprint.
+def list_tar(tar: Tar) -> tuple[TarFingerprint, Places]:
+    """Tells the fingerprint of a tar, and where its files are, by their paths.
 
-    As in extracting, a hard link is its target under another name, and a later member
-    replaces an earlier one of the same name.
+    As in extracting, a later member replaces an earlier one of the same name.
     """
+    found: Places = {}
     with trying_to("list the tar", tar.place, True), open_file(tar.path) as file:
+        descriptor = file.fileno()
         # Reading ahead between far headers makes a listing 1.2 times slower.
         with contextlib.suppress(OSError):  # not everywhere possible
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        # If the file is another by now, reading its images will tell.
-        fingerprint = tar.fingerprint or tar_fingerprint(os.fstat(file.fileno()))
-        end = fingerprint[1] if tar.end is None else tar.end
-        try:
-            return fingerprint, _read_headers(file.fileno(), tar.start, end)
-        except ValueError as error:
-            problem = f"Cannot list the tar {tar.place}: {error}."
-            raise InvalidInputError(problem) from error
-
-
-def _read_headers(descriptor: int, position: int, end: int) -> dict[str, Place]:
-    found: dict[str, Place] = {}
-    while position + tarfile.BLOCKSIZE <= end:
-        header = os.pread(descriptor, tarfile.BLOCKSIZE, position)
-        if plain := _plain_file(header):
-            name, size = plain
-            offset = position + tarfile.BLOCKSIZE
-            found[_normalized(name)] = offset, size
-        elif any(header) and (member := _read_member(descriptor, position, end)):
-            name, target = _normalized(member.name), _normalized(member.linkname)
-            offset = position + member.offset_data
-            size = 0 if member.type in b"123456" else member.size  # links and so on
-            if member.isreg():
-                found[name] = offset, size
-            elif member.islnk() and target in found:
-                found[name] = found[target]
-            elif member.issym() or name.endswith((IMAGE_SUFFIX, ".tar")):
-                what = "a symbolic link" if member.issym() else "no plain file"
-                if not HIDDEN.match(name):
-                    raise ValueError(f"{name} in it is {what}; extract the tar instead")
-        else:
-            break
-        position = offset + size + -size % tarfile.BLOCKSIZE
-    _check_end(descriptor, position, end, is_start=not found)
-    return found
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        fingerprint = tar_fingerprint(os.fstat(descriptor))
+        position, end = tar.start, tar.end or fingerprint[1]
+        while position + tarfile.BLOCKSIZE <= end:
+            header = os.pread(descriptor, tarfile.BLOCKSIZE, position)
+            if plain := _plain_file(header):
+                name, size = plain
+                offset = position + tarfile.BLOCKSIZE
+                found[_normalized(name)] = offset, size
+            elif any(header) and (member := _read_member(descriptor, position, end)):
+                name, offset = _normalized(member.name), position + member.offset_data
+                size = 0 if member.type in b"123456" else member.size  # no files
+                if member.isreg():
+                    found[name] = offset, size
+                elif not (member.isdir() or HIDDEN.match(name)):
+                    problem = f"{name} in it is no plain file; extract the tar instead"
+                    raise OSError(errno.EINVAL, problem)
+            else:
+                break
+            position = offset + size + -size % tarfile.BLOCKSIZE
+        _check_end(descriptor, position, end, is_start=not found)
+    return fingerprint, found
 
 
 def _plain_file(header: bytes) -> tuple[str, int] | None:
@@ -3185,23 +3062,21 @@ def _read_member(descriptor: int, position: int, end: int) -> tarfile.TarInfo | 
 
     Its offsets are from `position`; None if it is damaged, or they take over 1 MiB.
     """
-    for num_bytes in (2**11, 2**15, 2**20):  # the first is enough for most
+    errors = tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError
+    for num_bytes in (2**11, 2**20):  # the first is enough for most
         piece = os.pread(descriptor, min(num_bytes, end - position), position)
-        errors = ValueError, LookupError, OverflowError, RecursionError
-        with contextlib.suppress(tarfile.TarError, *errors):
+        with contextlib.suppress(*errors):
             tar = tarfile.TarFile(fileobj=io.BytesIO(piece))
             member = tar.next()
             # Some versions go on behind what they refuse, as after a negative size.
-            offset = 2 * tarfile.BLOCKSIZE if piece[156:157] == b"g" else 0
-            if member and member.offset == offset and member.size >= 0:
+            if member and member.size >= 0 and (not member.offset or tar.pax_headers):
                 break
     else:
         return None
-    is_sparse = b"GNU.sparse." in piece[: member.offset_data]
-    changes = {"path", "linkpath", "size", "hdrcharset"} & tar.pax_headers.keys()
-    if member.sparse is not None or is_sparse or changes:
-        problem = "is sparse, or a global header changes it; extract the tar instead"
-        raise ValueError(f"{member.name} in it {problem}")
+    headers = piece[: member.offset_data]
+    if tar.pax_headers or member.sparse is not None or b"GNU.sparse." in headers:
+        problem = "is sparse, or behind a global header; extract the tar instead"
+        raise OSError(errno.EINVAL, f"{member.name} in it {problem}")
     return member
 
 
@@ -3217,16 +3092,15 @@ def _check_end(descriptor: int, position: int, end: int, is_start: bool) -> None
     """
     num_bytes = max(0, min(end - position, MAX_TAR_FILLING + 1))
     rest = os.pread(descriptor, num_bytes, min(position, end))
-    for start, problem in NOT_TARS.items():
-        if is_start and re.match(start, rest.lstrip()):
-            raise ValueError(problem)
-    if len(rest) < tarfile.BLOCKSIZE:
+    if is_start and rest.lstrip().startswith(b"<"):
+        problem = "it is not a tar but a web page; log in first"
+    elif len(rest) < tarfile.BLOCKSIZE:
         problem = "it is cut short"
     elif any(rest) or len(rest) > MAX_TAR_FILLING:
-        problem = f"it is damaged, or not one tar, at byte {position:,}"
+        problem = f"it is damaged, compressed, or not one tar, at byte {position:,}"
     else:
         return
-    raise ValueError(f"{problem}. Download it again, and compare its checksum")
+    raise OSError(errno.EINVAL, f"{problem}. Download it again; compare its checksum")
 
 
 # ---------------------------------------------------------------------------------

@@ -106,11 +106,10 @@ REFUSED = {
     f"mv validation/{V[1]} validation/a.JPEG": misplaced("4 lines", 4, no_image("1")),
     f"cd validation; mv {V[3]} x.jpg": (
         misplaced("4 lines", 3, no_image("3")) + "\n"
-        f"1 file skipped (1 *.jpg), such as RAW/validation/x.jpg: {READ}"
+        f"Skipped RAW/validation/x.jpg: {READ}"
     ),
     f"cd validation; mkdir {C}; mv {V[3]} {C}": (
-        misplaced("4 lines", 3, no_image("3")) + "\n"
-        f"1 file skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
+        misplaced("4 lines", 3, no_image("3")) + f"\nSkipped RAW/validation/{C}: {READ}"
     ),
     f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 lines", 4, ""),
     f"{INTO_FOLDERS} : >../*.txt": misplaced("0 lines", 4, ""),
@@ -178,10 +177,13 @@ REFUSED = {
     ),
     **{
         f"{INTO_FOLDERS} cp {A}/* x.JPEG; {linked}": (
-            "RAW/validation holds 1 image, and more below it. "
-            f"4 files skipped (4 *.JPEG), such as RAW/validation/{A}/{V[1]}: {READ}"
+            f"RAW/synset_labels.txt has 4 lines for 1 image. {TO_DECIDE}\n"
+            f"Skipped RAW/validation/{A} and {more} more: {READ}"
         )
-        for linked in ("", "mkdir ../c; mv n* ../c; ln -s $PWD/../c/* .; ln -s / n1")
+        for linked, more in (
+            ("", 3),
+            ("mkdir ../c; mv n* ../c; ln -s $PWD/../c/* .; ln -s / n1", 4),
+        )
     },
     f"{INTO_FOLDERS} echo '<html>' >../*.txt": WEB_PAGE,
     f"printf '{VAL}0000000%d,,{A}\\n' 1 2 3 4 >*.txt": (
@@ -202,7 +204,7 @@ REFUSED = {
     f"cd validation; mkdir {C}; mv {V[3]} {C}; rm ../*.txt": (
         f"Cannot read RAW/synset_labels.txt: No such file or directory. {LINE_I} no "
         "other.\n"
-        f"1 file skipped (1 *.JPEG), such as RAW/validation/{C}/{V[3]}: {READ}"
+        f"Skipped RAW/validation/{C}: {READ}"
     ),
     "sed -i 's/$/ tench/; 1s/.*/ImageId/; 3s/.*/x/' *.txt": (
         "Line 2 of RAW/synset_labels.txt must be a single synset such as n01440764; "

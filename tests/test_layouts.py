@@ -20,6 +20,7 @@ from imagenet_to_gcs import (
     read_dataset,
 )
 
+SYNSETS = ["n01440764", "n01440801", "n01440838", "n01440875"]
 SHARDS = ("--training_shards=5", "--validation_shards=3", "--num_workers=2")
 
 Content = tuple[str, str, bytes]
@@ -129,34 +130,56 @@ def sources(images: Sequence[RawImage]) -> str:
 
 TARS = ("whole_tar", "tar")
 MOVE = "mkdir -p train validation; mv *_train.tar train; mv *_val.tar validation"
+CLASS_TARS = [f"train/{synset}.tar" for synset in SYNSETS]
 
 
 @pytest.mark.parametrize(
-    ("layouts", "commands", "training", "validation"),
+    ("layouts", "commands", "training", "validation", "unread"),
     [
-        ([TARS, ("directories", "flat")], "", "4 directories", "a directory"),
+        (
+            [TARS, ("directories", "flat")],
+            "",
+            "4 directories",
+            "a directory",
+            [TRAINING_TAR, VALIDATION_TAR],
+        ),
         (
             [("directories", "folders"), ("class_tars", "tar")],
             "",
             "4 directories",
             "4 directories",
+            [*CLASS_TARS, VALIDATION_TAR],
         ),
         (
             [("class_tars", "flat"), ("whole_tar", "labelled_folders")],
             "",
             "4 tars",
             "a directory",
+            [TRAINING_TAR, *(f"validation/{synset}" for synset in SYNSETS)],
         ),
-        ([TARS], "mkdir train validation", "a tar", "a tar"),
+        ([TARS], "mkdir train validation", "a tar", "a tar", []),
         (
             [TARS],
             "mkdir train validation; touch {train,validation}/.DS_Store",
             "a tar",
             "a tar",
+            [],
         ),
-        ([TARS], MOVE, "a tar", "a tar"),
-        ([TARS, ("directories", "tar")], MOVE, "4 directories", "a tar"),
-        ([TARS, ("class_tars", "tar")], MOVE, "4 tars", "a tar"),
+        ([TARS], MOVE, "a tar", "a tar", []),
+        (
+            [TARS, ("directories", "tar")],
+            MOVE,
+            "4 directories",
+            "a tar",
+            [f"train/{TRAINING_TAR}"],
+        ),
+        (
+            [TARS, ("class_tars", "tar")],
+            MOVE,
+            "4 tars",
+            "a tar",
+            [f"train/{TRAINING_TAR}"],
+        ),
     ],
 )
 def test_first_layout_of_the_table_is_used_when_several_are_there(
@@ -166,6 +189,7 @@ def test_first_layout_of_the_table_is_used_when_several_are_there(
     commands: str,
     training: str,
     validation: str,
+    unread: list[str],
 ) -> None:
     """Unless it is empty. A whole tar that lies in its directory is no class."""
     merged = merge(raw, tmp_path, layouts)
@@ -173,9 +197,20 @@ def test_first_layout_of_the_table_is_used_when_several_are_there(
     found = read_dataset(str(merged))
     splits = found.training, found.validation
     assert [sources(images) for images in splits] == [training, validation]
-    unread = merged.glob("validation/*/*.JPEG") if validation == "a directory" else []
-    assert sorted(found.skipped) == sorted(map(str, unread))
+    assert sorted(found.skipped) == sorted(str(merged / path) for path in unread)
     assert planned(merged) == planned(raw)
+
+
+def test_tars_are_not_named_beside_all_of_imagenet(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was extracted whole is known by the number of its images."""
+    sizes = {"training": 12, "validation": 4}
+    monkeypatch.setattr("imagenet_to_gcs.IMAGENET_SIZES", sizes)
+    merged = merge(raw, tmp_path, [TARS, ("directories", "flat")])
+    assert read_dataset(str(merged)).skipped == []
+    (merged / "train/n01440764/n01440764_1.JPEG").unlink()
+    assert read_dataset(str(merged)).skipped == [str(merged / TRAINING_TAR)]
 
 
 def test_order_is_the_same_when_a_name_is_in_two_folders(tmp_path: Path) -> None:
@@ -190,99 +225,72 @@ def test_order_is_the_same_when_a_name_is_in_two_folders(tmp_path: Path) -> None
 # ------------------------------------------------------- half extracted, and damaged
 
 
-DIRECTORIES, CLASS_TARS = ("directories", "flat"), ("class_tars", "flat")
-TAR_OF_FOLDERS = ("tar_of_folders", "flat")
-
-
-def three_in(place: str, synset: str = "n01440838") -> str:
-    return ", ".join(f"RAW/{place}/{synset}_{i}.JPEG" for i in (1, 2, 3))
-
-
 @pytest.mark.parametrize(
-    ("layouts", "commands", "left"),
+    ("commands", "found"),
     [
+        ("rm -r train/n014408{01,75}", "n01440801"),
+        # README's loop removes a tar once it is extracted, and was cut off.
         (
-            [DIRECTORIES, CLASS_TARS],
-            "rm -r train/n014408{01,75}",
-            three_in("train/n01440801.tar", "n01440801") + " and 3 more",
-        ),
-        (  # README's loop removes a tar once it is extracted: the last was cut off
-            [DIRECTORIES, CLASS_TARS],
-            "rm train/n01440{764,801,838}.tar train/n01440875/n01440875_3.JPEG",
-            "RAW/train/n01440875.tar/n01440875_3.JPEG",
-        ),
-        (  # the same, between two classes: nothing that is left was extracted
-            [DIRECTORIES, CLASS_TARS],
             "rm -r train/n01440{764,801}.tar train/n014408{38,75}",
-            three_in("train/n01440838.tar") + " and 3 more",
-        ),
-        (
-            [DIRECTORIES, TARS],
-            "rm -r train/n01440838",
-            three_in(TRAINING_TAR),
-        ),
-        (
-            [DIRECTORIES, TARS],
-            "rm train/n01440838/*_[12].JPEG; rm *_val.tar",
-            f"RAW/{TRAINING_TAR}/n01440838_1.JPEG, RAW/{TRAINING_TAR}/n01440838_2.JPEG",
-        ),
-        (
-            [CLASS_TARS, TARS],
-            "rm train/n01440838.tar",
-            three_in(TRAINING_TAR),
-        ),
-        (
-            [DIRECTORIES, TAR_OF_FOLDERS],
-            "rm -r train/n01440838",
-            three_in(f"{TRAINING_TAR}/train/n01440838"),
-        ),
-        (
-            [DIRECTORIES, TAR_OF_FOLDERS],
-            "rm train/n01440838/n01440838_2.JPEG",
-            f"RAW/{TRAINING_TAR}/train/n01440838/n01440838_2.JPEG",
-        ),
-        (  # or labels by name would fit what is there
-            [DIRECTORIES, TARS],
-            "mv validation/*01.JPEG validation/another.JPEG",
-            f"RAW/{VALIDATION_TAR}/ILSVRC2012_val_00000001.JPEG",
-        ),
-        (
-            [("directories", "labelled_folders"), TARS],
-            "rm -r validation/n01440838",
-            f"RAW/{VALIDATION_TAR}/ILSVRC2012_val_00000003.JPEG",
+            "n01440838",
         ),
     ],
 )
-def test_error_names_what_is_left_in_tars_when_they_are_half_extracted(
+def test_class_tars_are_refused_beside_directories_of_other_classes(
+    raw: Path, tmp_path: Path, commands: str, found: str
+) -> None:
+    half = merge(raw, tmp_path, [("directories", "flat"), ("class_tars", "flat")])
+    contract.change(half, commands)
+    rule = "Classes must all be directories of *.JPEG, or all *.tar"
+    assert problems(half) == [f"{rule}; found RAW/train/{found}.tar."]
+
+
+@pytest.mark.parametrize(
+    ("layouts", "commands", "unread"),
+    [
+        (  # README's loop was cut off in the last tar
+            [("directories", "flat"), ("class_tars", "flat")],
+            "rm train/n01440{764,801,838}.tar train/n01440875/n01440875_3.JPEG",
+            ["train/n01440875.tar"],
+        ),
+        (
+            [("directories", "flat"), TARS],
+            "rm -r train/n01440838 *_val.tar",
+            [TRAINING_TAR],
+        ),
+        (
+            [("class_tars", "flat"), TARS],
+            "rm train/n01440838.tar *_val.tar",
+            [TRAINING_TAR],
+        ),
+        (
+            [("directories", "labelled_folders"), TARS],
+            "rm -r validation/n01440838; sed -i 3d *.txt; rm *_train.tar",
+            [VALIDATION_TAR],
+        ),
+    ],
+)
+def test_tars_are_named_beside_what_is_read(
     raw: Path,
     tmp_path: Path,
     layouts: list[tuple[str, str]],
     commands: str,
-    left: str,
+    unread: list[str],
 ) -> None:
+    """For they may hold more than was extracted."""
     half = merge(raw, tmp_path, layouts)
     contract.change(half, commands)
-    (problem,) = problems(half)
-    assert problem == (
-        f"Tars must be extracted whole, not at all, or be elsewhere; left in them: {left}."
-    )
+    assert read_dataset(str(half)).skipped == [str(half / path) for path in unread]
 
 
-def test_tar_of_other_images_is_passed_over(raw: Path, tmp_path: Path) -> None:
-    both = merge(raw, tmp_path, [DIRECTORIES, TARS])
-    contract.change(both, "cd validation; for i in *; do mv $i my_$i; done")
-    assert [i.filename[:3] for i in read_dataset(str(both)).validation] == ["my_"] * 4
-
-
-def test_all_damaged_tars_are_named_at_once(raw: Path, tmp_path: Path) -> None:
+def test_first_damaged_tar_of_each_split_is_named(raw: Path, tmp_path: Path) -> None:
     packed = tars.lay_out(raw, tmp_path / "packed", "class_tars", "tar")
     for path in packed.glob("**/*.tar"):
         path.write_bytes(b"<!DOCTYPE html>" * 100)
-    names = [VALIDATION_TAR, *(f"train/n0{n}.tar" for n in (1440764, 1440801, 1440838))]
-    reason = "it is not a tar but a web page; log in, and download it again."
+    reason = "it is not a tar but a web page; log in first. Download it again; compare "
     assert problems(packed) == [
-        *(f"Cannot list the tar RAW/{name}: {reason}" for name in names),
-        "1 more class cannot be listed.",
+        f"Cannot list the tar RAW/{name}: {reason}its checksum."
+        for name in (VALIDATION_TAR, "train/n01440764.tar")
     ]
 
 

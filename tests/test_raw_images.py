@@ -24,7 +24,8 @@ def test_image_has_the_size_and_time_of_its_file(raw: Path) -> None:
     first, size = dataset.training[0], path.stat().st_size
     found = (first.path, first.fingerprint, first.num_bytes)
     assert found == (str(path), 1_234_567_890, size)
-    assert dataset.num_bytes == sum(p.stat().st_size for p in raw.rglob("*.JPEG"))
+    sizes = sorted(path.stat().st_size for path in raw.rglob("*.JPEG"))
+    assert sorted(image.num_bytes for image in dataset.images) == sizes
 
 
 NAMES = [b"n1", b"n1-a", b"n1.b", b"n10", b"N2", b"n1 c", b"n\xc3\xa9", b"n\xff"]
@@ -64,35 +65,23 @@ def test_label_counts_the_synsets_of_both_splits(raw: Path) -> None:
     assert dataset.labels["n01440838"] == 4
 
 
-def test_other_files_are_passed_over_when_there_are_images(raw: Path) -> None:
+def test_what_systems_leave_is_passed_over(raw: Path) -> None:
     listed = script.read_dataset(str(raw))
     for name in (
-        "train/README",
         "train/.DS_Store",
-        "train/ILSVRC2012_img_train_t3.tar",
-        "train/train.tar",
-        "train/n01440764.txt",
-        "train/n01484850.txt",
-        "train/n01484850.tar.md5",
         "train/@eaDir/n01440764_1.JPEG",
         "train/n01440764/@eaDir/n01440764_1.JPEG/thumbnail.jpg",
-        "train/lost+found/x.JPEG",
         "train/__MACOSX/x.JPEG",
         "train/#recycle/n01440764/x.JPEG",
         "train/.AppleDouble/x.JPEG",
         "train/n01440764/._n01440764_1.JPEG",
         "train/n01440764/.hidden.JPEG",
-        "train/n01440764/notes.txt",
-        "train/n01440764/n01440764_9.JPEG.xml",
-        "train/@Recently-Snapshot/x.JPEG",
-        "train/Network Trash Folder/x.JPEG",
         "validation/._ILSVRC2012_val_00000001.JPEG",
         "validation/Thumbs.db",
         "tf_records/train/x",
     ):
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
         (raw / name).touch()
-    (raw / "validation/loop").symlink_to("loop")
     assert script.read_dataset(str(raw)) == listed
 
 
@@ -165,11 +154,7 @@ LINE_I = "Line i is for the i-th image (README, step 2). Beside it: no other."
 HINT = "See README, step 2."
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
-CLASS = "Class n01440838 must be a directory of *.JPEG or a *.tar"
-ONE_KIND = (
-    "A tar must hold one directory of images, class directories side by side, or class "
-    "tars;"
-)
+CLASS = "Classes must all be directories of *.JPEG, or all *.tar"
 READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
 
 REFUSALS = {
@@ -210,16 +195,17 @@ REFUSALS = {
     "rm -r train; touch train": "Cannot list RAW/train: Not a directory.",
     "rm -r train/*": f"{NO_IMAGES} Found nothing there.",
     "rm -r train/*; touch train/{a,b,c,d,e}": (
-        f"{NO_IMAGES} Found a, b, c and 2 more there."
+        f"{NO_IMAGES} Skipped RAW/train/a and 4 more: {READ}"
     ),
     "rm -r train/*; touch train/n1_1.JPEG": (
-        f"{NO_IMAGES} 1 file skipped (1 *.JPEG), such as RAW/train/n1_1.JPEG: {READ}"
+        f"{NO_IMAGES} Skipped RAW/train/n1_1.JPEG: {READ}"
     ),
     "rm train/n01440838/*": (
         "No images match RAW/train/n01440838/*.JPEG. Found nothing there."
     ),
     "mkdir train/n01440876; touch train/n01440876/x": (
-        "No images match RAW/train/n01440876/*.JPEG. Found x there."
+        "No images match RAW/train/n01440876/*.JPEG. Skipped "
+        f"RAW/train/n01440876/x: {READ}"
     ),
     "rm validation/*": "No images match RAW/validation/*.JPEG. Found nothing there.",
     "seq 171 174 >synset_labels.txt": (
@@ -254,23 +240,14 @@ REFUSALS = {
     "rm -r ../train": (
         f"{CLASS}; found RAW/ILSVRC2012_img_train.tar/n01440838.tar.gz."
     ),
-    "cd train; rm n01440838/*; touch n01440838/x.txt; "
-    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
-        f"{ONE_KIND} RAW/ILSVRC2012_img_train.tar holds */*.JPEG, n01440838/x.txt. "
-        "Extract it."
-    ),
     "rm -r validation; ln -s nothing ILSVRC2012_img_val.tar": (
         "Cannot list the tar RAW/ILSVRC2012_img_val.tar: No such file or directory."
     ),
     "cd train; rm -r n01440838; ln -s nothing wolf": (
         "Cannot list RAW/train/wolf: No such file or directory."
     ),
-    **{
-        f"rm {IMAGE}; {command} {IMAGE}": f"RAW/{IMAGE} must be a file below 2 GiB."
-        for command in ("ln -s /dev/zero", "mkfifo", "mkdir", "truncate -s 2G")
-    },
     "rm -r train/*; mkfifo train/n01440764.tar": (
-        "Cannot list the tar RAW/train/n01440764.tar: not a regular file."
+        "Cannot list RAW/train/n01440764.tar: Not a directory."
     ),
     "rm -r train/*; ln -s nothing train/n01440764.tar": (
         "Cannot list RAW/train/n01440764.tar: No such file or directory."
@@ -287,36 +264,25 @@ REFUSALS = {
     ),
     **{
         f"cd train/n01440764; for f in *; do mv $f ${{f%.JPEG}}{suffix}; done": (
-            f"{EMPTY} 3 files skipped (3 *{suffix}), such as "
-            f"RAW/train/n01440764/n01440764_1{suffix}: {READ}"
+            f"{EMPTY} Skipped RAW/train/n01440764/n01440764_1{suffix} and 2 more: "
+            f"{READ}"
         )
         for suffix in (".png", ".jpg", ".JPG", ".Jpeg", ".webp", ".bmp")
     },
     "cd train/n01440764; mkdir images; mv *.JPEG images": (
-        f"{EMPTY} 3 files skipped (3 *.JPEG), such as "
-        f"RAW/train/n01440764/images/n01440764_1.JPEG: {READ}"
+        f"{EMPTY} Skipped RAW/train/n01440764/images: {READ}"
     ),
     "cd train/n01440764; tar -cf n01440764.tar *; rm *.JPEG": (
-        f"{EMPTY} Found n01440764.tar there."
+        f"{EMPTY} Skipped RAW/train/n01440764/n01440764.tar: {READ}"
     ),
-    "rm train/*/*": "\n".join(
-        [
-            f"No images match RAW/train/{s}/*.JPEG. Found nothing there."
-            for s in SYNSETS[:3]
-        ]
-        + ["1 more class cannot be listed."]
-    ),
+    "rm train/*/*": f"{EMPTY} Found nothing there.",
     "tar -cf ILSVRC2012_img_train.tar -C train/n01440764 .; rm -r train": (
         "A folder must name the class of RAW/ILSVRC2012_img_train.tar/n01440764_1.JPEG."
     ),
-    "cd train; for i in n01440838/*; do mv $i ${i%JPEG}jpg; done; "
-    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
-        f"{ONE_KIND} RAW/ILSVRC2012_img_train.tar holds */*.JPEG, "
-        "n01440838/n01440838_1.jpg, n01440838/n01440838_2.jpg and 1 more. Extract it."
-    ),
     "cd train; rm */*; touch {a,b}.txt; "
     "tar -cf ../ILSVRC2012_img_train.tar *.txt; rm -r ../train": (
-        "No images match RAW/ILSVRC2012_img_train.tar/*.JPEG. Found a.txt, b.txt there."
+        "No images match RAW/ILSVRC2012_img_train.tar/*.JPEG. Skipped "
+        f"RAW/ILSVRC2012_img_train.tar/a.txt and 1 more: {READ}"
     ),
 }
 
@@ -331,39 +297,40 @@ def test_command_says_what_is_wrong(raw: Path, commands: str, problem: str) -> N
     assert not (raw.parent / "scratch").exists()
 
 
-def skipped(what: str, first: str) -> str:
-    return f"{what}, such as RAW/{first}: {READ}"
+def skipped(what: str) -> str:
+    return f"Skipped RAW/{what}: {READ}"
 
 
 WARNINGS = {
     "cd train; touch n01440764/{a.jpg,b.jpeg,c.JPG} n01440801/{d,e}.png": skipped(
-        "5 files skipped (1 *.JPG, 1 *.jpeg, 1 *.jpg, 2 *.png)",
-        "train/n01440764/a.jpg",
+        "train/n01440764/a.jpg and 4 more"
     ),
-    "cd train; touch {wolf.tgz,wolf.Tar.xz,n01440764.tar.gz} "
-    "n01440764/{a.jfif,b.JPEG.part,c.JPEG~,d.JPEG.1}": skipped(
-        "7 files skipped (1 *.1, 1 *.JPEG~, 1 *.gz, 1 *.jfif, 1 *.part, 1 *.tgz, 1 *.xz)",
-        "train/n01440764.tar.gz",
-    ),
-    "touch train/n01440764_9.JPEG": skipped(
-        "1 file skipped (1 *.JPEG)", "train/n01440764_9.JPEG"
+    "cd train; touch {README,n01440764.txt,wolf.tgz,n01440764.tar.gz} "
+    "n01440764/{a.txt,n01440764_9.JPEG.xml}": skipped("train/README and 5 more"),
+    "touch train/n01440764_9.JPEG": skipped("train/n01440764_9.JPEG"),
+    "touch train/ILSVRC2012_img_train_t3.tar": skipped(
+        "train/ILSVRC2012_img_train_t3.tar"
     ),
     "mkdir -p {train/n01440801,validation}/more/even; "
     "touch train/n01440801/more/m.JPEG validation/more/even/n.JPEG": skipped(
-        "2 files skipped (2 *.JPEG)", "train/n01440801/more/m.JPEG"
+        "train/n01440801/more and 1 more"
     ),
+    "cd validation; ln -s loop loop": skipped("validation/loop"),
     "cd validation; touch x.png; mkdir n01440764; mv *.JPEG n01440764; "
     "mkdir n01440764/deep; touch n01440764/deep/x.JPEG; rm ../*.txt": skipped(
-        "2 files skipped (1 *.JPEG, 1 *.png)", "validation/n01440764/deep/x.JPEG"
+        "validation/n01440764/deep and 1 more"
     ),
     "cd train; touch x.jpg; mkdir n01440801/more; touch n01440801/more/y.jpg; "
     "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": skipped(
-        "2 files skipped (2 *.jpg)",
-        "ILSVRC2012_img_train.tar/n01440801/more/y.jpg",
+        "ILSVRC2012_img_train.tar/n01440801/more/y.jpg and 1 more"
     ),
     "cd train; touch n01440801/d.png; for d in *; do tar -cf $d.tar -C $d .; done; "
     "tar -cf ../ILSVRC2012_img_train.tar *.tar; rm -r ../train": skipped(
-        "1 file skipped (1 *.png)", "ILSVRC2012_img_train.tar/n01440801.tar/d.png"
+        "ILSVRC2012_img_train.tar/n01440801.tar/d.png"
+    ),
+    "cd train; rm n01440838/*; touch n01440838/x.txt; "
+    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": skipped(
+        "ILSVRC2012_img_train.tar/n01440838/x.txt"
     ),
     f": >{IMAGE}; ln -sf nowhere validation/ILSVRC2012_val_00000001.JPEG": (
         f"2 images of zero bytes or without a file, such as RAW/{IMAGE}: no shard "

@@ -1,10 +1,8 @@
 """Tars are listed by their headers: all that is in them, or an error that says why."""
 
-import bz2
 import gzip
 import io
 import itertools
-import lzma
 import os
 import random
 import shutil
@@ -23,10 +21,9 @@ from imagenet_to_gcs import (
     Tar,
     list_split,
     list_tar,
-    tar_fingerprint,
 )
 
-DOWNLOAD = "Download it again, and compare its checksum."
+DOWNLOAD = "Download it again; compare its checksum."
 FILES = {f"n01440764_{i}.JPEG": bytes([i]) * (700 * i) for i in range(4)}
 
 needs_tar = pytest.mark.skipif(not shutil.which("tar"), reason="needs the command tar")
@@ -131,7 +128,6 @@ LISTED: dict[str, tuple[bytes, dict[str, bytes]]] = {
         with_field(member("a"), SIZE, bytes(24)) + B + END,
         {"a": b"", "b.JPEG": b"b"},
     ),
-    "global comment": (global_header(comment="c") + B + B + END, {"b.JPEG": b"b"}),
     **{
         f"metadata of {length} bytes": (
             pax_member(comment="x" * length) + B + END,
@@ -140,34 +136,23 @@ LISTED: dict[str, tuple[bytes, dict[str, bytes]]] = {
         for length in (10, 400, 490, 600, 1_500, 40_000, 900_000)
     },
     **{
-        f"size in a member of type {kind!r}": (
-            with_field(member("sub", kind=kind, target="b.JPEG"), SIZE, b"00000001000")
+        f"size in a hidden member of type {kind!r}": (
+            with_field(member("._x", kind=kind, target="b.JPEG"), SIZE, b"00000001000")
             + B
             + END,
             {"b.JPEG": b"b"},
         )
         for kind in NOT_FILES
-        if kind != tarfile.SYMTYPE
     },
-    "hard link to itself, as to a file that was packed twice": (
-        B + member("./b.JPEG", kind=tarfile.LNKTYPE, target="b.JPEG") + END,
-        {"b.JPEG": b"b"},
-    ),
     "infinite time": (pax_member(mtime="inf") + END, {"a.JPEG": b""}),
     **{
         f"{number} empty blocks": (B + bytes(number * BLOCK), {"b.JPEG": b"b"})
         for number in (1, 20)
     },
-    "no files, and no images": (
-        b"".join(member("a.txt", kind=k) for k in NOT_FILES if k != tarfile.SYMTYPE)
-        + B
-        + END,
-        {"b.JPEG": b"b"},
-    ),
     "links and directories of a system": (
         link(".git/x", "y")
         + link("a/@eaDir/n1", "y")
-        + member("._x.JPEG", kind=tarfile.DIRTYPE)
+        + member("x.JPEG", kind=tarfile.DIRTYPE)
         + B
         + END,
         {"b.JPEG": b"b"},
@@ -214,10 +199,10 @@ def test_all_files_are_found_when_the_command_tar_packed_them(
 
 
 def random_members(seed: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Makes up a tree: files, links, directories; long, strange and equal names."""
+    """Makes up a tree: files and directories; long, strange and equal names."""
     rng = random.Random(seed)
     kinds = [tarfile.REGTYPE] * 6 + [tarfile.AREGTYPE, tarfile.CONTTYPE]
-    kinds += [tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE]
+    kinds += [tarfile.DIRTYPE]
     names: list[str] = []
     for i in range(rng.randint(0, 12)):
         parts = ["n" * rng.choice((1, 9, 9, 60)) for _ in range(rng.choice((1, 2)))]
@@ -227,9 +212,7 @@ def random_members(seed: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         info.type = rng.choice(kinds) if names else tarfile.REGTYPE
         info.mtime = rng.choice((0, MTIME, 2**33 - 1))
         data = rng.randbytes(rng.choice((0, 1, 511, 512, 513, 2000)))
-        if info.islnk():
-            info.linkname = min(names, key=len)
-        elif info.isreg():
+        if info.isreg():
             if names and rng.random() < 0.1:
                 info.name = rng.choice(names)
             info.size = len(data)
@@ -272,13 +255,11 @@ def test_images_are_listed_by_name_the_last_of_each(path: Path) -> None:
 # ---------------------------------------------------------------- what is refused
 
 CUT_SHORT = f"it is cut short. {DOWNLOAD}"
-DAMAGED = f"it is damaged, or not one tar, at byte 0. {DOWNLOAD}"
-SEVERAL = "it is damaged, or not one tar, at byte 7,168."
-WEB_PAGE = "it is not a tar but a web page; log in, and download it again."
-COMPRESSED = "it is compressed; decompress it with"
-NO_FILE = "a.JPEG in it is no plain file; extract the tar instead."
-LINK = "in it is a symbolic link; extract the tar instead."
-UNUSUAL = "in it is sparse, or a global header changes it; extract the tar instead."
+NO_TAR = "it is damaged, compressed, or not one tar, at byte"
+DAMAGED = f"{NO_TAR} 0. {DOWNLOAD}"
+WEB_PAGE = f"it is not a tar but a web page; log in first. {DOWNLOAD}"
+NO_FILE = "in it is no plain file; extract the tar instead."
+UNUSUAL = "in it is sparse, or behind a global header; extract the tar instead."
 
 UNUSUAL_A = f"a.JPEG {UNUSUAL}"
 SPARSE = pax_member(**{"GNU.sparse.realsize": "512"})
@@ -288,31 +269,20 @@ REFUSED = {
     "empty": (b"", CUT_SHORT),
     "web page": (b"<!DOCTYPE html>" * 100, WEB_PAGE),
     "small web page": (b"\n <html>", WEB_PAGE),
-    "JSON": (b'{"error": 404}', "it is text, not a tar; download it again."),
-    "LFS": (b"version https://git-lfs", "it is text, not a tar; download it again."),
-    "zip": (b"PK\3\4", "it is another kind of archive; extract and remove it."),
-    "zstd": (
-        b"(\xb5/\xfd",
-        "it is compressed; decompress it with zstd -d first.",
-    ),
-    "joined by cat": (tar_bytes(FILES) * 2, f"{SEVERAL} {DOWNLOAD}"),
-    "a header that looks like another kind of file": (
-        B + b"{" * BLOCK + END,
-        f"it is damaged, or not one tar, at byte 1,024. {DOWNLOAD}",
-    ),
+    "JSON": (b'{"error": 404}', CUT_SHORT),
+    "zip": (b"PK\3\4" * 500, DAMAGED),
+    "joined by cat": (tar_bytes(FILES) * 2, f"{NO_TAR} 7,168. {DOWNLOAD}"),
     "random": (random.Random(0).randbytes(5000), DAMAGED),
-    "gzip": (gzip.compress(tar_bytes(FILES)), f"{COMPRESSED} gzip -d first."),
-    "bzip2": (bz2.compress(tar_bytes(FILES)), f"{COMPRESSED} bzip2 -d first."),
-    "xz": (lzma.compress(tar_bytes(FILES)), f"{COMPRESSED} xz -d first."),
+    "gzip": (gzip.compress(random.Random(0).randbytes(5000)), DAMAGED),
     **{
-        f"image of type {kind!r}": (
-            member("a.JPEG", kind=kind, target="c") + END,
-            f"a.JPEG {LINK}" if kind == tarfile.SYMTYPE else NO_FILE,
+        f"{name} of type {kind!r}": (
+            B + member(name, kind=kind, target="b.JPEG") + END,
+            f"{name} {NO_FILE}",
         )
         for kind in NOT_FILES
+        if kind != tarfile.DIRTYPE
+        for name in ("a.JPEG", "n1", "a.txt")
     },
-    "link to a file in it": (B + link("a.JPEG", "b.JPEG") + END, f"a.JPEG {LINK}"),
-    "link to a class": (link("n1", "n2") + END, f"n1 {LINK}"),
     **{
         f"size {value!r}": (with_field(member("a"), SIZE, value) + B + END, DAMAGED)
         for value in (
@@ -344,7 +314,7 @@ REFUSED = {
             global_header(**{key: "a.JPEG"}) + member("a.JPEG"),
             UNUSUAL_A,
         )
-        for key in ("path", "linkpath", "size", "hdrcharset")
+        for key in ("path", "linkpath", "size", "hdrcharset", "comment")
     },
     "long name of 2 to the 80th bytes": (
         with_field(LONG_NAME, SIZE, b"\x80" + (2**80).to_bytes(11, "big")),
@@ -450,7 +420,7 @@ def whole_tar(raw: Path, classes: list[tuple[str, bytes]]) -> list[RawImage]:
     ("damage", "reason"),
     [
         (lambda tar: tar[:1000], "it is cut short"),
-        (lambda tar: b"x" + tar[1:], "it is damaged, or not one tar, at byte 2,560"),
+        (lambda tar: b"x" + tar[1:], f"{NO_TAR} 2,560"),
     ],
     ids=["cut_short", "damaged"],
 )
@@ -481,6 +451,7 @@ IN_FOLDERS: dict[str, dict[str, str]] = {
     },
     "other folders": {"a/1.JPEG": "a", "@eaDir/x/1.JPEG": "-", "__MACOSX/1.JPEG": "-"},
     "other files": {"a/1.JPEG": "a", "a/more/1.jpg": "-", "readme.txt": "-"},
+    "no image in a folder": {"a/1.JPEG": "a", "b/1.jpg": "-"},
 }
 
 
@@ -507,16 +478,14 @@ def test_class_is_that_of_its_tar_whatever_the_folder(path: Path) -> None:
 @pytest.mark.parametrize(
     ("synset", "names", "patterns"),
     [
-        ("", ["1.JPEG", "a/1.JPEG"], "*.JPEG, */*.JPEG"),
+        ("", ["1.JPEG", "a/1.JPEG"], "/*.JPEG, /*/*.JPEG"),
         ("", ["val/1.JPEG", "val/a/1.JPEG"], "val/*.JPEG, val/*/*.JPEG"),
-        ("", ["2.JPEG", "val/1.JPEG"], "*.JPEG, val/*.JPEG"),
-        ("", ["a/1.JPEG", "a/more/1.JPEG"], "*/*.JPEG, a/*/*.JPEG"),
+        ("", ["2.JPEG", "val/1.JPEG"], "/*.JPEG, val/*.JPEG"),
+        ("", ["a/1.JPEG", "a/more/1.JPEG"], "/*/*.JPEG, a/*/*.JPEG"),
         ("", ["train/a/1.JPEG", "val/a/2.JPEG"], "train/*/*.JPEG, val/*/*.JPEG"),
         ("", ["train/n1.tar", "train/n1/1.JPEG"], "train/*.tar, train/*/*.JPEG"),
         ("", ["x/n1.tar", "y/n1.tar"], "x/*.tar, y/*.tar"),
-        ("", ["a/1.JPEG", "docs/readme.txt"], "*/*.JPEG, docs/readme.txt"),
-        ("", ["x/cat/1.JPEG", "x/dog/1.jpg"], "x/*/*.JPEG, x/dog/1.jpg"),
-        ("n1", ["1.JPEG", "a/2.JPEG"], "*.JPEG, a/*.JPEG"),
+        ("n1", ["1.JPEG", "a/2.JPEG"], "/*.JPEG, a/*.JPEG"),
         ("n1", ["n1/1.JPEG", "n2/2.JPEG"], "n1/*.JPEG, n2/*.JPEG"),
     ],
 )
@@ -527,8 +496,7 @@ def test_tar_is_refused_when_its_directories_do_not_lie_side_by_side(
     with pytest.raises(InvalidInputError) as caught:
         Tar(str(path), synset).list_images([])
     assert str(caught.value) == (
-        "A tar must hold one directory of images, class directories side by side, or "
-        f"class tars; {path} holds {patterns}. Extract it."
+        f"A tar must hold images in one layout; {path} holds {patterns}. Extract it."
     )
 
 
@@ -542,13 +510,3 @@ def test_class_is_the_last_of_its_name_when_it_comes_twice(tmp_path: Path) -> No
     found = whole_tar(tmp_path, classes)
     listed = [("n1", "n1_2.JPEG"), ("n2", "n1_1.JPEG")]
     assert [(image.synset, image.filename) for image in found] == listed
-
-
-def test_replaced_training_tar_is_told_by_its_images(path: Path) -> None:
-    """Replaced between the listing of the classes and that of each."""
-    write_tar(path, {"n1.tar": CLASS})
-    fingerprint, members = list_tar(Tar(str(path)))
-    start, size = members["n1.tar"]
-    write_tar(path.with_name("new"), {"n1.tar": CLASS}).rename(path)
-    [image] = Tar(str(path), "n1", start, start + size, fingerprint).list_images([])
-    assert image.fingerprint == fingerprint != tar_fingerprint(path.stat())
