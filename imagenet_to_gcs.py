@@ -947,7 +947,7 @@ def _ask_all(
     # Several synsets in a name are wrong; all of them together equal no other.
     names = [" and ".join(sorted({*SYNSET.findall(i.filename)})) for i in images]
     said = {"directory": [image.synset for image in images], "name": names}
-    is_needed = not images or ("", "") in zip(*said.values())
+    is_needed = not images or ("", "") in zip(said["directory"], names)
     if not is_needed and not os.path.lexists(path):
         return said
     labels = read_label_file(path)
