@@ -223,6 +223,7 @@ def refusal(
         if place != pathlib.Path(path) and not os.access(place, os.X_OK):
             verb, path = "enter", place
     problem = f"Cannot {verb} {path}: {error.strerror or error}."
+    # Input must be mended, unless the machine is at fault.
     if is_input and error.errno not in MACHINE_ERRORS:
         return InvalidInputError(problem)
     remedy = MACHINE_ERRORS.get(error.errno or 0, FIX_AND_RERUN)
@@ -2860,8 +2861,8 @@ def contained() -> Iterator[None]:
         try:
             yield
         except (OSError, MemoryError, RuntimeError) as error:
-            is_thread = "can't start new thread" in str(error)  # or no process
-            if is_thread or isinstance(error, BlockingIOError):
+            # No process can be started, or no thread.
+            if isinstance(error, BlockingIOError) or "new thread" in str(error):
                 raise MachineError(TOO_MANY_THREADS) from error
             if isinstance(error, RuntimeError):
                 raise

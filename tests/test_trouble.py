@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import contract
 import pytest
@@ -397,7 +398,12 @@ def test_records_must_be_files_of_different_names(tmp_path: Path, name: str) -> 
     assert str(caught.value) == f"{said} {tmp_path / name}."
 
 
-def test_records_must_be_lists(tmp_path: Path) -> None:
-    for records in "x", b"x", tmp_path, None, 7:
-        with pytest.raises((TypeError, script.InvalidInputError)):
-            script.upload_to_gcs(records, [], "gs://bucket/x", "p")  # type: ignore[arg-type]
+@pytest.mark.parametrize("records", [b"x", Path("x"), None, 7])
+def test_records_must_be_a_list(records: Any) -> None:
+    with pytest.raises(TypeError):
+        script.upload_to_gcs(records, [], "gs://bucket/x", "project")
+
+
+def test_records_are_no_single_path() -> None:
+    with pytest.raises(script.InvalidInputError, match="different names, .* found /."):
+        script.upload_to_gcs("/x", [], "gs://bucket/x", "project")

@@ -221,7 +221,7 @@ CALLER = """if __name__ == "__main__":
     before = list(state())
     few = {"training_shards": 3, "validation_shards": 2}
     script.run(raw, True, "project", "gs://bucket/x", scratch, **few)
-    records = sorted(scratch.glob("*/*-of-*"))  # and the stamps, of which it warns
+    records = sorted(scratch.glob("*/*-of-*"))  # and the stamps
     script.upload_to_gcs(records, [], "gs://bucket/y", "project")
     after = list(state())
     assert before == after, [pair for pair in zip(before, after) if pair[0] != pair[1]]
