@@ -928,14 +928,14 @@ def _check_names(images: Sequence[RawImage]) -> None:
         raise InvalidInputError(f"Move images of the test set away: {_some(tests)}.")
     first_of = dict[int | None, RawImage]()
     for image in images:
-        number = imagenet_number(image)
+        number = _imagenet_number(image)
         first = first_of.setdefault(number, image)
         if number is not None and first is not image:
             rule = "The same image is there twice; remove the wrong one"
             raise InvalidInputError(f"{rule}: {first.path} or {image.path}.")
 
 
-def imagenet_number(image: RawImage) -> int | None:
+def _imagenet_number(image: RawImage) -> int | None:
     """The number in ImageNet's own name of a validation image."""
     match = re.fullmatch(r"ILSVRC2012_val_([0-9]+)(_n[0-9]{8})?\.JPEG", image.filename)
     return int(match[1]) if match else None
@@ -967,7 +967,7 @@ def _check_lines(
     lines: Sequence[str], images: Sequence[RawImage], path: str, warnings: list[str]
 ) -> None:
     """Refuses lines that are not for ImageNet's images in order; warns of others."""
-    numbers = [imagenet_number(image) for image in images]
+    numbers = [_imagenet_number(image) for image in images]
     known, expected = [n for n in numbers if n is not None], range(1, len(lines) + 1)
     num_lines, num_images = _count(len(lines), "line"), _count(len(images), "image")
     problem = f"{path} has {num_lines} for {num_images}. "
@@ -978,8 +978,7 @@ def _check_lines(
     if len(lines) != len(images) or (known and numbers != [*expected]):
         raise InvalidInputError(problem + TWO_COLUMNS)
     if not known:
-        rule = f"Lines of {path} are for images in the order of names as text: 1, 10, 2"
-        warnings.append(f"{rule}. The last is for {images[-1].filename}.")
+        warnings.append(f"Lines of {path} are for names sorted as text: 1, 10, 2.")
 
 
 def read_label_file(path: str) -> list[str] | dict[str, str]:

@@ -243,13 +243,7 @@ def misnamed(count: str, name: str, folder: str = A) -> str:
 RANK = "Labels are ranks of names as text: class {} has label {}."
 
 
-def by_order(last: str) -> str:
-    return (
-        "Lines of RAW/synset_labels.txt are for images in the order of names as text: 1, "
-        f"10, 2. The last is for {last}."
-    )
-
-
+BY_ORDER = "Lines of RAW/synset_labels.txt are for names sorted as text: 1, 10, 2."
 EMPTY = (
     "4 images of zero bytes or without a file, such as RAW/validation/a1.JPEG: no shard "
     "with one will be written."
@@ -272,7 +266,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"cd validation; rm *[34].JPEG; mv {V[1]} {VAL}00000009_a.JPEG; "
     f"mv {V[2]} {VAL}00000009_b.JPEG; sed -i 3,4d ../*.txt": (
         [A, B],
-        [by_order(f"{VAL}00000009_b.JPEG")],
+        [BY_ORDER],
     ),
     "rm -r train validation/* *.txt; mkdir train x; echo >x/1.JPEG; "
     "for s in cat dog train; do tar -cf train/$s.tar -C x .; done; "
@@ -337,12 +331,12 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} {RENAME.format('val_$((i+=4)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [by_order("val_8.JPEG")],
+        [BY_ORDER],
     ),
     f"{TEN} rm *; touch a{{1,2,10}}.JPEG b1.JPEG; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [EMPTY, by_order("b1.JPEG")],
+        [EMPTY, BY_ORDER],
     ),
     f"{TEN} rm *; mkdir -p ../train/{{dog,dog\\ sled,@Recycled_paper,web.jpg}}; "
     'for d in ../train/*; do echo >"$d/1.JPEG"; done; echo >1.JPEG; echo >2.JPEG; '
@@ -353,12 +347,12 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     f"{TEN} {RENAME.format('$((i+=7))-x.JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [by_order("7-x.JPEG")],
+        [BY_ORDER],
     ),
     f"{TEN} {RENAME.format('val_$((++i == 3 ? 5 : i)).JPEG')}; cd ..; "
     "mkdir -p train/a; echo >train/a/1.JPEG; printf 'a\\na\\na\\na\\n' >*.txt": (
         ["a"] * 4,
-        [by_order("val_5.JPEG")],
+        [BY_ORDER],
     ),
     f"{TEN} rm *; mkdir {{0..10}} ../train; for d in *; do echo >$d/1.JPEG; done; "
     "cp -r * ../train": (
