@@ -729,12 +729,13 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     (used, *unused), others = _find_layouts(raw_data_dir, split)
     images = list_all(used, others)
     size = IMAGENET_SIZES["training" if is_training else "validation"]
-    if len(images) != size:  # else what is unused has been extracted
+    if len(images) != size:  # else all that lies in unused tars has been extracted
         others += [source.path for layout in unused for source in layout]
     skipped += {*others}
     if is_training and not images[0].synset:
         raise InvalidInputError(f"A folder must name the class of {images[0].path}.")
     classes = {image.synset for image in images}
+    # A class that is not read would move the labels of those behind it.
     for path in sorted(others) if is_training else []:
         synset = os.path.basename(path).partition(".")[0]
         if SYNSET.fullmatch(synset) and synset not in classes:
@@ -745,13 +746,13 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
 
 def _find_layouts(
     raw_data_dir: str, split: str
-) -> tuple[list[Sequence[ImageSource]], list[str]]:
-    """Finds what a split can be read from, the first to be used; and other files."""
+) -> tuple[list[list[ImageSource]], list[str]]:
+    """Finds the layouts in which a split is there, in their order, and other files."""
     directory = os.path.join(raw_data_dir, split)
     is_there = os.path.lexists(directory)
     paths = [os.path.join(place, TARS[split]) for place in (raw_data_dir, directory)]
-    whole_tar = [Tar(path) for path in paths if os.path.lexists(path)][:1]
-    flat, directories, class_tars = (list[ImageSource]() for _ in range(3))
+    flat, directories, class_tars, whole_tar = (list[ImageSource]() for _ in range(4))
+    whole_tar += [Tar(path) for path in paths if os.path.lexists(path)][:1]
     others = list[str]()
     for entry in _visible(directory) if is_there else []:
         name, path = entry.name, entry.path
@@ -763,9 +764,8 @@ def _find_layouts(
             class_tars.append(Tar(path, name[:-4]))
         elif name != TARS[split]:
             others.append(path)
-    layouts = list[Sequence[ImageSource]]((flat, directories, class_tars, whole_tar))
-    if any(layouts):
-        return [*filter(None, layouts)], others
+    if layouts := [*filter(None, (flat, directories, class_tars, whole_tar))]:
+        return layouts, others
     if is_there:
         is_training = split == TRAINING_DIRECTORY
         raise _no_images(f"{directory}/<synset>" if is_training else directory, others)
