@@ -564,7 +564,7 @@ def _take_shard(
         progress.written.append(stamp)
     if job.destination:
         path = shard_path(shard, scratch_dir)
-        sent = functools.partial(progress.sent, shard.name)
+        sent = lambda num_bytes: progress.sent.update({shard.name: num_bytes})
         if not job.destination.upload(path, stamp, sent):
             return
         progress.uploaded.append(stamp)
@@ -1317,14 +1317,15 @@ def check_and_repair(data: bytes) -> EncodedImage:
     import tensorflow as tf
 
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
-        _check_values(height, width)
         return _encode_again(data, "PNG")
     if not data.startswith(b"\xff\xd8\xff"):
         found = f"not a JPEG (starts with {data[:4]!r})"
         raise _ImageError(found if data else "the file is empty")
     skeleton, height, width, num_components = read_skeleton(data)
-    _check_values(height, width, max(3, num_components))
+    num_values = height * width * max(3, num_components)
+    if max(height, width) > _MAX_SIDE or not 0 < num_values < _MAX_VALUES:
+        found = f"{width:,} x {height:,} x {num_components} values"
+        raise _ImageError(f"its header declares {found}, which are none or too many")
     # The call takes longer with bytes in place of a tensor, or 1 in place of 1.0.
     how = {"contents": tf.constant(skeleton), "ratio": 8, "acceptable_fraction": 1.0}
     decode = functools.partial(tf.raw_ops.DecodeJpeg, **how)
@@ -1377,14 +1378,6 @@ def read_skeleton(data: bytes) -> tuple[bytes, int, int, int]:
     # end, and rejects the image only if those bytes are there.
     segments += data[start : start + 2] + data[end : end + _OVERRUN_BYTES]
     return bytes(segments), height, width, num_components
-
-
-def _check_values(height: int, width: int, num_components: int = 3) -> None:
-    """Refuses, as a full decode does, sizes that would take gigabytes to decode."""
-    num_values = height * width * num_components
-    if max(height, width) > _MAX_SIDE or not 0 < num_values < _MAX_VALUES:
-        found = f"{width:,} x {height:,} x {num_components} values"
-        raise _ImageError(f"its header declares {found}, which are none or too many")
 
 
 def _reason_of_libjpeg(decode: Callable[[], object]) -> str:
@@ -1538,11 +1531,7 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
 def write_shard(
     shard: Shard, scratch_dir: str, write: Callable[[Shard, str], Stamp], durable: bool
 ) -> Stamp:
-    """Writes a shard and then its stamp, without which the shard does not count.
-
-    `write` fills the file: `write_records`, here or in a worker process. If `durable`,
-    this thread waits until the disk has the file, so that it survives a loss of power.
-    """
+    """Has `write` fill a shard, and adds its stamp, without which it does not count."""
     path = shard_path(shard, scratch_dir)
     with _complete_or_absent(path, durable) as temporary_path:
         stamp = write(shard, temporary_path)
@@ -1554,8 +1543,8 @@ def write_shard(
 def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
     """Yields a hidden path to write to, and then gives the file its name.
 
-    If `durable`, it first waits until the disk has the file. Stamps and manifests need
-    no such wait: one that a loss of power tears is unreadable, and is written again.
+    If `durable`, it first waits until the disk has the file, so that it survives a loss
+    of power. A stamp or manifest that does not is unreadable, and is written again.
     """
     directory, name = os.path.split(path)
     unique = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
@@ -1565,7 +1554,7 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
         try:
             yield temporary_path
             if durable:
-                with open(temporary_path, "r+b") as file:  # SMB minds "rb"
+                with open(temporary_path, "r+b") as file:  # on SMB, "rb" would not do
                     os.fsync(file.fileno())
             os.replace(temporary_path, path)
         finally:
@@ -1642,15 +1631,13 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # 8. Processes that write shards, and the line that says how far they are
 
 
-# The run starts this file once more, as the helper, which imports TensorFlow, forks the
-# workers and waits. Each worker gets calls and sends answers over a socket of its own.
-# The run closes stdin, or the system does if the run is killed: then all exit. When a
-# worker dies, its socket closes, and the helper dies in the same way. From that, and
-# from the last words on stderr, the run tells the cause.
+# The run starts this file again, as the helper, which imports TensorFlow, forks workers
+# and waits. Calls and answers go over a socket for each worker. All exit when stdin ends:
+# the run closes it, or the system if the run is killed. If a worker dies, its socket
+# closes, and the helper dies likewise; this and the last words on stderr tell the cause.
 
-FORK_WORKERS = "--fork-workers"  # starts the helper; its sockets follow
-LAST_WORDS = re.compile(r"\n((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
-TOO_MANY = re.compile(r"pthread_create\(\) failed|start new thread|BlockingIOError: ")
+AS_HELPER = "--as-helper"  # starts this file as the helper; its sockets follow
+LAST_WORDS = re.compile(r"(?m)^((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
 
 
 class Pool:
@@ -1659,19 +1646,17 @@ class Pool:
     def __init__(self, num_workers: int):
         self.stopping = threading.Event()  # set when the run fails: no more calls
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # sockets, as files
-        self._words = b"\n"  # the last that the processes wrote to stderr
+        self._words = collections.deque[bytes](maxlen=1000)  # last lines of stderr
         pairs = [socket.socketpair() for _ in range(num_workers)]
         sockets = [theirs.fileno() for _, theirs in pairs]
-        program = [sys.executable, os.path.abspath(__file__), FORK_WORKERS]
-        same_path = {"PYTHONPATH": ":".join(sys.path)}
-        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+        more = {"PYTHONPATH": ":".join(sys.path), "CUDA_VISIBLE_DEVICES": "-1"}
         self._helper: Any = subprocess.Popen(
-            [*program, *map(str, sockets)],
+            [sys.executable, os.path.abspath(__file__), AS_HELPER, *map(str, sockets)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=sockets,
-            env={**os.environ, **same_path, **quiet},
+            env={**os.environ, **more, "TF_CPP_MIN_LOG_LEVEL": "3"},
             cwd="/",  # the current directory may be gone, which TensorFlow minds
             start_new_session=True,  # which neither Ctrl-C nor hangups reach
         )
@@ -1705,11 +1690,9 @@ class Pool:
         return answer
 
     def _listen(self) -> None:
-        """Keeps the last that the processes write to stderr, until all have ended."""
-        with self._helper.stderr as stderr:
-            while piece := os.read(stderr.fileno(), 2**16):
-                self._words = (self._words + piece)[-(2**16) :]
-                time.sleep(0.05)  # else each image would wake this thread
+        """Keeps what the processes write to stderr, until all have ended."""
+        with self._helper.stderr as lines:
+            self._words.extend(lines)
         self._helper.wait()
 
     def _cause_of_death(self) -> str:
@@ -1718,12 +1701,12 @@ class Pool:
         with contextlib.suppress(subprocess.TimeoutExpired):  # the helper is stopped
             self._helper.wait(timeout=5)
         self.close()
-        text = self._words.decode(errors="replace")
+        text = b"".join(self._words).decode(errors="replace")
         status = self._helper.returncode or 0
         if status == -signal.SIGKILL or "failed to map segment" in text:
             killed = "A worker process was killed, most likely because"
             return f"{killed} the machine ran out of memory. {LIMITS[errno.ENOMEM]}"
-        if TOO_MANY.search(text):
+        if re.search(r"pthread_create|start new thread|BlockingIOError", text):
             return TOO_MANY_THREADS
         said = [line.rstrip(".") for line in LAST_WORDS.findall(text)[-1:]]
         if status == 1:  # what a call raises is an answer; only the import gets here
@@ -1795,48 +1778,35 @@ class Progress:
     def __init__(self, job: Job):
         self.written: list[Stamp] = []
         self.uploaded: list[Stamp] = []
-        self._sent: dict[str, int] = {}  # bytes of each shard
-        self._job = job
-        self._start = time.monotonic()
+        self.sent: dict[str, int] = {}  # bytes of each shard that have been uploaded
+        self._job, self._start = job, time.monotonic()
 
-    def sent(self, shard_name: str, num_bytes: int) -> None:
-        """Takes down how much of a shard has been uploaded so far."""
-        self._sent[shard_name] = num_bytes
-
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._start, 1e-3)
-
-    def line(self) -> str:
+    def line(self, is_done: bool = False) -> str:
         """Says how far the run is, in the order of interest: terminals are narrow."""
-        work, done = self._job.work, self._num_bytes()
+        job, seconds = self._job, time.monotonic() - self._start
+        sizes = [stamp.num_bytes for stamp in self.written]
+        done = sum(self.sent.values() if job.destination else sizes)
         if not (self.written or done):
-            return f"Starting {_count(self._job.options.workers, 'worker')}."
-        all_bytes = sum(shard.estimated_bytes for shard, _ in work.in_turn()) or 1
+            return f"Starting {_count(job.options.workers, 'worker')}."
+        all_bytes = sum(shard.estimated_bytes for shard, _ in job.work.in_turn()) or 1
         left = max(all_bytes - done, 0)
-        time_left = f" {_duration(left / done * self.seconds())} left," if done else ""
-        return f"{100 * (all_bytes - left) // all_bytes}%,{time_left} {self._so_far()}"
+        head = f"{100 * (all_bytes - left) // all_bytes}%, "
+        head += f"{_duration(left / done * seconds)} left, " if done else ""
+        if is_done:
+            head = f"Done in {_duration(seconds)}: "
+        written = len(job.work.to_upload) + len(self.written)
+        num_shards = _count(len(job.work.left), "shard")
+        uploaded = f"{len(self.uploaded):,} uploaded, " if job.destination else ""
+        images = sum(stamp.num_examples for stamp in self.written) / seconds
+        speed = f"{images:,.0f} images/s, {_size(done / seconds)}/s."
+        return f"{head}{written:,} of {num_shards} written, {uploaded}{speed}"
 
     def log_done(self) -> None:
         """Says what was done, and how fast."""
         if self.written or self.uploaded:
-            logging.info(f"Done in {_duration(self.seconds())}: {self._so_far()}")
-        if repaired := sum(stamp.num_repaired for stamp in self.written):
-            dirty = _count(repaired, "PNG or CMYK image")
-            logging.info(f"Encoded {dirty} again as RGB JPEG.")
-
-    def _num_bytes(self) -> int:
-        """How much was uploaded or, if there is no upload, written."""
-        written = sum(stamp.num_bytes for stamp in self.written)
-        return sum(self._sent.values()) if self._job.destination else written
-
-    def _so_far(self) -> str:
-        work, seconds = self._job.work, self.seconds()
-        written = len(work.to_upload) + len(self.written)
-        of = _count(len(work.left), "shard")
-        uploaded = f" {len(self.uploaded):,} uploaded," if self._job.destination else ""
-        images = sum(stamp.num_examples for stamp in self.written) / seconds
-        speed = f"{images:,.0f} images/s, {_size(self._num_bytes() / seconds)}/s."
-        return f"{written:,} of {of} written,{uploaded} {speed}"
+            logging.info(self.line(is_done=True))
+        if number := sum(stamp.num_repaired for stamp in self.written):
+            logging.info(f"Encoded {_count(number, 'PNG or CMYK image')} as RGB JPEG.")
 
 
 @contextlib.contextmanager
@@ -1863,9 +1833,9 @@ def draw_line(text: str) -> None:
     """Redraws the last line of a terminal: the words that fit; clears it if empty."""
     if not has_live_line:
         return
-    handler = logging.get_absl_handler().python_handler
+    lock = logging.get_absl_handler().python_handler.lock or contextlib.nullcontext()
     # Not while another thread writes a log line, nor if the terminal is gone.
-    with handler.lock or contextlib.nullcontext(), contextlib.suppress(OSError):
+    with lock, contextlib.suppress(OSError):
         width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
         line = textwrap.shorten(text, width, placeholder="")
         line = re.sub(r",( [\d.]+)?$", "", line)  # no number without its unit
@@ -3168,7 +3138,7 @@ def draw_fake_image(path: pathlib.Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [FORK_WORKERS]:
+    if sys.argv[1:2] == [AS_HELPER]:
         _fork_workers([int(number) for number in sys.argv[2:]])
     _open_closed_streams()
     app.run(main, flags_parser=parse_flags)

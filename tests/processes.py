@@ -77,7 +77,7 @@ class Run:
 
     def _children(self, parent: int) -> list[int]:
         pids = [pid for pid in sorted(self.pids()) if _parent_of(pid) == parent]
-        return [pid for pid in pids if "--fork-workers" in _command_line(pid)]
+        return [pid for pid in pids if "--as-helper" in _command_line(pid)]
 
     def finish(self, timeout: float = 600) -> Finished:
         """Waits for its end, and for that of all its processes."""
@@ -167,7 +167,7 @@ def wait_for(
 # Python imports it at its start, in every process of a run.
 HOLDING = """
 import os, sys, time
-while "--fork-workers" in sys.orig_argv and not os.path.exists(os.environ["GO"]):
+while "--as-helper" in sys.orig_argv and not os.path.exists(os.environ["GO"]):
     time.sleep(0.01)
 """
 

@@ -187,8 +187,8 @@ REFUSED = {
     ),
     "huge CMYK": (HUGE_CMYK, too_large(*HUGE, 4)),
     "long side": (with_size(BASELINE, FRAME, 64, 65_501), too_large(64, 65_501)),
-    "huge PNG": (with_png_size(50_000, 60_000), too_large(50_000, 60_000)),
-    "PNG of 8 bytes": (PNG[:8], too_large(0, 0)),
+    "huge PNG": (with_png_size(50_000, 60_000), "it is a damaged PNG"),
+    "PNG of 8 bytes": (PNG[:8], "it is a damaged PNG"),
     "PNG cut later": (PNG[:1_000], "it is a damaged PNG"),
     "12 bits": (
         BASELINE.replace(FRAME, b"\xff\xc0\x00\x11\x0c"),
