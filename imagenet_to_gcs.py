@@ -1632,9 +1632,9 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 
 
 # The run starts this file again, as the helper, which imports TensorFlow, forks workers
-# and waits. Calls and answers go over a socket for each worker. All exit when stdin ends:
-# the run closes it, or the system if the run is killed. If a worker dies, its socket
-# closes, and the helper dies likewise; this and the last words on stderr tell the cause.
+# and waits. Calls and answers go over a socket for each worker. All exit when stdin
+# ends, closed by the run or, if that is killed, by the system. If a worker dies, its
+# socket closes, and the helper dies likewise, which tells the run the cause.
 
 AS_HELPER = "--as-helper"  # starts this file as the helper; its sockets follow
 LAST_WORDS = re.compile(r"(?m)^((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
