@@ -936,8 +936,9 @@ def _check_names(images: Sequence[RawImage]) -> None:
 
 
 def _imagenet_number(image: RawImage) -> int | None:
-    """The number in ImageNet's own name of a validation image."""
-    match = re.fullmatch(r"ILSVRC2012_val_([0-9]+)(_n[0-9]{8})?\.JPEG", image.filename)
+    """The number in ImageNet's name of a validation image, also in `Copy of ...`."""
+    pattern = r"ILSVRC2012_val_([0-9]+)(?![0-9]|_(?!n[0-9]{8}))"  # not `..._crop.JPEG`
+    match = re.search(pattern, image.filename)
     return int(match[1]) if match else None
 
 
@@ -977,7 +978,8 @@ def _check_lines(
         problem += "Without leading zeros, names sort wrongly: 1, 10, 2. "
     if len(lines) != len(images) or (known and numbers != [*expected]):
         raise InvalidInputError(problem + TWO_COLUMNS)
-    if not known:
+    ends = [int((re.findall("[0-9]+", i.filename) or [0])[-1]) for i in images]
+    if not known and ends != [*range(ends[0], ends[0] + len(ends))]:
         warnings.append(f"Lines of {path} are for names sorted as text: 1, 10, 2.")
 
 
@@ -1010,11 +1012,12 @@ def read_label_file(path: str) -> list[str] | dict[str, str]:
 
 def _name_and_synset(line: str) -> tuple[str, str]:
     """Splits a line at tabs, commas or blanks; the name in a single column is empty."""
-    for delimiter in r"\t+", ",", r"\s+":
-        name, *columns = re.split(delimiter, line)
-        if columns:  # Kaggle's synsets are followed by boxes
-            synset = re.sub(r"^(n[0-9]{8})\s.*", r"\1", columns[0].strip())
-            return name.strip().removesuffix(IMAGE_SUFFIX), synset
+    for pattern in (
+        r"([^\t,]+?)(?: *[\t,] *| +)(n[0-9]{8})(?![^\s,])",  # words or boxes follow
+        *(r"([^\t]*)\t+([^\t]*)", "([^,]*),([^,]*)", r"(\S+)\s+(\S+)"),
+    ):
+        if match := re.match(pattern, line):
+            return match[1].strip().removesuffix(IMAGE_SUFFIX), match[2].strip()
     return "", line
 
 
@@ -1096,6 +1099,10 @@ def warnings_about(dataset: Dataset) -> Iterator[str]:
         expected = IMAGENET_SIZES[split]
         if len(dataset.synsets) == IMAGENET_CLASSES and len(images) != expected:
             found = f"{len(images):,} ({len(images) - expected:+,})"
+            if len(images) < expected:
+                sizes = collections.Counter(image.synset for image in images)
+                *_, (synset, size) = sizes.most_common()
+                found += f", of {synset} only {size:,}"
             yield f"ImageNet-1k has {expected:,} {split} images, found {found}."
 
 

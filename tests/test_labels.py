@@ -137,6 +137,12 @@ REFUSED = {
     f"{INTO_FOLDERS} cp {A}/* {D}/{VAL}1.JPEG; cp {B}/* {D}/{VAL}02.JPEG; rm ../*.txt": (
         twice(f"{B}/{V[2]}", f"{D}/{VAL}02.JPEG")
     ),
+    f"{INTO_FOLDERS} cp {A}/* '{B}/Copy of {V[1]}'; rm ../*.txt": (
+        twice(f"{B}/Copy of {V[1]}", f"{A}/{V[1]}")
+    ),
+    f"{INTO_FOLDERS} cp {A}/* '{B}/{VAL}00000001 (1).JPEG'; rm ../*.txt": (
+        twice(f"{B}/{VAL}00000001 (1).JPEG", f"{A}/{V[1]}")
+    ),
     f"{INTO_FOLDERS} cp {A}/* {A}/{VAL}1.JPEG; rm ../*.txt": (
         twice(f"{A}/{V[1]}", f"{A}/{VAL}1.JPEG")
     ),
@@ -263,6 +269,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     EVERY.format("', '", ""): (LINES, []),
     EVERY.format("'\t\t'", "'\ttench'"): (LINES, []),
     EVERY.format("'.JPEG, '", "', 12'"): (LINES, []),
+    EVERY.format("' '", "' tench, Tinca tinca'"): (LINES, []),
     f"cd validation; rm *[34].JPEG; mv {V[1]} {VAL}00000009_a.JPEG; "
     f"mv {V[2]} {VAL}00000009_b.JPEG; sed -i 3,4d ../*.txt": (
         [A, B],
