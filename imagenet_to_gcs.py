@@ -1196,16 +1196,11 @@ def plan_shards(
         (TRAINING_DIRECTORY, training, training_shards),
         (VALIDATION_DIRECTORY, dataset.validation, validation_shards),
     ):
-        size = images_per_shard(len(images), num_shards)
+        size = max(1, math.ceil(len(images) / num_shards))
         for i in range(num_shards):
             chunk = tuple(images[i * size : (i + 1) * size])
             shards.append(Shard(split, i, num_shards, chunk, labels))
     return shards
-
-
-def images_per_shard(num_images: int, num_shards: int) -> int:
-    """How many images a shard holds, but for the last ones of a split; at least 1."""
-    return max(1, math.ceil(num_images / num_shards))
 
 
 # ---------------------------------------------------------------------------------
