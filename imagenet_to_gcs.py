@@ -107,8 +107,6 @@ import textwrap
 import threading
 import time
 import traceback
-import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -1850,33 +1848,29 @@ def draw_line(text: str) -> None:
 
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # what is sent again after a fault
 PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
-TIMEOUT = (10, 60)  # seconds to connect, and to get an answer
-# The next one's first bounds the sending of a piece, too: the system's buffer (4 MB)
-# takes it once a third is free, and must be empty before the answer comes: 20 KB/s do.
-CHUNK_TIMEOUT = (120, 300)
-# A request that fails is repeated by `_persist`, instead of the client, if that
-# `Fault.may_pass`; an upload that `Fault.is_lost` begins anew, in `upload`; all else
-# ends the run, with the line of `_explained`.
-REQUEST_SECONDS = 120  # how long a request is retried
-UPLOAD_SECONDS = 600  # the same, while a file is uploaded
-RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between the tries; the last one recurs
-RESTART_DELAYS = (1, 4, 16, 60)  # before a lost upload begins anew
+# The first bounds the sending of a piece, too: the system's buffer (4 MB) takes it once
+# a third is free, and must be empty before the answer comes: 20 KB/s do.
+CHUNK_TIMEOUT = (120, 300)  # seconds to connect, and to get an answer
+ONCE = {"timeout": (10, 60), "retry": None}  # of all other requests
+# Instead of the client, `_persist` repeats a request that `Fault.may_pass`, and `upload`
+# begins an upload anew that `Fault.is_lost`. All else ends the run.
+RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between tries; for a request, the last recurs
+REQUEST_SECONDS, UPLOAD_SECONDS = 120, 600  # since a request first failed
 WARNING_SECONDS = 10
 # Unless this is set, the client asks for the bucket's metadata in a thread of its own.
 NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
 QUIET_LOGGERS = ("google", "urllib3")  # they warn of each retry
 
+# Gets the bytes that have left, before each piece; after a fault, less than before.
+Sent: TypeAlias = Callable[[int], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class GcsPath:
-    """A place in Cloud Storage: `gs://bucket/directory`.
-
-    Attributes:
-      directory: Without slashes at its ends; empty for the bucket itself.
-    """
+    """A place in Cloud Storage: `gs://bucket/directory`."""
 
     bucket: str
-    directory: str
+    directory: str  # without slashes at its ends; empty for the bucket itself
 
     def __str__(self) -> str:
         return f"gs://{self.bucket}/{self.directory}".removesuffix("/")
@@ -1887,30 +1881,17 @@ class GcsPath:
         bucket, _, path = text.removeprefix("gs://").partition("/")
         directory = path.removesuffix("/")
         # What is legal in Cloud Storage, or nearly so, but never meant.
-        strange = [c for c in text if c in "*?#[]" or not c.isprintable()]
+        strange = [repr(c) for c in text if c in "*?#[]" or not c.isprintable()]
         parts = directory.split("/") if path else []
-        strange += [part or "//" for part in parts if part in ("", ".", "..")]
-        found = ", ".join(map(repr, dict.fromkeys(strange)))
-        found += "a final blank" if text.endswith(" ") and not found else ""
-        # https://cloud.google.com/storage/docs/buckets#naming
-        is_plain = re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket)
-        is_short = all(0 < len(part) < 64 for part in bucket.split("."))
-        is_address = re.fullmatch(r"\d+(\.\d+){3}", bucket)
-        shard_name = cls(bucket, directory).name_of("validation-00000-of-00000")
-        size = len(shard_name.encode(errors="replace"))
+        strange += [repr(part or "//") for part in parts if part in ("", ".", "..")]
+        strange += ["a final blank"] if text.endswith(" ") else []
+        found = ", ".join(dict.fromkeys(strange))
         if not text.startswith("gs://"):
             problem = "must start with gs://, as in gs://bucket/directory."
         elif found:
             problem = f"must not contain {found}: readers would not find the data set."
-        elif is_address or not (is_plain and is_short):
-            problem = (
-                "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', "
-                "'_' and '.', 1 to 63 of them between dots, a letter or digit at both "
-                f"ends, and no IP address; found {bucket!r}."
-            )
-        elif size > 1024:
-            most = "the name of an object has at most 1,024 bytes"
-            problem = f"must be shorter: {most}, that of a shard {size:,}."
+        elif not re.fullmatch(r"[a-z0-9][a-z0-9._-]+[a-z0-9]", bucket):
+            problem = f"must name a bucket after gs://; found {bucket!r}."
         else:
             return cls(bucket, directory)
         raise InvalidInputError(f"--gcs_output_path={escaped(text)} {problem}")
@@ -1922,9 +1903,6 @@ class GcsPath:
 
 class Destination:
     """A directory in a bucket, and the client that reaches it.
-
-    It never calls the client's `get_bucket`, which needs `storage.buckets.get`: roles
-    for objects do not grant that.
 
     Attributes:
       objects: Stamps of what the last listing found, by base name.
@@ -1948,112 +1926,91 @@ class Destination:
         self._slots = threading.Semaphore(PARALLEL_UPLOADS)
         self._project = project
         self._next_warning = 0.0
-        with self._explained():
-            self.client = client or self._persist(REQUEST_SECONDS, _new_client, project)
-        self._project = project or self.client.project
-        self._bucket = self.client.bucket(path.bucket)
+        self.client = client or self._ask("", lambda: _new_client(project))
+        self._bucket = self.client.bucket(path.bucket)  # `get_bucket` may be denied
 
     def list_objects(self) -> dict[str, Stamp]:
-        """Lists the destination by base name; nothing if that is not permitted.
-
-        Call it before parallel uploads: the client creates its session without a lock.
-        If the requester pays for the bucket, later requests name our project; not
-        otherwise, since that needs a permission in the project.
-        """
-        found = self._ask("", lambda f: f.must_pay or f.is_denied, self._list)
-        if isinstance(found, Fault) and found.must_pay:
-            self._bucket = self.client.bucket(self.path.bucket, self._project)
-            found = self._ask("", lambda fault: fault.is_denied, self._list)
-        is_refused = isinstance(found, Fault)
-        if is_refused and self.is_listed:
-            logging.warning(
-                f"Cannot list {self.path} (storage.objects.list: {found.words}): all "
-                "shards will be uploaded, and the result cannot be checked."
-            )
-        self.is_listed, self.objects = not is_refused, {} if is_refused else found
+        """Lists the destination by base name; nothing if that is not permitted."""
+        try:
+            self.is_listed, self.objects = True, self._ask("", self._list)
+        except ServiceError as error:
+            fault = Fault(error)
+            if fault.status == 400 and not self._bucket.user_project:
+                # The requester pays; not by default, since that needs a permission.
+                payer = self._project or self.client.project
+                self._bucket = self.client.bucket(self.path.bucket, payer)
+                return self.list_objects()
+            if not fault.is_denied:
+                raise
+            if self.is_listed:  # or it has been said
+                what = f"Cannot list {self.path} (storage.objects.list: {fault.words})"
+                logging.warning(f"{what}: all shards are uploaded, and not checked.")
+            self.is_listed, self.objects = False, {}
         return self.objects
 
-    def _list(self, **options: Any) -> dict[str, Stamp]:
+    def _list(self) -> dict[str, Stamp]:
         where = {"prefix": self.path.name_of(""), "delimiter": "/"}
-        blobs = self.client.list_blobs(self._bucket, **where, **options)
+        blobs = self.client.list_blobs(self._bucket, **where, **ONCE)
         return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
 
     def check_access(self, filename: str) -> None:
         """Starts an upload, which needs the permission; the service forgets it."""
         start = self._blob(filename).create_resumable_upload_session
-        self._ask(filename, self._is_taken, start)
+        try:
+            self._ask(filename, lambda: start(**ONCE))
+        except ServiceError as error:
+            if self.is_listed or not Fault(error).is_taken:
+                raise
 
     def read(self, filename: str) -> str:
         """Reads a small object; empty if there is none, or reading is not permitted."""
         if self.is_listed and filename not in self.objects:
             return ""
-        # At most 16 MiB, for anybody may have put it there; so, no checksum.
         download = self._blob(filename).download_as_bytes
-        part = {"end": 2**24, "checksum": None}
-        harmless = (403, 404, 416)  # an empty object has no bytes from 0 on: 416
-        data = self._ask(filename, lambda f: f.status in harmless, download, **part)
-        return "" if isinstance(data, Fault) else str(data, "utf-8", "replace")
+        data = self._ask(filename, lambda: download(**ONCE), 403, 404)
+        return str(data or b"", "utf-8", "replace")
 
     def delete(self, filename: str) -> None:
         """Deletes an object; without a listing, that may be refused."""
         if not self.is_listed or filename in self.objects:
-            harmless = (404,) if self.is_listed else (403, 404)
             delete = self._blob(filename).delete
-            self._ask(filename, lambda fault: fault.status in harmless, delete)
+            harmless = (404,) if self.is_listed else (403, 404)
+            self._ask(filename, lambda: delete(**ONCE), *harmless)
 
-    def upload(
-        self, path: str, stamp: Stamp, sent: Callable[[int], None] = lambda _: None
-    ) -> bool:
-        """Uploads a file; False if it was passed over.
-
-        `_persist` repeats single requests; a lost upload, or an answer that does not
-        match, begins anew here. Before each piece, `sent` gets the number of bytes that
-        have left; after a fault, it is less than before.
-        """
-        name, delays = os.path.basename(path), iter(RESTART_DELAYS)
+    def upload(self, path: str, stamp: Stamp, sent: Sent = lambda _: None) -> bool:
+        """Uploads a file; False if it was passed over."""
+        name = os.path.basename(path)
         with self._slots, self._explained(name):
-            while True:
+            for delay in (*RETRY_DELAYS, None):
                 try:
-                    self._upload_once(path, stamp, sent)
+                    self._send(path, stamp, sent)
                     return True
                 except Exception as error:
-                    fault, seconds = Fault(error), next(delays, None)
-                    if self._is_taken(fault):
-                        self._pass_over(name)
-                        return False
-                    if seconds is None or not fault.is_lost:
+                    fault = Fault(error)
+                    if fault.is_taken and not self.is_listed:
+                        break
+                    if delay is None or not fault.is_lost:
                         raise
                 invalidate_if_damaged(path, stamp)
-                again = f"Uploading {name} again in {_duration(seconds)}"
-                logging.warning(f"{again}: {fault.words}.")
-                self._pause(seconds)
-
-    def _pass_over(self, name: str) -> None:
+                logging.warning(f"Uploading {name} again in {delay} s: {fault.words}.")
+                self._pause(delay)
         if not self.passed_over:
-            logging.warning(
-                f"Leaving what is already in {self.path}, unseen: neither "
-                "storage.objects.list nor storage.objects.delete is granted."
-            )
+            logging.warning(f"Leaving what is in {self.path}: it may not be replaced.")
         self.passed_over.append(name)
+        return False
 
     def check_none_passed_over(self) -> None:
         """Stops the run if objects could be neither seen nor replaced."""
         if self.passed_over:
             raise ServiceError(
-                f"There already, and cannot be compared: {_some(self.passed_over)} in "
-                f"{self.path}; the data set is not called complete. Grant "
-                f"roles/storage.objectUser on gs://{self.path.bucket} and rerun."
+                f"{_some(self.passed_over)} in {self.path} may be neither seen nor replaced. "
+                f"Grant roles/storage.objectUser on gs://{self.path.bucket} and rerun."
             )
 
-    def _upload_once(
-        self, path: str, stamp: Stamp, sent: Callable[[int], None]
-    ) -> None:
+    def _send(self, path: str, stamp: Stamp, sent: Sent) -> None:
         def before_piece(position: int) -> None:
             self._pause(0)
             sent(position)
-
-        def patiently(request: Callable[..., Any]) -> Callable[..., Any]:
-            return functools.partial(self._persist, UPLOAD_SECONDS, request)
 
         blob = self._blob(os.path.basename(path), chunk_size=UPLOAD_CHUNK_BYTES)
         blob.metadata = {"digest": stamp.digest, "crc32c": stamp.crc32c}
@@ -2068,146 +2025,102 @@ class Destination:
                 timeout=CHUNK_TIMEOUT,
                 checksum=None,
                 crc32c_checksum_value=stamp.crc32c,
-                retry=patiently,
+                retry=lambda each: lambda: self._persist(UPLOAD_SECONDS, each),
             )
-        stored = _stamp_of(blob)
-        if not stored.same_bytes(stamp):
-            raise WrongContentError(
-                f"the bucket holds {stored.num_bytes:,} bytes of crc32c "
-                f"{stored.crc32c}, not {stamp.num_bytes:,} of {stamp.crc32c}"
-            )
+        if not _stamp_of(blob).same_bytes(stamp):
+            raise ValueError("the bucket holds other bytes than were sent")
 
     def _blob(self, filename: str, **options: Any) -> Any:
         return self._bucket.blob(self.path.name_of(filename), **options)
-
-    def _is_taken(self, fault: Fault) -> bool:
-        """Whether an upload is refused only because such an object is there, unseen."""
-        is_refused = fault.status == 403 and "storage.objects.delete" in fault.words
-        return is_refused and not self.is_listed
-
-    def _ask(
-        self,
-        filename: str,
-        is_excused: Callable[[Fault], bool],
-        request: Callable[..., Any],
-        **options: Any,
-    ) -> Any:
-        """Makes a request; returns what it does, or the Fault that is excused."""
-        options |= {"timeout": TIMEOUT, "retry": None}  # `_persist` repeats instead
-        with self._explained(filename):
-            try:
-                return self._persist(REQUEST_SECONDS, request, **options)
-            except Exception as error:
-                fault = Fault(error)
-                if is_excused(fault):
-                    return fault
-                raise
 
     def _pause(self, seconds: float) -> None:
         """Waits, or raises if the run is stopping."""
         if self.stopping.wait(seconds):
             raise concurrent.futures.CancelledError
 
-    def _persist(
-        self, seconds: float, request: Callable[..., Any], *args: Any, **options: Any
-    ) -> Any:
-        """Repeats a request until it succeeds, fails for good, or time is over.
+    def _ask(self, filename: str, request: Callable[[], Any], *harmless: int) -> Any:
+        """Returns what a request does; None if its status is a harmless one."""
+        with self._explained(filename, *harmless):
+            return self._persist(REQUEST_SECONDS, request)
 
-        The time begins with the first failure.
-        """
+    def _persist(self, seconds: float, request: Callable[[], Any]) -> Any:
+        """Repeats a request that may pass, for some seconds since it first failed."""
         start, end = time.monotonic(), math.inf
         for delay in itertools.chain(RETRY_DELAYS, itertools.repeat(RETRY_DELAYS[-1])):
             self._pause(0)
             try:
-                return request(*args, **options)
+                return request()
             except Exception as error:
-                now = time.monotonic()
+                fault, now = Fault(error), time.monotonic()
                 end = min(end, now + seconds)
-                fault = Fault(error)
                 if not fault.may_pass or now + delay > end:
                     raise
-                if now >= max(start + WARNING_SECONDS, self._next_warning):
-                    self._next_warning = now + 60  # of all requests, once a minute
-                    what = f"Waiting up to {_duration(seconds)} for {self.path}"
-                    logging.warning(f"{what}: {fault.words}.")
+            if now >= max(start + WARNING_SECONDS, self._next_warning):
+                self._next_warning = now + 60  # of all requests, once a minute
+                what = f"Waiting up to {_duration(seconds)} for {self.path}"
+                logging.warning(f"{what}: {fault.words}.")
             self._pause(delay * random.uniform(0.5, 1))
 
     @contextlib.contextmanager
-    def _explained(self, filename: str = "") -> Iterator[None]:
-        """Turns any error into one line: what failed, whose words, what to do."""
+    def _explained(self, filename: str, *harmless: int) -> Iterator[None]:
+        """Turns an error into one line: the place, the service's words, a remedy."""
         try:
             yield
         except (RunError, FileNotFoundError, concurrent.futures.CancelledError):
             raise
-        except ImportError:  # `main` says what to install
-            raise
         except Exception as error:
             fault = Fault(error)
-            place = f"{self.path}/{filename}".removesuffix("/")
-            bucket = f"gs://{self.path.bucket}"
-            remedy = fault.remedy.format(bucket=bucket, project=self._project)
-            line = f"{fault.failure.format(place)}: {fault.words}. {remedy}".rstrip()
-            may_pass = fault.may_pass or remedy == RERUN
-            raise ServiceError(line, may_pass=may_pass) from error
+            if fault.status not in harmless:
+                place, bucket = f"{self.path}/{filename}", f"gs://{self.path.bucket}"
+                remedy = fault.remedy.format(bucket=bucket, project=self._project)
+                line = f"Cannot use {place.removesuffix('/')}: {fault.words}. {remedy}"
+                may_pass = fault.may_pass or fault.is_lost
+                raise ServiceError(line.rstrip(), may_pass=may_pass) from error
 
 
-class _ChunkedFile(io.FileIO):
+class _ChunkedFile(io.BufferedReader):
     """A file that the client reads in chunks and sends in pieces."""
 
-    def __init__(self, path: str, before_piece: Callable[[int], None]):
-        super().__init__(path)
+    def __init__(self, path: str, before_piece: Sent):
+        super().__init__(io.FileIO(path))
         self.path, self.before_piece = path, before_piece
 
-    def read(self, size: int = -1) -> Any:  # type: ignore[override]
-        start, num_bytes = self.tell(), os.fstat(self.fileno()).st_size
-        end = self.seek(min(start + size, num_bytes))
+    def read(self, size: int | None = -1) -> Any:
+        start = self.tell()
+        with trying_to("read", self.path):  # not the network's fault
+            data = super().read(size)
         # Of an empty body that can be iterated, the client does not say the length.
-        return _Chunk(self, start, end) if start < end else b""
+        return _Chunk(data, start, self.before_piece) if data else data
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """A part of a file, read anew each time it is sent.
+    """A part of a file.
 
-    The client sends whatever has a length and can be iterated. Then a timeout counts
-    for a piece, not for a chunk, which a slow line sends for minutes; and memory holds
-    a piece only.
+    What has a length and can be iterated, the client sends piece by piece. So a timeout
+    counts for a piece, not for a chunk, which takes a slow line minutes.
     """
 
-    file: _ChunkedFile
-    start: int
-    end: int
+    data: bytes
+    start: int  # its position in the file
+    before_piece: Sent
 
     def __len__(self) -> int:
-        return self.end - self.start
+        return len(self.data)
 
     def __iter__(self) -> Iterator[bytes]:
-        for position in range(self.start, self.end, PIECE_BYTES):
-            self.file.before_piece(position)
-            size = min(PIECE_BYTES, self.end - position)
-            with trying_to("read", self.file.path):  # not the network's fault
-                piece = os.pread(self.file.fileno(), size, position)
-            if len(piece) < size:
-                raise WrongContentError(f"{self.file.path} has become shorter")
-            yield piece
-        self.file.before_piece(self.end)
-
-
-class WrongContentError(Exception):
-    """What was sent, or what Cloud Storage says of it, cannot be right."""
+        for offset in range(0, len(self.data), PIECE_BYTES):
+            self.before_piece(self.start + offset)
+            yield self.data[offset : offset + PIECE_BYTES]
+        self.before_piece(self.start + len(self.data))
 
 
 def _stamp_of(blob: storage.Blob) -> Stamp:
     """What the bucket says of an object; its digest if the bytes are as written."""
-    try:  # some servers omit a size of 0
-        num_bytes, crc32c = int(blob.size or 0), str(blob.crc32c or "")
-    except (TypeError, ValueError) as error:
-        problem = f"the size of {blob.name} is not a number"
-        raise WrongContentError(problem) from error
-    metadata = blob.metadata if isinstance(blob.metadata, dict) else {}
+    crc32c, metadata = blob.crc32c or "", blob.metadata or {}
     is_as_written = crc32c and metadata.get("crc32c") == crc32c
     digest = metadata.get("digest", "") if is_as_written else ""
-    return Stamp(digest, 0, num_bytes, crc32c)
+    return Stamp(digest, 0, blob.size or 0, crc32c)  # some servers omit a size of 0
 
 
 def _new_client(project: str | None) -> storage.Client:
@@ -2217,12 +2130,9 @@ def _new_client(project: str | None) -> storage.Client:
 
     try:
         client = storage.Client(project=project)
-    except exceptions.GoogleAuthError:
-        raise
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        fault = getattr(error, "strerror", None) or "it is not understood"
+    except Exception as error:  # of any kind, if the file of credentials is odd
         kind: Any = exceptions.DefaultCredentialsError
-        raise kind(f"the file of credentials cannot be used: {fault}") from error
+        raise kind("the file of credentials is not understood") from error
     # The session has no public name; its hooks are documented by requests.
     client._http.hooks["response"].append(_refuse)
     return client
@@ -2232,182 +2142,114 @@ def _refuse(response: Any, **_: Any) -> None:
     """Raises before the client reads an error or a web page, which may break it."""
     import requests
 
-    # Google's own empty answers call themselves text/html, too.
     is_html = "text/html" in response.headers.get("Content-Type", "")
-    is_page = is_html and response.content.strip()
-    is_error = response.status_code >= 400
-    if (is_page or is_error) and response.status_code != 401:  # it logs in again
-        raise requests.HTTPError(response=response)
+    is_page = is_html and response.content.strip()  # Google's empty answers are none
+    if (is_page or response.status_code >= 400) and response.status_code != 401:
+        raise requests.HTTPError(response=response)  # at 401, the client logs in again
 
 
 def _is_googles_machine() -> bool:
     """Whether this machine says that it is Google's, whose identity can come late."""
-    if os.environ.get("NO_GCE_CHECK") == "true":
-        return False
     names = "GCE_METADATA_HOST", "K_SERVICE", "CLOUD_RUN_JOB", "KUBERNETES_SERVICE_HOST"
     product = read_text("/sys/class/dmi/id/product_name")
-    return product.startswith("Google") or any(os.environ.get(name) for name in names)
+    says_so = product.startswith("Google") or any(map(os.environ.get, names))
+    return says_so and os.environ.get("NO_GCE_CHECK") != "true"
 
 
-# What an error means, from facts: statuses, names of classes, and what machines wrote,
-# such as reasons and permissions, wherever that stands. Other words are for people.
+# What an error means: statuses and types decide, and what machines write, such as
+# reasons and permissions; all other words are for people.
 
 KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
-STATUS = re.compile(r"(?:Tunnel connection failed: |['\"]code['\"]: ?)(\d{3})\b")
-TOKEN = re.compile(r"\binvalid_grant\b|\b(?:iam|serviceusage|storage)\.\w+\.")
-SPOKEN = {"OSError", "GoogleAuthError", "HTTPError", "WrongContentError"}  # for people
 LOG_IN = "run `gcloud auth application-default login`"
-DENIED, FAILED = "Access to {} is denied", "Cloud Storage failed at {}"
-FINAL = {"PAGE", "UNTRUSTED", "PLAIN", "InvalidSchema", "InvalidProxyURL"}
-# Facts in capitals are ours. These follow from others, in this order, those of
-# `_facts_of` first: | is "or", a blank is "and".
-RULES = {
-    "PROXY": "407 | ProxyError | InvalidProxyURL",
-    "LOGIN": "401 | GoogleAuthError",
-    "REFUSED": "403 | LOGIN",
-    "NOBODY": "UNKNOWN | LOGIN METADATA 404",
-    "PASSES": "408 | 429 | 500 | 502 | 503 | 504 | RETRYABLE | NOBODY GOOGLES | "
-    "403 rateLimitExceeded | 403 userRateLimitExceeded | 403 RATE_LIMIT_EXCEEDED | "
-    "SILENT ConnectionError | SILENT ChunkedEncodingError | SILENT Timeout | "
-    "SILENT TransportError",
-    "LOST": "SHORT | WrongContentError | SESSION 200 | SESSION 308 | SESSION 400 | "
-    "SESSION 404 | SESSION 410",
-}
-# What failed, with {} for the place, and what helps: the first whose facts all hold
-FAILURES = {
-    "PROXY": "No way through the proxy to {}",
-    "DefaultCredentialsError": "No credentials for {}",
-    "LOGIN": "Cannot log in for {}",
-    **dict.fromkeys(("PASSES", "PAGE", "LOST"), FAILED),
-    "403": DENIED,
-    "404 notFound": "No bucket for {}",
-    "": FAILED,
-}
-REMEDIES = {
-    "407": "Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
-    "NOBODY METADATA": "Attach a service account to this machine.",
-    "NOBODY": f"As a person, {LOG_IN}; attach a service account to a VM.",
-    "PASSES": RERUN,
-    "SOCKS": "Run: python3 -m pip install 'requests[socks]'",
-    "PROXY": "HTTPS_PROXY and NO_PROXY say which hosts are reached through it.",
-    "PAGE": "A sign-in page or a proxy may be in the way.",
-    "UNTRUSTED": "Check this machine's clock. If your network has its own certificate "
-    "authority, REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate.",
-    "LOST": RERUN,
-    "LOGIN invalid_grant": f"As a person, {LOG_IN} again; with a key, check this "
-    "machine's clock, and that account and key still exist.",
-    "METADATA REFUSED iam.serviceAccounts.": "Grant roles/iam.workloadIdentityUser on "
-    "that service account to the Kubernetes service account of the pod.",
-    "REFUSED iam.serviceAccounts.": "Grant roles/iam.serviceAccountTokenCreator on "
-    "that service account to the account that impersonates it.",
-    "REFUSED insufficientPermissions": "Stop the VM and run: gcloud compute instances "
+STATUS = re.compile(r'(?:Tunnel connection failed: |"code": ?"?)(\d{3})\b')
+MESSAGE = re.compile(r'"message": ?("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+")')
+SPOKEN = {"OSError", "GoogleAuthError", "HTTPError"}  # to people
+NETWORK = {"ConnectionError", "ChunkedEncodingError", "Timeout", "TransportError"}
+SETTINGS = ("InvalidSchema", "X509", "CERTIFICATE_VERIFY_FAILED")  # of the network
+REMEDIES = {  # by the first class, reason or permission that is told
+    "InvalidSchema": "Run: python3 -m pip install 'requests[socks]'",
+    "X509": "REQUESTS_CA_BUNDLE must name a file (PEM) of certificates.",
+    "CERTIFICATE_VERIFY_FAILED": "Check this machine's clock. If your network has its "
+    "own certificate authority, name its certificate (PEM) in REQUESTS_CA_BUNDLE.",
+    "ProxyError": "Check the proxy: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT.",
+    "invalid_grant": f"As a person, {LOG_IN} again; with a key, check the clock.",
+    "iam.serviceAccounts.": "Grant roles/iam.serviceAccountTokenCreator (to a pod, "
+    "roles/iam.workloadIdentityUser) on that service account to this run's account.",
+    "DefaultCredentialsError": f"Unset {KEY_FILE} and, on your own machine, {LOG_IN}.",
+    "service-accounts/": "Attach a service account to this machine.",
+    "GoogleAuthError": "",  # what it does not find is not the bucket
+    '"insufficientPermissions"': "Stop the VM and run: gcloud compute instances "
     "set-service-account NAME --scopes=cloud-platform",
-    "REFUSED serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer "
-    "on the project to the account of this run.",
-    "REFUSED storage.objects.": "Grant roles/storage.objectUser on {bucket} to the "
-    "account of this run.",
-    "LOGIN": "",
-    "404 notFound": "Create it: gcloud storage buckets create {bucket} "
+    "serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer on the "
+    "project to this run's account.",
+    "storage.objects.": "Grant roles/storage.objectUser on {bucket} to this account.",
+    '"notFound"': "Create it: gcloud storage buckets create {bucket} "
     "--project={project} --location=LOCATION",
-    "": "",
 }
 
 
 class Fault:
-    """What an error of the client or of `google.auth` says, and what it means.
+    """What an error of the client, of `google.auth` or of the network means.
 
     Attributes:
+      told: All that is known: names of classes, texts, the answer's URL and body.
       status: Of HTTP; 0 if no answer came.
-      words: In one line, without a final period.
+      words: For people: one line, without a final period.
       may_pass: Whether the same request may succeed later.
       is_lost: Whether an upload is lost, but may succeed from its beginning.
-      must_pay: Whether the requester has to name a project that pays.
-      is_denied: Whether this account may not do that.
-      failure, remedy: A row of `FAILURES`, of `REMEDIES`.
+      is_denied, is_taken: Whether this account may not do it, or not replace objects.
     """
 
     def __init__(self, error: BaseException):
-        chain = [*_chain(error)]
+        chain = list(_chain(error))
+        kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
         parts = [p for e in chain for p in (getattr(e, "response", None), *e.args)]
-        response: Any = next((part for part in parts if hasattr(part, "headers")), None)
-        body = ""
+        answer: Any = next((p for p in parts if hasattr(p, "headers")), None)
+        body, url = "", getattr(answer, "url", "")
         with contextlib.suppress(Exception):  # there may be none, or a corrupt gzip
-            data = response.data if hasattr(response, "data") else response.content
+            data = answer.data if hasattr(answer, "data") else answer.content
             body = bytes(data).decode(errors="replace")
+        self.told = told = " ".join(map(str, [*kinds, url, *parts, body]))
         # Of a proxy, and of what google.auth has read, only a text says the status.
-        told = STATUS.search(str(parts))
-        status = getattr(response, "status_code", 0) or getattr(response, "status", 0)
-        self.status = status or int(told[1] if told else 0)
-        said = [pair for part in (*reversed(parts), body) for pair in _strings_in(part)]
-        is_page = any(str(t).lstrip()[:1] == "<" for t in (body, *error.args[:1]))
-        words = _quote(self.status, dict(said), body)
-        words = words or ("a web page came back" if is_page else _last_words(chain))
-        words = f"{self.status} {words}" if self.status >= 300 else words
-        self.words = " ".join(words.split()).rstrip(".")
-        facts = _facts_of(chain, response) | ({"PAGE"} if is_page else set())
-        facts |= {code for key, code in said if key in ("reason", "error")}  # of OAuth
-        facts |= {str(self.status), *TOKEN.findall(self.words)}
-        facts |= set() if self.status or facts & FINAL else {"SILENT"}
-        for fact, rules in RULES.items():
-            if any(_holds(rule, facts) for rule in rules.split("|")):
-                facts.add(fact)
-        self.may_pass, self.is_lost = "PASSES" in facts, "LOST" in facts
-        self.must_pay = _holds("400 required", facts)
-        self.failure, self.remedy = (
-            next(row[1] for row in table.items() if _holds(row[0], facts))
-            for table in (FAILURES, REMEDIES)
+        code = STATUS.search(told)
+        status = getattr(answer, "status_code", 0) or getattr(answer, "status", 0)
+        self.status = status = status or int(code[1] if code else 0)
+        self._quote(body, _last_words(chain))
+        is_login = status == 401 or "GoogleAuthError" in kinds
+        is_nobody = "DefaultCredentialsError" in kinds or (is_login and status == 404)
+        is_setting = any(name in told for name in SETTINGS)
+        self.may_pass = (
+            status in (408, 429, 500, 502, 503, 504)
+            or (status == 403 and "ateLimitExceeded" in told)
+            or any(getattr(each, "retryable", False) for each in chain)
+            or (is_nobody and _is_googles_machine())  # on a new one, not yet
+            or not (status or is_setting or kinds.isdisjoint(NETWORK))
         )
-        self.is_denied = self.failure == DENIED
-        if "GoogleAuthError" in facts and (path := os.environ.get(KEY_FILE)):
-            self.words += f" ({KEY_FILE}={path})"
+        is_session = "upload_id=" in told and status in (200, 308, 400, 404, 410)
+        self.is_lost = is_session or type(error) is ValueError  # it holds other bytes
+        is_others = is_login or "ProxyError" in kinds or self.may_pass
+        self.is_denied = status == 403 and not is_others
+        self.is_taken = self.is_denied and "storage.objects.delete" in told
 
+    def _quote(self, body: str, text: str) -> None:
+        """Finds the words: the service's, or else HTTP's, or those of the error."""
+        self.is_page = any(t.lstrip().startswith("<") for t in (body, text))
+        message = MESSAGE.search(self.told)
+        plain = body[:300] if re.match(r"[^\W\d]", body) else ""
+        words = json.loads(message[1], strict=False) if message else plain
+        if self.status >= 300:
+            phrase = http.client.responses.get(self.status, "")
+            words = f"{self.status} {words or phrase}"
+        words = words or ("a web page came back" if self.is_page else text)
+        self.words = " ".join(words.split()).rstrip(".")
 
-def _holds(rule: str, facts: set[str]) -> bool:
-    return facts.issuperset(rule.split())
-
-
-def _facts_of(chain: Sequence[BaseException], response: Any) -> set[str]:
-    """Finds what is known of an error, but for what was said."""
-    cause, kinds = chain[-1], set[str]().union(*map(_kinds, chain))
-    has_key, has_bundle = map(os.environ.get, (KEY_FILE, "REQUESTS_CA_BUNDLE"))
-    tls = {str(getattr(cause, name, "")) for name in ("library", "reason")}
-    # So says requests of a file of certificates that is not there.
-    is_missing = has_bundle and type(cause) is OSError and not cause.errno
-    is_unknown = type(cause).__name__ == "DefaultCredentialsError" and not has_key
-    socks = [p for p in urllib.request.getproxies().values() if "socks" in p]
-    found = {
-        "UNKNOWN": is_unknown,  # nothing to log in with or, on a new machine, not yet
-        "GOOGLES": _is_googles_machine(),
-        # Of a machine's identity: https://cloud.google.com/compute/docs/metadata
-        "METADATA": "Metadata-Flavor" in getattr(response, "headers", ()),
-        "SESSION": "upload_id=" in str(getattr(response, "url", "")),  # an upload's
-        "SHORT": type(chain[0]) is ValueError,  # the bucket kept less than was sent
-        "RETRYABLE": any(getattr(each, "retryable", False) for each in chain),
-        "PLAIN": "WRONG_VERSION_NUMBER" in tls,  # no TLS
-        "UNTRUSTED": is_missing or tls & {"CERTIFICATE_VERIFY_FAILED", "X509", "PEM"},
-        "SOCKS": "InvalidSchema" in kinds and socks,
-    }
-    return kinds | {fact for fact, holds in found.items() if holds}
-
-
-def _quote(status: int, said: Mapping[str, str], body: str) -> str:
-    """What the answer says, or else HTTP's phrase for its status."""
-    words = said.get("message") or ": ".join(
-        said[key] for key in ("error", "error_description") if said.get(key)
-    )
-    plain = body[:300] if re.match(r"[^\W\d]", body) else ""
-    phrase = http.client.responses.get(status, "") if status >= 300 else ""
-    return words or plain or phrase
-
-
-def _strings_in(part: object) -> list[tuple[str, str]]:
-    """Strings by key, of all objects in a JSON text, even if it is cut short."""
-    pairs: list[tuple[str, Any]] = []
-    text = json.dumps(part) if isinstance(part, dict) else str(part)
-    decoder = json.JSONDecoder(object_pairs_hook=pairs.extend, strict=False)
-    with contextlib.suppress(ValueError, RecursionError):
-        decoder.raw_decode(text[text.find("{") :])
-    return [(key, value) for key, value in pairs if isinstance(value, str)]
+    @property
+    def remedy(self) -> str:
+        """What helps, with {bucket} and {project}; empty if nobody knows."""
+        known = (text for name, text in REMEDIES.items() if name in self.told)
+        page = "A sign-in page or a proxy may be in the way." if self.is_page else ""
+        again = RERUN if self.may_pass or self.is_lost else ""
+        return again if self.is_lost else f"{next(known, '') or page} {again}".strip()
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -2419,22 +2261,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in within if isinstance(e, BaseException)), None)
 
 
-def _kinds(error: BaseException) -> set[str]:
-    """Names of an error's classes."""
-    return {kind.__name__ for kind in type(error).__mro__}
-
-
-def _last_words(chain: Iterable[BaseException]) -> str:
-    """What the innermost error of the network or the login says, and of which host."""
-    text = "what came back is not understood"
+def _last_words(chain: Sequence[BaseException]) -> str:
+    """What the innermost error of the network or the login says."""
+    text = "what came back is not as it should be"
     for error in chain:
-        if _kinds(error) & SPOKEN and "JSONDecodeError" not in _kinds(error):
-            words = (getattr(error, n, "") for n in ("verify_message", "strerror"))
-            text = str(next(filter(None, (*words, *error.args)), ""))
-            text = re.sub(r"(?s)Response( details)?:.*|{.*", " ", text).strip()
-            text = text or "the answer is empty"
-    for request in filter(None, (getattr(error, "request", None) for error in chain)):
-        return f"cannot reach {urllib.parse.urlsplit(request.url).hostname} ({text})"
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if kinds & SPOKEN and "JSONDecodeError" not in kinds:
+            words = str(getattr(error, "strerror", None) or next(iter(error.args), ""))
+            text = words if re.search(r"\w", words) else text
     return text
 
 

@@ -54,7 +54,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     return reach_for
 
 
-ROLE = "Grant roles/storage.objectUser on gs://bucket to the account of this run."
+ROLE = "Grant roles/storage.objectUser on gs://bucket to this account."
 SCOPE = (
     "Stop the VM and run: gcloud compute instances set-service-account NAME "
     "--scopes=cloud-platform"
@@ -64,8 +64,8 @@ CREATE = (
     "--location=LOCATION"
 )
 CONSUMER = (
-    "Grant roles/serviceusage.serviceUsageConsumer on the project to the account of "
-    "this run."
+    "Grant roles/serviceusage.serviceUsageConsumer on the project to this run's "
+    "account."
 )
 
 
@@ -102,12 +102,9 @@ def test_access_is_refused_in_the_words_of_the_service(
 ) -> None:
     fault = Status(status, said, reason)
     emulator.inject(fault, kind="session", at=1, times=None)
-    what = {403: "Access to {} is denied", 404: "No bucket for {}"}.get(
-        status, "Cloud Storage failed at {}"
-    )
-    what = what.format("gs://bucket/d/manifest.json")
     words = f"{status} {' '.join(said.split())}".rstrip(".")
-    assert refuse(emulator.environment) == (f"{what}: {words}. {remedy}".rstrip(), [])
+    line = f"Cannot use gs://bucket/d/manifest.json: {words}. {remedy}"
+    assert refuse(emulator.environment) == (line.rstrip(), [])
 
 
 # ------------------------------------------------------------------------ logging in
@@ -181,11 +178,15 @@ JWT = (
 ACT_AS = "Permission 'iam.serviceAccounts.getAccessToken' denied on resource."
 INVALID_GRANT = (
     "As a person, run `gcloud auth application-default login` again; with a key, check "
-    "this machine's clock, and that account and key still exist."
+    "the clock."
+)
+OTHER_LOGIN = (
+    "Unset GOOGLE_APPLICATION_CREDENTIALS and, on your own machine, run `gcloud auth "
+    "application-default login`."
 )
 CREATOR = (
-    "Grant roles/iam.serviceAccountTokenCreator on that service account to the account "
-    "that impersonates it."
+    "Grant roles/iam.serviceAccountTokenCreator (to a pod, "
+    "roles/iam.workloadIdentityUser) on that service account to this run's account."
 )
 
 
@@ -219,7 +220,7 @@ CREATOR = (
         (
             "workload",
             Status(400, "The audience is wrong.", "invalid_target"),
-            "invalid_target: The audience is wrong",
+            "Error code invalid_target: The audience is wrong",
             "",
         ),
     ],
@@ -237,12 +238,9 @@ def test_login_is_refused_at_once_when_no_waiting_helps(
     name = "generateAccessToken" if kind == "impersonation" else "token"
     emulator.inject(fault, kind="token", at=1, times=None, name=name)
     env = credentials(tmp_path, emulator, kind)
-    line = (
-        f"Cannot log in for gs://bucket/d: {said} "
-        f"(GOOGLE_APPLICATION_CREDENTIALS={tmp_path}/{kind}.json). {remedy}"
-    )
     refused, warnings = refuse(env)
-    assert refused.replace("/manifest.json", "") == line.rstrip()
+    line = f"Cannot use gs://bucket/d: {said}. {remedy}".rstrip()
+    assert refused.replace("/manifest.json", "") == line
     assert warnings == []
 
 
@@ -255,7 +253,7 @@ def test_login_is_tried_again_when_the_fault_passes(
     emulator.inject(Status(503), kind="token", at=1, times=times, name=name)
     env = credentials(tmp_path, emulator, kind)
     emulator.inject(Status(403, "So far."), kind="session", at=1)
-    line = "Access to gs://bucket/d/manifest.json is denied: 403 So far."
+    line = "Cannot use gs://bucket/d/manifest.json: 403 So far."
     refused, warnings = refuse(env)
     assert refused == line
     assert warnings[0].startswith("Waiting up to 60 s for gs://bucket/d: ")
@@ -297,10 +295,8 @@ def test_file_of_credentials_is_named_when_it_does_not_work(
     done = run_command(*UPLOAD, f"--raw_data_dir={raw}", env=env)
     [line] = done.errors
     assert done.status == 1
-    assert line.startswith(
-        f"No credentials for gs://bucket/imagenet: {said.format(path)}"
-    )
-    assert line.endswith(f" (GOOGLE_APPLICATION_CREDENTIALS={path}).")
+    assert line.startswith(f"Cannot use gs://bucket/imagenet: {said.format(path)}")
+    assert line.endswith(f". {OTHER_LOGIN}")
     assert not (raw / "tf_records").exists()
 
 
@@ -308,8 +304,9 @@ def test_file_of_credentials_is_named_when_it_does_not_work(
 
 AUTHORITY = (
     "Check this machine's clock. If your network has its own certificate authority, "
-    "REQUESTS_CA_BUNDLE must name a file (PEM) with its certificate."
+    "name its certificate (PEM) in REQUESTS_CA_BUNDLE."
 )
+PROXY = "Check the proxy: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
 
 
 def test_certificate_is_refused_at_once_when_it_is_not_trusted(
@@ -320,8 +317,8 @@ def test_certificate_is_refused_at_once_when_it_is_not_trusted(
     with Emulator(tls=context) as emulator:
         line, warnings = refuse(emulator.environment)
     assert re.fullmatch(
-        r"Cloud Storage failed at gs://bucket/d/manifest\.json: cannot reach 127\.0\.0\.1 "
-        rf"\(.*self[- ]signed certificate.*\)\. {re.escape(AUTHORITY)}",
+        r"Cannot use gs://bucket/d/manifest\.json: "
+        rf".*self[- ]signed certificate.*\. {re.escape(AUTHORITY)}",
         line,
     )
     assert warnings == []
@@ -334,8 +331,8 @@ def test_proxy_is_said_at_once_when_it_wants_a_password(
     env = {"STORAGE_EMULATOR_HOST": f"https://{host}", "HTTPS_PROXY": emulator.url}
     line, warnings = refuse(env)
     assert line == (
-        "No way through the proxy to gs://bucket/d/manifest.json: 407 Proxy "
-        "Authentication Required. Set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT."
+        "Cannot use gs://bucket/d/manifest.json: 407 Proxy Authentication Required. "
+        f"{PROXY}"
     )
     assert warnings == []
 
@@ -343,8 +340,8 @@ def test_proxy_is_said_at_once_when_it_wants_a_password(
 @pytest.mark.parametrize(
     ("host", "said"),
     [
-        ("http://127.0.0.1:9", r"127\.0\.0\.1 \(Connection refused\)"),
-        ("http://no.such.host.invalid", r"no\.such\.host\.invalid \(.*[Nn]ame.*\)"),
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("http://no.such.host.invalid", ".*[Nn]ame.*"),
     ],
 )
 def test_cause_is_said_when_nothing_is_reached(
@@ -352,14 +349,12 @@ def test_cause_is_said_when_nothing_is_reached(
 ) -> None:
     line, warnings = refuse({"STORAGE_EMULATOR_HOST": host}, seconds=2)
     assert re.fullmatch(
-        rf"Cloud Storage failed at gs://bucket/d/manifest\.json: cannot reach {said}\. "
+        rf"Cannot use gs://bucket/d/manifest\.json: {said}\. "
         r"Rerun the same command to resume\.",
         line,
     )
     [warning] = warnings
-    assert re.fullmatch(
-        rf"Waiting up to 2 s for gs://bucket/d: cannot reach {said}\.", warning
-    )
+    assert re.fullmatch(rf"Waiting up to 2 s for gs://bucket/d: {said}\.", warning)
 
 
 # ----------------------------------------------------------------------- odd answers
@@ -438,7 +433,7 @@ def test_status_decides_whatever_the_body_is(
         line, warnings = refuse(env, seconds=0.3, request_of=request_of)
     assert not PYTHON.search(line)
     words = {503: "Service Unavailable", 403: "Forbidden", 501: "Not Implemented"}
-    said = "M" if b'"M"' in body else words[status]
+    said = "M" if b'"message":"M"' in body else words[status]
     assert f": {status} {said}." in line
     assert line.endswith(script.RERUN) == (status == 503)
     assert any(w.startswith("Waiting up to") for w in warnings) == (status == 503)
@@ -465,7 +460,7 @@ def test_403_is_repeated_when_its_reason_is_a_rate(
     emulator.inject(Status(403, said, reason), kind="session", at=1, times=2)
     emulator.inject(Status(403, "So far."), kind="session", at=3)
     line, warnings = refuse(emulator.environment)
-    assert line == f"Access to {PLACE}/manifest.json is denied: 403 So far."
+    assert line == f"Cannot use {PLACE}/manifest.json: 403 So far."
     assert warnings == [f"Waiting up to 60 s for {PLACE}: 403 {said[:-1]}."]
 
 
@@ -479,29 +474,30 @@ def test_web_page_with_status_200_is_called_one_at_once(
         line, warnings = refuse({"STORAGE_EMULATOR_HOST": url}, request_of=request_of)
     place = PLACE if request_of == "list" else f"{PLACE}/manifest.json"
     assert line == (
-        f"Cloud Storage failed at {place}: a web page came back. A sign-in page or a "
+        f"Cannot use {place}: a web page came back. A sign-in page or a "
         "proxy may be in the way."
     )
     assert warnings == []
 
 
 @pytest.mark.parametrize(
-    ("listing", "said"),
+    "listing",
     [
-        ('{"items":[{"name":"d/a","size":"abc"}]}', "the size of d/a is not a number"),
-        ('{"items":[{"name":"d/a","size":[1]}]}', "the size of d/a is not a number"),
-        ('{"items":[{"size":"1"}]}', "what came back is not understood"),
-        ('{"items":[{"name":5}]}', "what came back is not understood"),
-        ('{"items":5}', "what came back is not understood"),
-        ("5", "what came back is not understood"),
+        '{"items":[{"name":"d/a","size":"abc"}]}',
+        '{"items":[{"name":"d/a","size":[1]}]}',
+        '{"items":[{"name":"d/a","crc32c":"x","size":"1","metadata":[1]}]}',
+        '{"items":[{"size":"1"}]}',
+        '{"items":[{"name":5}]}',
+        '{"items":5}',
+        "5",
     ],
 )
-def test_junk_in_a_listing_is_said_in_a_line(
-    refuse: Refuse, listing: str, said: str
-) -> None:
+def test_junk_in_a_listing_is_said_in_a_line(refuse: Refuse, listing: str) -> None:
     with serving(always(200, listing.encode())) as url:
         line, _ = refuse({"STORAGE_EMULATOR_HOST": url}, request_of="list")
-    assert line.startswith(f"Cloud Storage failed at {PLACE}: {said}.")
+    assert line.startswith(
+        f"Cannot use {PLACE}: what came back is not as it should be."
+    )
 
 
 # ----------------------------------------------------------------- wherever it is said
@@ -574,12 +570,12 @@ def test_fault_is_read_from(error: Exception, words: str, remedy: str) -> None:
     [
         (
             {"REQUESTS_CA_BUNDLE": "/no/such"},
-            "Cloud Storage failed at gs://bucket/d: Could not find a suitable TLS CA",
-            AUTHORITY,
+            "Cannot use gs://bucket/d: Could not find a suitable TLS CA",
+            "invalid path: /no/such.",
         ),
         (
             {"HTTPS_PROXY": "socks5://127.0.0.1:9"},
-            "Cloud Storage failed at gs://bucket/d: Missing dependencies for SOCKS",
+            "Cannot use gs://bucket/d: Missing dependencies for SOCKS",
             "Run: python3 -m pip install 'requests[socks]'",
         ),
     ],
@@ -603,7 +599,7 @@ def test_file_that_holds_no_certificate_is_named_at_once(
     with Emulator(tls=context) as emulator:
         bundle = {"REQUESTS_CA_BUNDLE": str(tmp_path / "bundle")}
         line, warnings = refuse({**emulator.environment, **bundle})
-    assert line.endswith(AUTHORITY)
+    assert line.endswith("REQUESTS_CA_BUNDLE must name a file (PEM) of certificates.")
     assert warnings == []
 
 
@@ -612,7 +608,8 @@ def test_proxy_that_refuses_is_named(refuse: Refuse, status: int) -> None:
     with serving(always(status, b"<html>")) as url:
         host = {"STORAGE_EMULATOR_HOST": "https://storage.invalid"}
         line, _ = refuse({**host, "HTTPS_PROXY": url}, seconds=0.3, request_of="list")
-    assert line.startswith(f"No way through the proxy to {PLACE}: {status} ")
+    assert line.startswith(f"Cannot use {PLACE}: {status} ")
+    assert PROXY in line
     assert line.endswith(script.RERUN) == (status == 503)
 
 
@@ -627,8 +624,7 @@ def test_file_of_credentials_is_named_when_it_is_no_object(
     path.write_text(text)
     line, _ = refuse({"GOOGLE_APPLICATION_CREDENTIALS": str(path)})
     assert line == (
-        f"No credentials for {PLACE}: the file of credentials cannot be used: it is not "
-        f"understood (GOOGLE_APPLICATION_CREDENTIALS={path})."
+        f"Cannot use {PLACE}: the file of credentials is not understood. {OTHER_LOGIN}"
     )
 
 
@@ -643,7 +639,7 @@ def test_odd_answer_to_a_login_is_said_in_a_line(
         account = {**json.loads(path.read_text()), "token_uri": url}
         path.write_text(json.dumps(account))
         line, _ = refuse(env, request_of="list")
-    assert re.match(f"(Cannot log in for|Cloud Storage failed at) {PLACE}: ", line)
+    assert line.startswith(f"Cannot use {PLACE}: ")
     assert not PYTHON.search(line)
 
 
@@ -665,7 +661,7 @@ def test_person_is_told_to_log_in_again(emulator: Emulator) -> None:
     with pytest.raises(script.ServiceError) as caught:
         script.Destination(script.GcsPath("bucket", "d"), None, client).list_objects()
     assert str(caught.value) == (
-        f"Cannot log in for {PLACE}: invalid_grant: Bad Request. {INVALID_GRANT}"
+        f"Cannot use {PLACE}: invalid_grant: Bad Request. {INVALID_GRANT}"
     )
 
 
@@ -719,22 +715,20 @@ DENIED = b"Permission 'iam.serviceAccounts.getAccessToken' denied on resource."
         pytest.param(
             (403, DENIED),
             ACCOUNT,
-            f"False Cannot log in for {PLACE}: 403 {DENIED[:-1].decode()}. Grant "
-            "roles/iam.workloadIdentityUser on that service account to the Kubernetes "
-            "service account of the pod.",
+            f"False Cannot use {PLACE}: 403 {DENIED[:-1].decode()}. {CREATOR}",
             id="workload identity is not bound",
         ),
         pytest.param(
             TOKEN,
             (404, b"<html>"),
-            f"True Cannot log in for {PLACE}: 404 Not Found. Attach a service account "
-            "to this machine.",
+            f"True Cannot use {PLACE}: 404 Not Found. Attach a service account to this "
+            f"machine. {script.RERUN}",
             id="no service account",
         ),
         pytest.param(
             (200, b"[1]"),
             ACCOUNT,
-            f"False Cloud Storage failed at {PLACE}: what came back is not understood.",
+            f"False Cannot use {PLACE}: what came back is not as it should be.",
             id="odd token",
         ),
     ],

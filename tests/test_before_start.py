@@ -32,7 +32,7 @@ def test_all_problems_are_listed_when_there_are_several(
         f"Cannot read {raw}/synset_labels.txt",
         f"No images match {raw}/train/n09999999/*.JPEG.",
         f"No directory {raw}/validation, ",
-        "Access to gs://bucket/imagenet/train-00000-of-00004 is denied",
+        "Cannot use gs://bucket/imagenet/train-00000-of-00004",
     ):
         assert sum(error.startswith(start) for error in done.errors) == 1, done.errors
     assert len(done.errors) == 4

@@ -39,7 +39,6 @@ SMALL_NAMES = [
         ("gs://abc", "abc", "", None),
         ("gs://" + "b" * 63, "b" * 63, "", None),
         ("gs://1.2.3", "1.2.3", "", None),
-        ("gs://bucket/" + "ü" * 499, "bucket", "ü" * 499, None),  # 1,024 with a shard
     ],
 )
 def test_path_is_parsed(
@@ -67,11 +66,6 @@ def test_path_is_parsed(
         ("gs://My-Bucket/imagenet", "My-Bucket"),
         ("gs://bucket-", "bucket-"),
         ("gs://$BUCKET/imagenet", "$BUCKET"),
-        ("gs://" + "b" * 64, "b" * 64),
-        ("gs://" + "b." * 111 + "b", "b." * 111 + "b"),
-        ("gs://b." + "b" * 64, "b." + "b" * 64),
-        ("gs://192.168.1.1/x", "192.168.1.1"),
-        ("gs://a..b", "a..b"),
         ("gs://-a", "-a"),
         ("gs://-ab", "-ab"),
     ],
@@ -80,11 +74,7 @@ def test_path_is_refused(text: str, found: str | None) -> None:
     if found is None:
         problem = "must start with gs://, as in gs://bucket/directory."
     else:
-        problem = (
-            "must name a bucket after gs://: 3 to 222 characters of a-z, 0-9, '-', '_' "
-            "and '.', 1 to 63 of them between dots, a letter or digit at both ends, and no "
-            f"IP address; found {found!r}."
-        )
+        problem = f"must name a bucket after gs://; found {found!r}."
     with pytest.raises(ValueError) as caught:
         script.GcsPath.parse(text)
     assert str(caught.value) == f"--gcs_output_path={text} {problem}"
@@ -119,16 +109,6 @@ def test_path_is_refused_when_it_holds_what_nobody_means(
         line = f"--gcs_output_path={shown} must start with gs://, as in "
         line += "gs://bucket/directory."
     assert str(caught.value) == line
-
-
-def test_path_is_refused_when_names_of_shards_would_be_too_long() -> None:
-    text = "gs://bucket/" + "ü" * 500
-    with pytest.raises(script.InvalidInputError) as caught:
-        script.GcsPath.parse(text)
-    assert str(caught.value) == (
-        f"--gcs_output_path={text} must be shorter: the name of an object has at most "
-        "1,024 bytes, that of a shard 1,026."
-    )
 
 
 @pytest.mark.parametrize(
@@ -485,9 +465,8 @@ def test_what_is_there_is_passed_over_when_it_may_be_neither_seen_nor_replaced(
         1,
         [
             (
-                f"There already, and cannot be compared: {SMALL_NAMES[0]} in "
-                "gs://bucket/imagenet; the data set is not called complete. Grant "
-                "roles/storage.objectUser on gs://bucket and rerun."
+                f"{SMALL_NAMES[0]} in gs://bucket/imagenet may be neither seen nor "
+                "replaced. Grant roles/storage.objectUser on gs://bucket and rerun."
             )
         ],
     )
@@ -496,10 +475,7 @@ def test_what_is_there_is_passed_over_when_it_may_be_neither_seen_nor_replaced(
     assert emulator.objects()[f"imagenet/{SMALL_NAMES[0]}"] == b"another"
     warnings = [line for line in finished.lines if "WARNING: Leaving" in line]
     assert warnings == [
-        (
-            "WARNING: Leaving what is already in gs://bucket/imagenet, unseen: neither "
-            "storage.objects.list nor storage.objects.delete is granted."
-        )
+        "WARNING: Leaving what is in gs://bucket/imagenet: it may not be replaced."
     ]
 
 

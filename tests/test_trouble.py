@@ -360,7 +360,7 @@ def test_refusal_while_planning_is_the_service_s(raw: Path, emulator: Emulator) 
     """
     scratch = str(raw.parent / "scratch")
     done = run_code(code, str(raw), scratch, env=emulator.environment)
-    assert done.stdout.startswith("Access to gs://bucket/x"), done.stderr
+    assert done.stdout.startswith("Cannot use gs://bucket/x"), done.stderr
     assert done.stdout.count("\n") == 1
 
 

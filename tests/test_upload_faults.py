@@ -127,10 +127,10 @@ def assert_fails(done: Finished, error: str, status: int = 1) -> None:
             LARGE,
             1,
             1,
-            "again in 1 s: what came back is not understood",
+            "again in 1 s: what came back is not as it should be",
         ),
-        (WrongContent(), "chunk", SMALL, 1, 1, "again in 1 s: the bucket holds "),
-        (WrongContent(), "chunk", LARGE, 2, 1, "again in 1 s: the bucket holds "),
+        (WrongContent(), "chunk", SMALL, 1, 1, "again in 1 s: what came back is not "),
+        (WrongContent(), "chunk", LARGE, 2, 1, "again in 1 s: what came back is not "),
     ],
     ids=repr,
 )
@@ -165,20 +165,24 @@ def test_upload_survives_fault(
             Status(401, "Invalid Credentials"),
             "chunk",
             SMALL,
-            "No credentials for {}: Anonymous credentials cannot be refreshed.",
+            (
+                "Cannot use {}: Anonymous credentials cannot be refreshed. Unset "
+                "GOOGLE_APPLICATION_CREDENTIALS and, on your own machine, run `gcloud "
+                "auth application-default login`."
+            ),
         ),
         (
             Status(403, "No a.b.delete access."),
             "chunk",
             LARGE,
-            "Access to {} is denied: 403 No a.b.delete access.",
+            "Cannot use {}: 403 No a.b.delete access.",
         ),
         (
             Status(404, "The specified bucket does not exist."),
             "session",
             SMALL,
             (
-                "No bucket for {}: 404 The specified bucket does not exist. Create it: "
+                "Cannot use {}: 404 The specified bucket does not exist. Create it: "
                 "gcloud storage buckets create gs://bucket --project=project "
                 "--location=LOCATION"
             ),
@@ -237,7 +241,7 @@ def test_closing_check_finds_what_the_answer_hid(
 IMPATIENT = """
 import sys
 import imagenet_to_gcs as script
-script.RESTART_DELAYS = (0.1, 0.1)
+script.RETRY_DELAYS = (0.1, 0.1)
 sys.argv[0] = "imagenet_to_gcs"
 script.app.run(script.main)
 """
@@ -249,7 +253,7 @@ def test_run_ends_when_each_upload_is_lost(data: Data, emulator: Emulator) -> No
     done = run_code(IMPATIENT, *data.flags(), env=emulator.environment)
     assert_fails(
         done,
-        f"Cloud Storage failed at gs://bucket/imagenet/{LARGE}: 404 Not Found. Rerun "
+        f"Cannot use gs://bucket/imagenet/{LARGE}: 404 Not Found. Rerun "
         "the same command to resume.",
         status=75,
     )
