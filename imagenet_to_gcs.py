@@ -1464,6 +1464,7 @@ def _crc32c_text(crc32c: int) -> str:
 
 BLOCK_BYTES = 2**20  # read or written at once
 TEMPORARY_SUFFIX = ".tmp"  # of hidden files, so that no reader's train-* matches
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some FUSE file systems
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1555,7 +1556,11 @@ def _complete_or_absent(path: str, durable: bool = False) -> Iterator[str]:
             yield temporary_path
             if durable:
                 with open(temporary_path, "r+b") as file:  # on SMB, "rb" would not do
-                    os.fsync(file.fileno())
+                    try:
+                        os.fsync(file.fileno())
+                    except OSError as error:
+                        if error.errno not in CANNOT_FLUSH:
+                            raise
             os.replace(temporary_path, path)
         finally:
             with contextlib.suppress(OSError):  # gone if it was given its name

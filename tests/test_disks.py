@@ -225,10 +225,10 @@ def flushed(log: Path) -> int:
 
 @pytest.mark.parametrize(
     "error",
-    [errno.EACCES, errno.EIO],
+    [errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EIO],
     ids=errno.errorcode.get,
 )
-def test_run_works_where_only_a_file_open_for_writing_can_be_flushed(
+def test_run_works_when_the_file_system_cannot_flush(
     raw: Path, tmp_path: Path, error: int
 ) -> None:
     """Unless the disk is broken."""
