@@ -1274,7 +1274,7 @@ def bad_image(image: RawImage, error: Exception) -> BadImagesError:
     """Says why an image cannot be used; raises what is no fault of the image."""
     if isinstance(error, _ImageError):
         return BadImagesError(f"Cannot decode {image.path}: {error}.")
-    if not isinstance(error, (OSError, MemoryError)):  # TensorFlow's, of memory perhaps
+    if not isinstance(error, (OSError, MemoryError)):  # TensorFlow lacks memory, say
         raise MachineError(f"Cannot use {image.path}: {error!r}. {FIX_AND_RERUN}")
     if isinstance(error, MemoryError) or error.errno in LIMITS:
         raise refusal("read", image.path, error)
@@ -1654,14 +1654,14 @@ class Pool:
         self._words = collections.deque[bytes](maxlen=1000)  # last lines of stderr
         pairs = [socket.socketpair() for _ in range(num_workers)]
         sockets = [theirs.fileno() for _, theirs in pairs]
-        more = {"PYTHONPATH": ":".join(sys.path), "CUDA_VISIBLE_DEVICES": "-1"}
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
         self._helper: Any = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), AS_HELPER, *map(str, sockets)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=sockets,
-            env={**os.environ, **more, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            env={**os.environ, **quiet, "PYTHONPATH": ":".join(map(str, sys.path))},
             cwd="/",  # the current directory may be gone, which TensorFlow minds
             start_new_session=True,  # which neither Ctrl-C nor hangups reach
         )
