@@ -1497,8 +1497,7 @@ def local_shards(scratch_dir: str) -> list[str]:
 
 def _stamp_path(path: str) -> str:
     """The stamp of `train/train-00007-of-01024`: `train/.train-00007-of-01024.json`."""
-    directory, name = os.path.split(path)
-    return os.path.join(directory, f".{name}.json")
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.json")
 
 
 def write_records(shard: Shard, temporary_path: str) -> Stamp:
