@@ -1856,7 +1856,7 @@ PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
 # a third is free, and must be empty before the answer comes: 20 KB/s do.
 CHUNK_TIMEOUT = (120, 300)  # seconds to connect, and to get an answer
 ONCE = {"timeout": (10, 60), "retry": None}  # of all other requests
-# Instead of the client, `_persist` repeats a request that `Fault.may_pass`, and `upload`
+# Instead of the client, `_persist` repeats a request that `Fault.may_pass`, `upload`
 # begins an upload anew that `Fault.is_lost`. All else ends the run.
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between tries; for a request, the last recurs
 REQUEST_SECONDS, UPLOAD_SECONDS = 120, 600  # since a request first failed
@@ -2007,7 +2007,7 @@ class Destination:
         """Stops the run if objects could be neither seen nor replaced."""
         if self.passed_over:
             raise ServiceError(
-                f"{_some(self.passed_over)} in {self.path} may be neither seen nor replaced. "
+                f"In {self.path} may not be seen or replaced: {_some(self.passed_over)}. "
                 f"Grant roles/storage.objectUser on gs://{self.path.bucket} and rerun."
             )
 
