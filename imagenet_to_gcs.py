@@ -1613,13 +1613,14 @@ def is_as_stamped(path: str, stamp: Stamp) -> bool:
 
 
 def measure(path: str) -> Stamp:
-    """Reads a file to tell its size and checksum."""
+    """Reads a file to tell its size and checksum, or its stamp if that has the same."""
     num_bytes = crc32c = 0
     with trying_to("read", path), open_file(path) as file:
         while block := file.read(BLOCK_BYTES):
             num_bytes += len(block)
             crc32c = google_crc32c.extend(crc32c, block)
-    return Stamp("", 0, num_bytes, _crc32c_text(crc32c))
+    found, stamp = Stamp("", 0, num_bytes, _crc32c_text(crc32c)), read_stamp(path)
+    return stamp if stamp and stamp.same_bytes(found) else found
 
 
 def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
@@ -2082,11 +2083,11 @@ class Destination:
                 raise ServiceError(line.rstrip(), may_pass=may_pass) from error
 
 
-class _ChunkedFile(io.BufferedReader):
+class _ChunkedFile(io.FileIO):
     """A file that the client reads in chunks and sends in pieces."""
 
     def __init__(self, path: str, before_piece: Sent):
-        super().__init__(io.FileIO(path))
+        super().__init__(path)
         self.path, self.before_piece = path, before_piece
 
     def read(self, size: int | None = -1) -> Any:
@@ -2224,7 +2225,7 @@ class Fault:
         is_setting = any(name in told for name in SETTINGS)
         self.may_pass = (
             status in (408, 429, 500, 502, 503, 504)
-            or (status == 403 and "ateLimitExceeded" in told)
+            or (status == 403 and bool(re.search("(?i)rate_?limit_?exceeded", told)))
             or any(getattr(each, "retryable", False) for each in chain)
             or (is_nobody and _is_googles_machine())  # on a new one, not yet
             or not (status or is_setting or kinds.isdisjoint(NETWORK))

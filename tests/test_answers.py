@@ -451,7 +451,7 @@ def test_status_decides_when_the_body_cannot_be_decoded(
     assert ": 503 Service Unavailable. Rerun" in line
 
 
-@pytest.mark.parametrize("reason", ["rateLimitExceeded", "userRateLimitExceeded"])
+@pytest.mark.parametrize("reason", ["rateLimitExceeded", "RATE_LIMIT_EXCEEDED"])
 def test_403_is_repeated_when_its_reason_is_a_rate(
     emulator: Emulator, refuse: Refuse, reason: str
 ) -> None:
