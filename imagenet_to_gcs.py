@@ -28,20 +28,20 @@ A shard is a TFRecord file; a record is a tf.train.Example of nine features:
     image/height, image/width       int64  pixels
     image/channels                  int64  3
     image/colorspace, image/format  bytes  RGB and JPEG
-    image/class/label               int64  the rank among sorted synsets, from 1
+    image/class/label               int64  rank among sorted synsets, from 1
     image/class/synset              bytes  n01440764
     image/filename                  bytes  n01440764_18.JPEG
     image/encoded                   bytes  the file; a PNG or CMYK one as JPEG
 
-To resume, rerun the command. The same raw directory and TensorFlow give the
-same bytes, with any number of workers, however often it was interrupted.
+To resume, rerun the command. The same images, TensorFlow and numbers of
+shards give the same bytes, however often the run was interrupted.
 
 Errors have a line per problem; finished shards are kept:
     InvalidInputError   what must be fixed before a shard can be written
-    RunError            what else stopped the run, such as another run; or
+    RunError            what else stopped the run, such as another run:
       BadImagesError      images to be replaced; all other shards are done
-      MachineError        what this machine lacks: a disk, memory, open files
-      ServiceError        what Cloud Storage, or the way to it, refused
+      MachineError        a disk, the memory, a limit, a process
+      ServiceError        Cloud Storage, or the way to it, failed
 Exit status: 0 if this task is done; 1 if something must be fixed; 75 if the
 same command can succeed later; after Ctrl-C 130, SIGTERM 143, SIGHUP 129.
 
@@ -55,7 +55,7 @@ Who calls whom:
         write_and_upload     one shard in each thread: `_take_shard`
           write_shard        `write_records` fills it, in a worker process
           Destination.upload
-        _complete            writes the manifest, once `look` has found all
+        _write_manifest      writes the manifest, once `look` has found all
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ SPLITS = TRAINING_DIRECTORY, VALIDATION_DIRECTORY = "train", "validation"
 
 DEFINE_string("project", None, "Google Cloud project of the upload.")
 DEFINE_string("gcs_output_path", None, "Where to upload: gs://bucket[/directory].")
-DEFINE_string("local_scratch_dir", None, "Where to write; default: below raw_data_dir.")
+DEFINE_string("local_scratch_dir", None, "Where to write; default: in raw_data_dir.")
 DEFINE_string("raw_data_dir", None, "The raw ImageNet, laid out as above.")
 DEFINE_bool("gcs_upload", True, "Upload the shards, or only write them.")
 DEFINE_integer("num_workers", None, "Number of processes; default: one per processor.")
@@ -155,10 +155,10 @@ INHERITED_FLAGS = """
   --help: Print this manual and exit."""
 RERUN = "Rerun the same command to resume."
 FIX_AND_RERUN = "Fix this and rerun the same command."
-TOO_MANY_THREADS = "Cannot start a thread. Raise the limit of processes (ulimit -u)."
+TOO_MANY_THREADS = "Cannot start a thread or process. Raise the limit (ulimit -u)."
 DISK_FAILS = "The disk fails or is gone"
 DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV}
-DISK_ERRORS |= {errno.ETIMEDOUT, errno.ENOTCONN}  # of a network disk
+DISK_ERRORS |= {errno.ETIMEDOUT, errno.ENOTCONN}  # these two: network disks
 LIMITS = {  # of the machine; no file is to blame
     errno.EMFILE: "Raise the limit (ulimit -n) and rerun the same command.",
     errno.ENFILE: "Raise the limit (sysctl fs.file-max) and rerun the same command.",
@@ -194,7 +194,7 @@ class BadImagesError(RunError):
 
 
 class MachineError(RunError):
-    """A disk, the memory, a process or a limit failed, or a file has changed."""
+    """A disk or process failed, a limit was reached, or a file has changed."""
 
 
 class ServiceError(RunError):
@@ -284,9 +284,8 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 # 1. The run: plan, then do
 
 
-PARALLEL_UPLOADS = 8  # the client's connection pool holds 10
 WAITING_SHARDS = 16  # that may wait for the network before a worker has to wait
-NAMED_IMAGES = 1000  # of those that cannot be used
+NAMED_IMAGES = 1000  # at most, of those that cannot be used
 
 
 def run(
@@ -328,7 +327,10 @@ def run(
 def plan_job(options: Options, pool: Pool | None = None) -> Job:
     """Plans the run, checks all that can be before an image is read, and logs it."""
     problems: list[str] = []
-    dataset, destination = Dataset(), None  # if its listing fails, the rest is checked
+    dataset, destination = (
+        Dataset(),
+        None,
+    )  # so that the rest is checked if listing fails
     with _collecting(problems):
         dataset = _find_dataset(options, pool)
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
@@ -376,8 +378,8 @@ class Work:
     """What is left to do, and what is done.
 
     Attributes:
-      to_write: This task's shards that are neither here nor in the bucket, or whose
-        images have been touched.
+      to_write: This task's shards that are not as planned, here or in the bucket, or
+        whose images have been touched.
       to_upload: This task's shards that are written here but not in the bucket.
       done: Stamps of all tasks' shards that are where they belong, by name: of those
         that were found, then also of those that this run adds.
@@ -503,7 +505,7 @@ def carry_out(job: Job, pool: Pool) -> None:
         raise
     missing = _count(now.num_missing, "shard")
     if not now.num_missing:
-        _complete(now, job.work.to_write)
+        _write_manifest(now, job.work.to_write)
     elif now.num_missing == len(now.work.differing):
         problem = f"Other tasks made {missing} in {now.place} of other images."
         remedy = "Wait for them, or give all tasks the same raw images, and rerun."
@@ -520,8 +522,7 @@ def write_and_upload(job: Job, pool: Pool) -> None:
     """
     progress = Progress(job)
     take = functools.partial(_take_shard, job, pool, progress)
-    bad_images: list[str] = []
-    unreadable: list[str] = []
+    bad_images, unreadable = list[str](), list[str]()
     size = job.options.workers + WAITING_SHARDS
     try:
         with reporting(progress.line), threads_of(size, pool.stopping) as threads:
@@ -538,7 +539,7 @@ def write_and_upload(job: Job, pool: Pool) -> None:
                         problem = f"Cannot read {UNREADABLE_IMAGES} images {where}."
                         raise MachineError(f"{problem} {FIX_AND_RERUN}") from error
     except BaseException as error:
-        for line in bad_images[:NAMED_IMAGES]:  # or nobody would hear of them
+        for line in bad_images[:NAMED_IMAGES]:  # they are in no error that is raised
             logging.warning(line)
         if isinstance(error, RunError) and local_shards(job.options.scratch_dir):
             logging.info("Finished shards are kept.")
@@ -601,13 +602,12 @@ def threads_of(
 #   ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar    beside <split>/ or in it
 #
 # ImageNet's own training tar holds class tars, its validation tar holds images; either
-# may also hold class directories. What else is there is not read, but warned of.
+# may also hold class directories. Of what else is there, a warning tells.
 
 
 IMAGE_SUFFIX = ".JPEG"
-TRAINING_TAR = "ILSVRC2012_img_train.tar"
-VALIDATION_TAR = "ILSVRC2012_img_val.tar"
-TARS = {TRAINING_DIRECTORY: TRAINING_TAR, VALIDATION_DIRECTORY: VALIDATION_TAR}
+TRAINING_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+TARS = dict(zip(SPLITS, (TRAINING_TAR, VALIDATION_TAR)))
 # Names of directories in a tar that are not the class of what they hold
 CLASSLESS = ("", *SPLITS, "val", "ILSVRC2012_img_train", "ILSVRC2012_img_val")
 # Paths of what operating systems and network disks leave: passed over
@@ -709,7 +709,7 @@ def read_dataset(raw_data_dir: str) -> Dataset:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Pauses it: 2.5 times as fast; the command then exempts what was listed."""
+    """Pauses it: listing is 2.5 times as fast; then exempts what the command listed."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -727,11 +727,11 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     (used, *unused), others = _find_layouts(raw_data_dir, split)
     images = list_all(used, others)
     size = IMAGENET_SIZES["training" if is_training else "validation"]
-    if len(images) != size:  # else all that lies in unused tars has been extracted
+    if len(images) != size:  # else what is unused is there twice
         others += [source.path for layout in unused for source in layout]
     skipped += {*others}
     if is_training and not images[0].synset:
-        raise InvalidInputError(f"A folder must name the class of {images[0].path}.")
+        raise InvalidInputError(f"{images[0].path} must be below its class directory.")
     classes = {image.synset for image in images}
     # A class that is not read would move the labels of those behind it.
     for path in sorted(others) if is_training else []:
@@ -756,7 +756,7 @@ def _find_layouts(
         name, path = entry.name, entry.path
         if name.endswith(IMAGE_SUFFIX) and split == VALIDATION_DIRECTORY:
             flat = [Directory(directory)]
-        elif not os.path.isfile(path):  # of a link to nothing, listing it says why
+        elif not os.path.isfile(path):  # listing a dangling link says why
             directories.append(Directory(path, name))
         elif name.endswith(".tar") and not name.startswith("ILSVRC"):
             class_tars.append(Tar(path, name[:-4]))
@@ -825,7 +825,7 @@ class Tar:
         return f"{self.path}/{self.synset}.tar" if self.start else self.path
 
     def list_images(self, others: list[str]) -> list[RawImage]:
-        """Lists `*.JPEG` by path, also in class tars; else as `Directory` does."""
+        """Lists `*.JPEG` by path, then those of class tars; else as `Directory`."""
         images, class_tars, beside = list[RawImage](), list[Tar](), list[str]()
         layouts = set[str]()
         fingerprint, files = list_tar(self)
@@ -876,8 +876,8 @@ def _no_images(place: str, others: Sequence[str]) -> InvalidInputError:
 
 def _describe_skipped(paths: Sequence[str]) -> str:
     """Describes what is not read, with what would make it be."""
-    rule = f"only JPEG and PNG files named *{IMAGE_SUFFIX} are read, where README"
-    return f"Skipped {_some(sorted(paths), 1)}: {rule}, step 2, says."
+    rule = f"not named *{IMAGE_SUFFIX}, or not where README, step 2, says"
+    return f"Skipped {_some(sorted(paths), 1)}: {rule}."
 
 
 # ---------------------------------------------------------------------------------
@@ -892,8 +892,8 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 #   line       i of a label file of one column, for the i-th name
 #
 # If a later one contradicts it for fewer than half of the images, that is refused as a
-# slip; else it is meant, and warned of. Lines for all of ImageNet's validation images
-# must be its own labels. Whoever means what is refused writes a file of two columns.
+# slip, unless a row decides; else it is meant, and warned of. Lines for all of
+# ImageNet's validation images must be its own labels. Rows say what is meant.
 
 
 IMAGENET_CLASSES = 1000  # https://image-net.org/challenges/LSVRC/2012
@@ -934,7 +934,7 @@ def _check_names(images: Sequence[RawImage]) -> None:
 
 
 def _imagenet_number(image: RawImage) -> int | None:
-    """The number in ImageNet's name of a validation image, also in `Copy of ...`."""
+    """The number in a validation image's name, if it is ImageNet's, or `Copy of` it."""
     pattern = r"ILSVRC2012_val_([0-9]+)(?![0-9]|_(?!n[0-9]{8}))"  # not `..._crop.JPEG`
     match = re.search(pattern, image.filename)
     return int(match[1]) if match else None
@@ -944,7 +944,7 @@ def _ask_all(
     images: Sequence[RawImage], path: str, warnings: list[str]
 ) -> dict[str, list[str]]:
     """Returns what each source says of each image, "" if nothing; the first decides."""
-    # Several synsets in a name are wrong; all of them together equal no other.
+    # Several synsets in a name are an error: joined, they equal no other source.
     names = [" and ".join(sorted({*SYNSET.findall(i.filename)})) for i in images]
     said = {"directory": [image.synset for image in images], "name": names}
     is_needed = not images or ("", "") in zip(said["directory"], names)
@@ -952,8 +952,11 @@ def _ask_all(
         return said
     labels = read_label_file(path)
     if isinstance(labels, list):
-        if images and (is_needed or len(labels) != len(images)):
+        if images and is_needed:
             _check_lines(labels, images, path, warnings)
+        elif images and len(labels) != len(images):
+            rule = f"a line for each of {_count(len(images), 'image')}, or be removed"
+            raise InvalidInputError(f"{path} must have {rule}; found {len(labels):,}.")
         return said | {"line": labels}
     rows = [labels.get(i.filename.removesuffix(IMAGE_SUFFIX), "") for i in images]
     if missing := [i.filename for i, row in zip(images, rows) if not row]:
@@ -965,7 +968,7 @@ def _ask_all(
 def _check_lines(
     lines: Sequence[str], images: Sequence[RawImage], path: str, warnings: list[str]
 ) -> None:
-    """Refuses lines that are not for ImageNet's images in order; warns of others."""
+    """Refuses lines that do not fit the images; warns if names may sort wrongly."""
     numbers = [_imagenet_number(image) for image in images]
     known, expected = [n for n in numbers if n is not None], range(1, len(lines) + 1)
     num_lines, num_images = _count(len(lines), "line"), _count(len(images), "image")
@@ -982,7 +985,7 @@ def _check_lines(
 
 
 def read_label_file(path: str) -> list[str] | dict[str, str]:
-    """Reads the synset of each line or, of two columns, of each name without .JPEG."""
+    """Reads a list of synsets or, of two columns, synsets by name without .JPEG."""
     try:
         with trying_to("read", path, is_input=True), open_file(path) as file:
             data = file.read().removeprefix(b"\xef\xbb\xbf").rstrip()
@@ -1115,7 +1118,7 @@ def _class_warnings(dataset: Dataset) -> Iterator[str]:
             rule = "labels differ from those of models trained on it"
             yield f"The {_count(len(synsets), 'class')} are not ImageNet-1k's: {rule}."
         if odd:
-            yield f"Classes that are named unlike most others count, too: {_some(odd)}."
+            yield f"Classes that are named unlike most are used, too: {_some(odd)}."
     if wrong := [s for s in synsets if s.isdecimal() and int(s) != labels[s]]:
         found = f"class {wrong[-1]} has label {labels[wrong[-1]]:,}"
         yield f"Labels are ranks of names as text: {found}."
@@ -1415,12 +1418,10 @@ def _encode_again(data: bytes, kind: str) -> EncodedImage:
 def make_example(image: RawImage, label: int, encoded: EncodedImage) -> bytes:
     """Serializes a `tf.train.Example`, the same bytes every time.
 
-    Whatever it takes from `image` must also be in `Shard.digest`; otherwise shards that
-    were written before a change count as up to date. A new feature needs a new
-    `RECORD_FORMAT`.
-
-    Filling a new one in place is three times as fast as composing it; reusing one would
-    keep the memory of every JPEG.
+    A new feature needs a new `RECORD_FORMAT`, and what it takes from `image` must be in
+    `Shard.digest`; else shards that were written before count as up to date. Filling a
+    new one in place is three times as fast as composing it; reusing one would keep the
+    memory of every JPEG.
     """
     import tensorflow as tf
 
@@ -1435,14 +1436,14 @@ def make_example(image: RawImage, label: int, encoded: EncodedImage) -> bytes:
     feature["image/format"].bytes_list.value.append(b"JPEG")
     feature["image/filename"].bytes_list.value.append(os.fsencode(image.filename))
     feature["image/encoded"].bytes_list.value.append(encoded.jpeg)
-    return bytes(example.SerializeToString(deterministic=True))  # the map's order
+    return bytes(example.SerializeToString(deterministic=True))  # sorts the map
 
 
 def framed(data: bytes) -> bytes:
-    """Frames a TFRecord; TensorFlow's own writer does not tell the file's checksum.
+    """Frames a TFRecord; TensorFlow's own writer does not report the checksum.
 
-    It is the length (8 bytes, little-endian), the masked crc32c of these 8 bytes, the
-    data, and its masked crc32c: https://tensorflow.org/tutorials/load_data/tfrecord.
+    A record is the length (8 bytes, little-endian), its masked crc32c, the data, and
+    its masked crc32c: https://tensorflow.org/tutorials/load_data/tfrecord.
     """
     length = struct.pack("<Q", len(data))
     return b"".join((length, _masked_crc32c(length), data, _masked_crc32c(data)))
@@ -1469,7 +1470,7 @@ CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some FUSE file sys
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stamp:
-    """What is known of a finished shard: a hidden JSON file beside it, or metadata."""
+    """What is known of a finished shard: a hidden file beside it, or its metadata."""
 
     digest: str  # `Shard.digest()` of what it was made of; empty if unknown
     num_examples: int
@@ -1491,7 +1492,7 @@ def shard_path(shard: Shard, scratch_dir: str) -> str:
 
 
 def local_shards(scratch_dir: str) -> list[str]:
-    """Names the shards in a scratch directory, and their stamps, of whatever plan."""
+    """Names shards, stamps and temporary files, of whatever plan."""
     return [path.name for path in pathlib.Path(scratch_dir).glob("*/*-of-*")]
 
 
@@ -1502,8 +1503,7 @@ def _stamp_path(path: str) -> str:
 
 def write_records(shard: Shard, temporary_path: str) -> Stamp:
     """Writes the records of a shard to a file; runs in a worker process."""
-    problems: list[str] = []
-    unreadable: list[str] = []
+    problems, unreadable = list[str](), list[str]()
     num_repaired = crc32c = 0
     with open(temporary_path, "wb", buffering=BLOCK_BYTES) as file:
         for image, opened in zip(shard.images, open_ahead(shard.images)):
@@ -1531,7 +1531,7 @@ def write_records(shard: Shard, temporary_path: str) -> Stamp:
 def write_shard(
     shard: Shard, scratch_dir: str, write: Callable[[Shard, str], Stamp], durable: bool
 ) -> Stamp:
-    """Has `write` fill a shard, and adds its stamp, without which it does not count."""
+    """Has `write` fill a shard, then writes its stamp, without which it is absent."""
     path = shard_path(shard, scratch_dir)
     with _complete_or_absent(path, durable) as temporary_path:
         stamp = write(shard, temporary_path)
@@ -1624,9 +1624,9 @@ def measure(path: str) -> Stamp:
 
 
 def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
-    """Stops the run if a file no longer has its bytes; makes a shard be rewritten."""
+    """Stops the run if a file has other bytes; the next one rewrites a shard."""
     if not measure(path).same_bytes(stamp):
-        if stamp.mtime_ns:  # else it has no stamp beside it, and is a caller's own file
+        if stamp.mtime_ns:  # else it has none: the manifest, or a caller's file
             with trying_to("write", path):
                 os.utime(path)  # now it is not as stamped
         raise MachineError(f"{path} has changed. {RERUN}", may_pass=True)
@@ -1642,7 +1642,7 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # socket closes, and the helper dies likewise, which tells the run the cause.
 
 AS_HELPER = "--as-helper"  # starts this file as the helper; its sockets follow
-LAST_WORDS = re.compile(r"(?m)^((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
+CAUSE_OF_DEATH = re.compile(r"(?m)^((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
 
 
 class Pool:
@@ -1713,7 +1713,7 @@ class Pool:
             return f"{killed} the machine ran out of memory. {LIMITS[errno.ENOMEM]}"
         if re.search(r"pthread_create|start new thread|BlockingIOError", text):
             return TOO_MANY_THREADS
-        said = [line.rstrip(".") for line in LAST_WORDS.findall(text)[-1:]]
+        said = [line.rstrip(".") for line in CAUSE_OF_DEATH.findall(text)[-1:]]
         if status == 1:  # what a call raises is an answer; only the import gets here
             return f"TensorFlow cannot be imported: {': '.join(said)}. Run: {INSTALL}."
         name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -1841,7 +1841,7 @@ def draw_line(text: str) -> None:
     lock = logging.get_absl_handler().python_handler.lock or contextlib.nullcontext()
     # Not while another thread writes a log line, nor if the terminal is gone.
     with lock, contextlib.suppress(OSError):
-        width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        width = max(os.get_terminal_size(sys.stderr.fileno()).columns or 80, 2) - 1
         line = textwrap.shorten(text, width, placeholder="")
         line = re.sub(r",( [\d.]+)?$", "", line)  # no number without its unit
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
@@ -1851,22 +1851,23 @@ def draw_line(text: str) -> None:
 # 9. Cloud Storage: what is in the bucket, uploading more, and what its answers mean
 
 
+PARALLEL_UPLOADS = 8  # the client's connection pool holds 10
 UPLOAD_CHUNK_BYTES = 5 * 2**20  # what is sent again after a fault
 PIECE_BYTES = 64 * 2**10  # of a chunk; what a timeout counts for
-# The first bounds the sending of a piece, too: the system's buffer (4 MB) takes it once
-# a third is free, and must be empty before the answer comes: 20 KB/s do.
+# The first also bounds each piece, which waits until a third of the system's buffer (4
+# MB) is free; the second includes emptying it. 20 KB/s suffice for both.
 CHUNK_TIMEOUT = (120, 300)  # seconds to connect, and to get an answer
 ONCE = {"timeout": (10, 60), "retry": None}  # of all other requests
 # Instead of the client, `_persist` repeats a request that `Fault.may_pass`, `upload`
 # begins an upload anew that `Fault.is_lost`. All else ends the run.
 RETRY_DELAYS = (1, 2, 4, 8, 10)  # seconds between tries; for a request, the last recurs
 REQUEST_SECONDS, UPLOAD_SECONDS = 120, 600  # since a request first failed
-WARNING_SECONDS = 10
+WARNING_SECONDS = 10  # of failures, before they are told
 # Unless this is set, the client asks for the bucket's metadata in a thread of its own.
 NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
 QUIET_LOGGERS = ("google", "urllib3")  # they warn of each retry
 
-# Gets the bytes that have left, before each piece; after a fault, less than before.
+# Called with the position before each piece; after a fault it is lower than before.
 Sent: TypeAlias = Callable[[int], None]
 
 
@@ -1941,7 +1942,7 @@ class Destination:
         except ServiceError as error:
             fault = Fault(error)
             if fault.status == 400 and not self._bucket.user_project:
-                # The requester pays; not by default, since that needs a permission.
+                # The requester may have to pay; to name one needs a permission.
                 payer = self._project or self.client.project
                 self._bucket = self.client.bucket(self.path.bucket, payer)
                 return self.list_objects()
@@ -1949,7 +1950,7 @@ class Destination:
                 raise
             if self.is_listed:  # or it has been said
                 what = f"Cannot list {self.path} (storage.objects.list: {fault.words})"
-                logging.warning(f"{what}: all shards are uploaded, and not checked.")
+                logging.warning(f"{what}: all shards will be uploaded, unchecked.")
             self.is_listed, self.objects = False, {}
         return self.objects
 
@@ -1959,7 +1960,7 @@ class Destination:
         return {os.path.basename(blob.name): _stamp_of(blob) for blob in blobs}
 
     def check_access(self, filename: str) -> None:
-        """Starts an upload, which needs the permission; the service forgets it."""
+        """Starts an upload, to prove the permission; abandoned, it expires."""
         start = self._blob(filename).create_resumable_upload_session
         try:
             self._ask(filename, lambda: start(**ONCE))
@@ -1983,7 +1984,7 @@ class Destination:
             self._ask(filename, lambda: delete(**ONCE), *harmless)
 
     def upload(self, path: str, stamp: Stamp, sent: Sent = lambda _: None) -> bool:
-        """Uploads a file; False if it was passed over."""
+        """Uploads a file; False if one is there, which may not be seen or replaced."""
         name = os.path.basename(path)
         with self._slots, self._explained(name):
             for delay in (*RETRY_DELAYS, None):
@@ -2007,10 +2008,10 @@ class Destination:
     def check_none_passed_over(self) -> None:
         """Stops the run if objects could be neither seen nor replaced."""
         if self.passed_over:
-            raise ServiceError(
-                f"In {self.path} may not be seen or replaced: {_some(self.passed_over)}. "
-                f"Grant roles/storage.objectUser on gs://{self.path.bucket} and rerun."
-            )
+            found = f"{_some(self.passed_over)} in {self.path}"
+            role = f"roles/storage.objectUser on gs://{self.path.bucket}"
+            problem = f"{found} may be neither seen nor replaced"
+            raise ServiceError(f"{problem}. Grant {role} and rerun.")
 
     def _send(self, path: str, stamp: Stamp, sent: Sent) -> None:
         def before_piece(position: int) -> None:
@@ -2023,7 +2024,8 @@ class Destination:
             file = _ChunkedFile(path, before_piece)
         with file:
             # If told the size, the client sends a small file in one request, without
-            # the checksum by which the service rejects damaged bytes.
+            # the checksum by which the service rejects damaged bytes. It decorates
+            # each request with `retry`.
             blob.upload_from_file(
                 file,
                 content_type="application/octet-stream",
@@ -2044,7 +2046,7 @@ class Destination:
             raise concurrent.futures.CancelledError
 
     def _ask(self, filename: str, request: Callable[[], Any], *harmless: int) -> Any:
-        """Returns what a request does; None if its status is a harmless one."""
+        """Returns the result of a request; None if it failed with a harmless status."""
         with self._explained(filename, *harmless):
             return self._persist(REQUEST_SECONDS, request)
 
@@ -2068,10 +2070,10 @@ class Destination:
 
     @contextlib.contextmanager
     def _explained(self, filename: str, *harmless: int) -> Iterator[None]:
-        """Turns an error into one line: the place, the service's words, a remedy."""
+        """Turns all but harmless errors into a line: place, words, remedy."""
         try:
             yield
-        except (RunError, FileNotFoundError, concurrent.futures.CancelledError):
+        except (RunError, ImportError, concurrent.futures.CancelledError):
             raise
         except Exception as error:
             fault = Fault(error)
@@ -2083,11 +2085,11 @@ class Destination:
                 raise ServiceError(line.rstrip(), may_pass=may_pass) from error
 
 
-class _ChunkedFile(io.FileIO):
+class _ChunkedFile(io.BufferedReader):
     """A file that the client reads in chunks and sends in pieces."""
 
     def __init__(self, path: str, before_piece: Sent):
-        super().__init__(path)
+        super().__init__(io.FileIO(path))
         self.path, self.before_piece = path, before_piece
 
     def read(self, size: int | None = -1) -> Any:
@@ -2148,13 +2150,13 @@ def _refuse(response: Any, **_: Any) -> None:
     import requests
 
     is_html = "text/html" in response.headers.get("Content-Type", "")
-    is_page = is_html and response.content.strip()  # Google's empty answers are none
+    is_page = is_html and response.content.strip()  # an empty answer is none
     if (is_page or response.status_code >= 400) and response.status_code != 401:
         raise requests.HTTPError(response=response)  # at 401, the client logs in again
 
 
 def _is_googles_machine() -> bool:
-    """Whether this machine says that it is Google's, whose identity can come late."""
+    """Whether this may be Google's machine or a pod, whose identity can come late."""
     names = "GCE_METADATA_HOST", "K_SERVICE", "CLOUD_RUN_JOB", "KUBERNETES_SERVICE_HOST"
     product = read_text("/sys/class/dmi/id/product_name")
     says_so = product.startswith("Google") or any(map(os.environ.get, names))
@@ -2168,10 +2170,10 @@ KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 LOG_IN = "run `gcloud auth application-default login`"
 STATUS = re.compile(r'(?:Tunnel connection failed: |"code": ?"?)(\d{3})\b')
 MESSAGE = re.compile(r'"message": ?("(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+")')
-SPOKEN = {"OSError", "GoogleAuthError", "HTTPError"}  # to people
+SPOKEN = {"OSError", "GoogleAuthError", "HTTPError"}  # whose texts people can read
 NETWORK = {"ConnectionError", "ChunkedEncodingError", "Timeout", "TransportError"}
 SETTINGS = ("InvalidSchema", "X509", "CERTIFICATE_VERIFY_FAILED")  # of the network
-REMEDIES = {  # by the first class, reason or permission that is told
+REMEDIES = {  # by class, reason or permission: the first that is in `told` helps
     "InvalidSchema": "Run: python3 -m pip install 'requests[socks]'",
     "X509": "REQUESTS_CA_BUNDLE must name a file (PEM) of certificates.",
     "CERTIFICATE_VERIFY_FAILED": "Check this machine's clock. If your network has its "
@@ -2286,8 +2288,8 @@ def find_work(job: Job) -> Work:
     work, options, objects = Work(), job.options, job.objects
     for shard in job.shards:
         path, is_ours = shard_path(shard, options.scratch_dir), options.is_own(shard)
-        # What was last written here, even if the file is gone (--nokeep_local_shards).
-        # Of others' shards, the bucket alone decides, if there is one, and times never.
+        # A stamp counts even if its shard is gone (--nokeep_local_shards). Other tasks'
+        # shards are judged by the bucket alone, if there is one, and never by times.
         counts = is_ours or (not job.destination and os.path.exists(path))
         here, there = read_stamp(path) if counts else None, objects.get(shard.name)
         digest = shard.digest() if here or there else ""
@@ -2295,7 +2297,7 @@ def find_work(job: Job) -> Work:
         is_touched = is_ours and known and known.fingerprint != shard.fingerprint()
         # By bytes where they are known: another TensorFlow encodes some in another way.
         equal = there and (there.same_bytes(known) if known else there.digest == digest)
-        if is_touched:  # before all else, for the bucket's copy is no newer
+        if is_touched:  # first: the bucket's copy can be older
             work.to_write.append(shard)
         elif there and equal:
             work.done[shard.name] = there
@@ -2342,16 +2344,15 @@ def _finished_problems(job: Job) -> Iterator[str]:
         return  # the raw data could not be listed
     here = read_text(job.manifest_path) if local_shards(scratch_dir) else ""
     there = destination.read(MANIFEST_FILE) if destination and job.num_missing else ""
-    for place, text, command in (
+    for place, text, rm in (
         (scratch_dir, here, "rm"),
         (job.place, there, "gcloud storage rm"),
     ):
         if differences := "; ".join(_differences(text, _manifest(job))):
-            yield (
-                f"{place} holds a finished data set of other raw data ({MANIFEST_FILE} "
-                f"says {differences}). Choose another directory or, to replace it, run: "
-                f"{command} {shlex.quote(f'{place}/{MANIFEST_FILE}')}"
-            )
+            found = f"holds a finished data set of other raw data ({MANIFEST_FILE} says"
+            rm += f" {shlex.quote(f'{place}/{MANIFEST_FILE}')}"
+            remedy = f"Choose another directory or, to replace it, run: {rm}"
+            yield f"{place} {found} {differences}). {remedy}"
 
 
 def _differences(text: str, planned: Mapping[str, Any]) -> Iterator[str]:
@@ -2387,11 +2388,11 @@ def _needed_room(options: Options, new: Iterable[int], old: Iterable[int]) -> in
     An old shard goes only when the new one is whole; `workers` are written at a time.
     """
     new, old, workers = sorted(new), sorted(old), options.workers
-    # At the end, when the last old ones are replaced; or at the start
+    # at the end, before the last old ones are replaced; or at the start
     needed = max(sum(new) - sum(old[:-workers]), sum(new[-workers:]))
     if options.keep_local_shards:
         return needed
-    return min(needed, sum(new[-workers - WAITING_SHARDS :]))  # at a time
+    return min(needed, sum(new[-workers - WAITING_SHARDS :]))  # that exist at once
 
 
 def nearest_existing(path: StrPath) -> pathlib.Path:
@@ -2412,14 +2413,14 @@ def _remove_temporary_files(options: Options) -> None:
 
 
 def _remove_manifest(job: Job) -> None:
-    """Removes the mark of a complete data set, because it is not one."""
+    """Removes the mark of a complete data set, because it no longer is."""
     remove(job.manifest_path)
     if job.destination:
         job.destination.delete(MANIFEST_FILE)
 
 
 def check_none_wrong(wrong: Sequence[str], num_shards: int, place: object) -> None:
-    """Stops the run if some shards are not, or no longer, where they should be."""
+    """Stops the run if some shards are missing or have changed."""
     if wrong:
         raise RunError(
             f"{len(wrong):,} of {_count(num_shards, 'shard')} in {place} "
@@ -2462,17 +2463,9 @@ def _manifest(job: Job) -> dict[str, Any]:
     }
 
 
-def _stamp_of_text(text: str) -> Stamp:
-    data = text.encode()
-    return Stamp("", 0, len(data), _crc32c_text(google_crc32c.value(data)))
-
-
 def _read_earlier(job: Job, written: Sequence[Shard]) -> None:
-    """Reads the shards of earlier runs again, before a manifest vouches for them.
-
-    A manifest that is there is of a run that read these bytes, or had uploaded them.
-    """
-    remove(job.manifest_path)  # it vouches for other bytes
+    """Reads the shards of earlier runs again, before a manifest vouches for them."""
+    remove(job.manifest_path)  # it is of another data set
     new, number = {shard.name for shard in written}, 0
     earlier = [shard for shard in job.shards if shard.name not in new]
     say = lambda: f"Checked {number:,} of {_count(len(earlier), 'earlier shard')}."
@@ -2482,17 +2475,18 @@ def _read_earlier(job: Job, written: Sequence[Shard]) -> None:
             invalidate_if_damaged(path, job.work.done[shard.name])
 
 
-def _complete(job: Job, written: Sequence[Shard]) -> None:
+def _write_manifest(job: Job, written: Sequence[Shard]) -> None:
     """Writes and uploads the manifest, last of all, if it is not there already."""
     path, destination, facts = job.manifest_path, job.destination, _manifest(job)
     of_version_2 = {key: facts[key] for key in facts if key != "imagenet_1k"}
     texts = json_text(facts), json_text(of_version_2)
     there = job.objects.get(MANIFEST_FILE)
-    in_bucket = [text for text in texts if _stamp_of_text(text).same_bytes(there)]
+    by_crc32c = {_crc32c_text(google_crc32c.value(t.encode())): t for t in texts}
+    in_bucket = by_crc32c.get(there.crc32c) if there else None
     if read_text(path) not in texts:
         if not destination:
             _read_earlier(job, written)
-        write_text(path, (in_bucket or texts)[0])
+        write_text(path, in_bucket or texts[0])
     if destination:
         if not in_bucket:
             destination.upload(path, measure(path))
@@ -2505,7 +2499,7 @@ def _complete(job: Job, written: Sequence[Shard]) -> None:
 
 
 # ---------------------------------------------------------------------------------
-# 11. The command line, the functions of the script of 2017, locks and signals
+# 11. The command line, the functions of the script of 2017, locks, signals
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -2585,7 +2579,7 @@ class Options:
         yield stays, "--nokeep_local_shards needs an upload: drop --nogcs_upload."
         for flag in "num_workers", "training_shards", "validation_shards", "task_count":
             value = getattr(self, flag)
-            is_valid = value is getattr(Options, flag) or 0 < (value or 0) < 100_000
+            is_valid = value == getattr(Options, flag) or 0 < (value or 0) < 100_000
             yield is_valid, f"--{flag} must be from 1 to 99,999; found {value}."
         tasks = range(self.task_count) if self.task_count > 1 else (None, 0)
         must = "must be from 0 to --task_count - 1"
@@ -2631,10 +2625,10 @@ def upload_to_gcs(
     gcs_project: str | None,
     client: storage.Client | None = None,
 ) -> None:
-    """Uploads the shards that are not there, under base names.
+    """Uploads the shards that are not there, under their base names.
 
     Raises:
-      InvalidInputError: A ValueError: a path that is no file, or none of Cloud Storage.
+      InvalidInputError: A ValueError: a path that is not a file, or not gs://....
       RunError: What stopped the upload; what has arrived stays.
     """
     check_types(gcs_output_path=gcs_output_path, gcs_project=gcs_project)
@@ -2672,7 +2666,8 @@ def contained() -> Iterator[None]:
             yield
         except (OSError, MemoryError, RuntimeError) as error:
             # No process can be started, or no thread.
-            if isinstance(error, BlockingIOError) or "new thread" in str(error):
+            is_thread = str(error) == "can't start new thread"
+            if is_thread or isinstance(error, BlockingIOError):
                 raise MachineError(TOO_MANY_THREADS) from error
             if isinstance(error, RuntimeError):
                 raise
@@ -2808,9 +2803,9 @@ def _open_closed_streams() -> None:
 # A. Tars: the images of archives that were never extracted
 
 
-MAX_TAR_FILLING = 2**20  # empty bytes after the last file; tar makes it 10 KiB
-# What follows the name, of 100 bytes, in the header of a plain file: all its numbers,
-# for tarfile ends at one that is none, and no prefix of the name.
+MAX_TAR_FILLING = 2**20  # empty bytes after the last file; tar writes up to 10 KiB
+# The header of a plain file after its name (100 bytes): the numbers must be octal, for
+# tarfile stops at others, and the name has no prefix.
 # https://www.gnu.org/software/tar/manual/html_node/Standard.html
 PLAIN_HEADER = re.compile(
     rb"(?:[0-7]{6}[0-7 ][ \0]){3}"  # mode and owner
@@ -2829,7 +2824,7 @@ def list_tar(tar: Tar) -> tuple[TarFingerprint, Places]:
     found: Places = {}
     with trying_to("list the tar", tar.place, True), open_file(tar.path) as file:
         descriptor = file.fileno()
-        # Reading ahead between far headers makes a listing 1.2 times slower.
+        # Reading ahead between distant headers makes a listing 1.2 times slower.
         with contextlib.suppress(OSError):  # not everywhere possible
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         fingerprint = tar_fingerprint(os.fstat(descriptor))
@@ -2879,14 +2874,14 @@ def _read_member(descriptor: int, position: int, end: int) -> tarfile.TarInfo | 
         with contextlib.suppress(*errors):
             tar = tarfile.TarFile(fileobj=io.BytesIO(piece))
             member = tar.next()
-            # Some versions go on behind what they refuse, as after a negative size.
+            # Some versions go on after what they refuse, such as a negative size.
             if member and member.size >= 0 and (not member.offset or tar.pax_headers):
                 break
     else:
         return None
     headers = piece[: member.offset_data]
     if tar.pax_headers or member.sparse is not None or b"GNU.sparse." in headers:
-        problem = "is sparse, or behind a global header; extract the tar instead"
+        problem = "is sparse, or follows a global header; extract the tar instead"
         raise OSError(errno.EINVAL, f"{member.name} in it {problem}")
     return member
 
@@ -2925,7 +2920,7 @@ FAKE_MARK = ".fake_imagenet"  # a file that marks the directory as a fake
 
 
 def make_fake_imagenet(options: Options, pool: Pool) -> None:
-    """Generates images for all shards, of 1,000 synsets that are not in WordNet."""
+    """Generates images for 1,024 and 128 shards, of 1,000 synsets not in WordNet."""
     if has_fake(options):
         return
     root = pathlib.Path(options.raw_dir)
@@ -2943,7 +2938,7 @@ def make_fake_imagenet(options: Options, pool: Pool) -> None:
 
 
 def has_fake(options: Options) -> bool:
-    """Whether the raw directory holds a whole fake; refuses one with anything else."""
+    """Whether the raw directory is a whole fake; refuses one with anything else."""
     root = options.raw_dir
     found = {entry.name for entry in _scan(root)} if os.path.isdir(root) else set()
     found.discard(os.path.relpath(options.scratch_dir, root).split(os.sep)[0])

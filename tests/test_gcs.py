@@ -465,7 +465,7 @@ def test_what_is_there_is_passed_over_when_it_may_be_neither_seen_nor_replaced(
         1,
         [
             (
-                f"In gs://bucket/imagenet may not be seen or replaced: {SMALL_NAMES[0]}. "
+                f"{SMALL_NAMES[0]} in gs://bucket/imagenet may be neither seen nor replaced. "
                 "Grant roles/storage.objectUser on gs://bucket and rerun."
             )
         ],

@@ -25,7 +25,7 @@ A, B, C, D = "n01440764", "n01440801", "n01440838", "n01440875"
 VAL = "ILSVRC2012_val_"
 V = [f"{VAL}{i:08d}.JPEG" for i in range(5)]
 TO_DECIDE = "To have synset_labels.txt decide, give it two columns: file name, synset."
-READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
+READ = "not named *.JPEG, or not where README, step 2, says."
 INTO_FOLDERS = (
     "cd validation; for s in $(<../*.txt); do mkdir $s; mv *$((++i)).JPEG $s; done; "
 )
@@ -82,6 +82,10 @@ WEB_PAGE = "RAW/synset_labels.txt is a web page; download the file itself."
 T1 = "ILSVRC2012_test_00000001.JPEG"
 
 
+NOT_NEEDED = (
+    "RAW/synset_labels.txt must have a line for each of 4 images, or be removed; "
+    "found {}."
+)
 REFUSED = {
     "cp -r train/n01440838 'train/n01440838 copy'": stray("n01440838 copy"),
     "mkdir train/{tmp,new}; echo >train/tmp/1.JPEG; echo >train/new/1.JPEG": stray(
@@ -111,8 +115,8 @@ REFUSED = {
     f"cd validation; mkdir {C}; mv {V[3]} {C}": (
         misplaced("4 lines", 3, no_image("3")) + f"\nSkipped RAW/validation/{C}: {READ}"
     ),
-    f"{INTO_FOLDERS} sed -i 3d ../*.txt": misplaced("3 lines", 4, ""),
-    f"{INTO_FOLDERS} : >../*.txt": misplaced("0 lines", 4, ""),
+    f"{INTO_FOLDERS} sed -i 3d ../*.txt": NOT_NEEDED.format(3),
+    f"{INTO_FOLDERS} : >../*.txt": NOT_NEEDED.format(0),
     f"{INTO_FOLDERS} sed -i 3s/.*/{D}/ ../*.txt": (
         differ("directory", "line", 1, 3, f"validation/{C}/{V[3]}", f"{C} {D}")
         + f"Correct it. {TO_DECIDE}"
@@ -331,7 +335,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "mkdir train/odd; echo >train/odd/1.JPEG; sed -i 4s/.*/odd/ *.txt": (
         [A, B, C, "odd"],
         [
-            "Classes that are named unlike most others count, too: odd.",
+            "Classes that are named unlike most are used, too: odd.",
             only(f"{D} (training, label 4)"),
         ],
     ),
@@ -382,7 +386,7 @@ ACCEPTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         [f"{D}_x"],
         [
             misnamed("3 of 12", f"{D}_1.JPEG", f"{D}_x"),
-            f"Classes that are named unlike most others count, too: {D}_x.",
+            f"Classes that are named unlike most are used, too: {D}_x.",
         ],
     ),
     f"{TEN} rm *; mkdir cat dog ../train; for d in *; do echo >$d/0001.JPEG; done; "

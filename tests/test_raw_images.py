@@ -155,7 +155,7 @@ HINT = "See README, step 2."
 IMAGE = "train/n01440764/n01440764_1.JPEG"
 EMPTY = "No images match RAW/train/n01440764/*.JPEG."
 CLASS = "Classes must all be directories of *.JPEG, or all *.tar"
-READ = "only JPEG and PNG files named *.JPEG are read, where README, step 2, says."
+READ = "not named *.JPEG, or not where README, step 2, says."
 
 REFUSALS = {
     **{
@@ -277,7 +277,7 @@ REFUSALS = {
     ),
     "rm train/*/*": f"{EMPTY} Found nothing there.",
     "tar -cf ILSVRC2012_img_train.tar -C train/n01440764 .; rm -r train": (
-        "A folder must name the class of RAW/ILSVRC2012_img_train.tar/n01440764_1.JPEG."
+        "RAW/ILSVRC2012_img_train.tar/n01440764_1.JPEG must be below its class directory."
     ),
     "cd train; rm */*; touch {a,b}.txt; "
     "tar -cf ../ILSVRC2012_img_train.tar *.txt; rm -r ../train": (

@@ -259,7 +259,7 @@ NO_TAR = "it is damaged, compressed, or not one tar, at byte"
 DAMAGED = f"{NO_TAR} 0. {DOWNLOAD}"
 WEB_PAGE = f"it is not a tar but a web page; log in first. {DOWNLOAD}"
 NO_FILE = "in it is no plain file; extract the tar instead."
-UNUSUAL = "in it is sparse, or behind a global header; extract the tar instead."
+UNUSUAL = "in it is sparse, or follows a global header; extract the tar instead."
 
 UNUSUAL_A = f"a.JPEG {UNUSUAL}"
 SPARSE = pax_member(**{"GNU.sparse.realsize": "512"})

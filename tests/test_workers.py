@@ -423,5 +423,5 @@ def test_limit_of_processes_is_named(raw: Path, tmp_path: Path, limit: int) -> N
     shell = f"ulimit -u {limit}; exec {shlex.join(command(raw))}"
     with running(*user, "bash", "-c", shell) as run:
         done = run.finish()
-    error = "Cannot start a thread. Raise the limit of processes (ulimit -u)."
+    error = "Cannot start a thread or process. Raise the limit (ulimit -u)."
     assert (done.status, done.errors) == (1, [error])
