@@ -515,11 +515,7 @@ def carry_out(job: Job, pool: Pool) -> None:
 
 
 def write_and_upload(job: Job, pool: Pool) -> None:
-    """Takes each shard all the way, in one of `num_workers` + 16 threads.
-
-    So no more shards than that are on their way at any time, however slow the network
-    is. Bad images do not stop the others.
-    """
+    """Takes shards all the way, in `num_workers` + 16 threads; bad images stop none."""
     progress = Progress(job)
     take = functools.partial(_take_shard, job, pool, progress)
     bad_images, unreadable = list[str](), list[str]()
@@ -576,16 +572,14 @@ def _take_shard(
 def threads_of(
     number: int, stopping: threading.Event | None = None
 ) -> Iterator[concurrent.futures.Executor]:
-    """Threads that are waited for; on an error, cancels what has not begun.
-
-    After a signal, it does not wait: the command exits, and the threads with it.
-    """
+    """Threads that are waited for; after an error, what has not begun is cancelled."""
     threads = concurrent.futures.ThreadPoolExecutor(number)
     try:
         yield threads
     except BaseException as error:
         if stopping:
             stopping.set()
+        # After a signal, the command exits, and the threads with it.
         threads.shutdown(wait=not isinstance(error, Stopped), cancel_futures=True)
         raise
     threads.shutdown()
@@ -611,7 +605,7 @@ TARS = dict(zip(SPLITS, (TRAINING_TAR, VALIDATION_TAR)))
 # Names of directories in a tar that are not the class of what they hold
 CLASSLESS = ("", *SPLITS, "val", "ILSVRC2012_img_train", "ILSVRC2012_img_val")
 # Paths of what operating systems and network disks leave: passed over
-HIDDEN = re.compile(r"(?s)(.*/)?(\.|(@eaDir|#recycle|Thumbs\.db|__MACOSX)(/|$))")
+HIDDEN = re.compile(r"(?s)(.*/)?(\.|(@eaDir|lost\+found|Thumbs\.db|__MACOSX)(/|$))")
 LISTING_THREADS = 2  # helps with cold disks; 8 make a listing from memory 1.7 x slower
 
 ImageSource: TypeAlias = "Directory | Tar"
@@ -735,8 +729,8 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     classes = {image.synset for image in images}
     # A class that is not read would move the labels of those behind it.
     for path in sorted(others) if is_training else []:
-        synset = os.path.basename(path).partition(".")[0]
-        if SYNSET.fullmatch(synset) and synset not in classes:
+        synsets = SYNSET.findall(os.path.relpath(path, raw_data_dir))
+        if synsets and classes.isdisjoint(synsets):
             rule = f"Classes must all be directories of *{IMAGE_SUFFIX}, or all *.tar"
             raise InvalidInputError(f"{rule}; found {path}.")
     return images
@@ -799,6 +793,8 @@ class Directory:
                 continue
             try:
                 status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise InvalidInputError(f"{entry.path} must be a regular file.")
                 about = self.synset, status.st_size, file_fingerprint(status)
             except OSError as error:
                 if not entry.is_symlink():
@@ -835,6 +831,8 @@ class Tar:
             if name.endswith(IMAGE_SUFFIX):
                 parent, _, synset = directory.rpartition("/")
                 layout = f"{parent}/*/*{IMAGE_SUFFIX}"
+                if self.synset not in ("", synset) and SYNSET.fullmatch(synset):
+                    layouts.add(f"class {self.synset}")  # a contradiction
                 if self.synset or synset in CLASSLESS:
                     synset, layout = self.synset, f"{directory}/*{IMAGE_SUFFIX}"
                 images.append(
@@ -1655,13 +1653,14 @@ class Pool:
         pairs = [socket.socketpair() for _ in range(num_workers)]
         sockets = [theirs.fileno() for _, theirs in pairs]
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+        same_path = {"PYTHONPATH": ":".join(map(str, sys.path)), "PYTHONSAFEPATH": "1"}
         self._helper: Any = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), AS_HELPER, *map(str, sockets)],
+            [sys.executable, os.path.realpath(__file__), AS_HELPER, *map(str, sockets)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=sockets,
-            env={**os.environ, **quiet, "PYTHONPATH": ":".join(map(str, sys.path))},
+            env={**os.environ, **quiet, **same_path},
             cwd="/",  # the current directory may be gone, which TensorFlow minds
             start_new_session=True,  # which neither Ctrl-C nor hangups reach
         )
@@ -2234,7 +2233,7 @@ class Fault:
         )
         is_session = "upload_id=" in told and status in (200, 308, 400, 404, 410)
         self.is_lost = is_session or type(error) is ValueError  # it holds other bytes
-        is_others = is_login or "ProxyError" in kinds or self.may_pass
+        is_others = is_login or "ProxyError" in kinds or self.may_pass or self.is_page
         self.is_denied = status == 403 and not is_others
         self.is_taken = self.is_denied and "storage.objects.delete" in told
 
@@ -2344,10 +2343,8 @@ def _finished_problems(job: Job) -> Iterator[str]:
         return  # the raw data could not be listed
     here = read_text(job.manifest_path) if local_shards(scratch_dir) else ""
     there = destination.read(MANIFEST_FILE) if destination and job.num_missing else ""
-    for place, text, rm in (
-        (scratch_dir, here, "rm"),
-        (job.place, there, "gcloud storage rm"),
-    ):
+    places = (scratch_dir, here, "rm"), (job.place, there, "gcloud storage rm")
+    for place, text, rm in places:
         if differences := "; ".join(_differences(text, _manifest(job))):
             found = f"holds a finished data set of other raw data ({MANIFEST_FILE} says"
             rm += f" {shlex.quote(f'{place}/{MANIFEST_FILE}')}"
@@ -2584,7 +2581,7 @@ class Options:
         tasks = range(self.task_count) if self.task_count > 1 else (None, 0)
         must = "must be from 0 to --task_count - 1"
         yield self.task_index in tasks, f"--task_index {must}; found {self.task_index}."
-        yield os.path.exists(__file__), f"The script must be a file; found {__file__}."
+        yield os.path.isfile(__file__), f"The script must be a file; found {__file__}."
 
 
 def _directory_fault(given: StrPath, path: str, is_output: bool) -> str:
@@ -2612,8 +2609,8 @@ def convert_to_tf_records(
     raw_data_dir: StrPath, local_scratch_dir: StrPath
 ) -> tuple[list[str], list[str]]:
     """Writes all shards, as `run` does; returns the paths, in order, of both splits."""
-    run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
     scratch_dir = os.path.abspath(os.path.expanduser(local_scratch_dir))
+    run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
     paths = [shard_path(shard, scratch_dir) for shard in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
@@ -2679,6 +2676,7 @@ def contained() -> Iterator[None]:
 def locked(options: Options) -> Iterator[None]:
     """Keeps a second run out of the scratch directory, but not the other tasks."""
     scratch_dir, tasks = pathlib.Path(options.scratch_dir), f"-of-{options.task_count}"
+    is_new = not scratch_dir.exists()
     own = scratch_dir / f".lock-{options.task_index or 0}{tasks}"
     with trying_to("write", own, is_input=True):
         scratch_dir.mkdir(parents=True, exist_ok=True)
@@ -2699,10 +2697,11 @@ def locked(options: Options) -> Iterator[None]:
                 logging.warning(f"{what}: do not run two at once.")
         try:
             yield
-        except InvalidInputError:  # leave nothing where nothing was done
-            own.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # there is something else
-                scratch_dir.rmdir()
+        except InvalidInputError:
+            if is_new:  # leave nothing where nothing was done
+                own.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # there is something else
+                    scratch_dir.rmdir()
             raise
 
 
@@ -2722,8 +2721,7 @@ def main(_: Sequence[str]) -> None:
         run(gcs_project=FLAGS.project, **options)
         _exit(0)
     except (InvalidInputError, RunError) as error:
-        may_pass = isinstance(error, RunError) and error.may_pass
-        _exit(os.EX_TEMPFAIL if may_pass else 1, *error.args)
+        _exit(os.EX_TEMPFAIL if getattr(error, "may_pass", False) else 1, *error.args)
     except ImportError as error:
         _exit(1, f"{error}. Run: {INSTALL}")
     except Stopped as stopped:
@@ -2762,7 +2760,7 @@ class Stopped(BaseException):
 
 def _ignore_signals() -> None:
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # SIG_IGN can print a race of two
 
 
 def _raise_stopped(number: int, _: object) -> NoReturn:

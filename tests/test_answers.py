@@ -479,6 +479,15 @@ def test_web_page_with_status_200_is_called_one_at_once(
     assert warnings == []
 
 
+def test_web_page_with_status_403_is_no_missing_permission(refuse: Refuse) -> None:
+    page = always(403, b"<html>Blocked</html>", Content_Type="text/html")
+    with serving(page) as url:
+        line, warnings = refuse({"STORAGE_EMULATOR_HOST": url}, request_of="list")
+    portal = "A sign-in page or a proxy may be in the way."
+    assert line == f"Cannot use {PLACE}: 403 Forbidden. {portal}"
+    assert warnings == []
+
+
 @pytest.mark.parametrize(
     "listing",
     [

@@ -72,7 +72,7 @@ def test_what_systems_leave_is_passed_over(raw: Path) -> None:
         "train/@eaDir/n01440764_1.JPEG",
         "train/n01440764/@eaDir/n01440764_1.JPEG/thumbnail.jpg",
         "train/__MACOSX/x.JPEG",
-        "train/#recycle/n01440764/x.JPEG",
+        "train/lost+found/n01440764/x.JPEG",
         "train/.AppleDouble/x.JPEG",
         "train/n01440764/._n01440764_1.JPEG",
         "train/n01440764/.hidden.JPEG",
@@ -240,6 +240,21 @@ REFUSALS = {
     "rm -r ../train": (
         f"{CLASS}; found RAW/ILSVRC2012_img_train.tar/n01440838.tar.gz."
     ),
+    "cd train; rm n01440838/*; touch n01440838/n01440838_1.jpg; "
+    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": (
+        f"{CLASS}; found RAW/ILSVRC2012_img_train.tar/n01440838/n01440838_1.jpg."
+    ),
+    "cd train; for s in n*; do tar -cf $s.tar -C $s .; done; "
+    "tar -cf n01440838.tar n01440764; rm -r n*[0-9]": (
+        "A tar must hold images in one layout; RAW/train/n01440838.tar holds "
+        "class n01440838, n01440764/*.JPEG. Extract it."
+    ),
+    "mkdir train/n01440764/n01440764_9.JPEG": (
+        "RAW/train/n01440764/n01440764_9.JPEG must be a regular file."
+    ),
+    "mkfifo validation/ILSVRC2012_val_00000009.JPEG": (
+        "RAW/validation/ILSVRC2012_val_00000009.JPEG must be a regular file."
+    ),
     "rm -r validation; ln -s nothing ILSVRC2012_img_val.tar": (
         "Cannot list the tar RAW/ILSVRC2012_img_val.tar: No such file or directory."
     ),
@@ -327,10 +342,6 @@ WARNINGS = {
     "cd train; touch n01440801/d.png; for d in *; do tar -cf $d.tar -C $d .; done; "
     "tar -cf ../ILSVRC2012_img_train.tar *.tar; rm -r ../train": skipped(
         "ILSVRC2012_img_train.tar/n01440801.tar/d.png"
-    ),
-    "cd train; rm n01440838/*; touch n01440838/x.txt; "
-    "tar -cf ../ILSVRC2012_img_train.tar *; rm -r ../train": skipped(
-        "ILSVRC2012_img_train.tar/n01440838/x.txt"
     ),
     f": >{IMAGE}; ln -sf nowhere validation/ILSVRC2012_val_00000001.JPEG": (
         f"2 images of zero bytes or without a file, such as RAW/{IMAGE}: no shard "

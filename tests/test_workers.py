@@ -187,10 +187,30 @@ def test_run_works_in_an_interactive_session(raw: Path, tmp_path: Path) -> None:
     contract.assert_shards(contract.local_shards(scratch), raw, 3, 2)
 
 
-def test_line_is_clear_when_the_command_comes_from_stdin(raw: Path) -> None:
-    done = run_shell(f"{sys.executable} - {shlex.join(flags(raw))} < {SCRIPT}")
-    error = "The script must be a file; found <stdin>."
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        ("{python} - {flags} < {script}", "<stdin>"),
+        ("cat {script} | {python} /dev/stdin {flags}", "/dev/stdin"),
+    ],
+)
+def test_line_is_clear_when_the_command_comes_from_stdin(
+    raw: Path, command: str, found: str
+) -> None:
+    words = {"python": sys.executable, "flags": shlex.join(flags(raw))}
+    done = run_shell(command.format(**words, script=SCRIPT))
+    error = f"The script must be a file; found {found}."
     assert (done.status, done.errors) == (1, [error])
+
+
+def test_helper_finds_the_modules_that_the_run_finds(raw: Path, tmp_path: Path) -> None:
+    """Not those of its own directory, which `python -I` does not look into, either."""
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "random.py").write_text("raise SystemExit('Not this one.')")
+    words = [sys.executable, "-I", str(tmp_path / SCRIPT.name), *flags(raw)]
+    done = run_shell(shlex.join(words))
+    if sys.version_info >= (3, 11):  # before, there is no PYTHONSAFEPATH
+        assert done.status == 0, done.stderr
 
 
 CALLER = """if __name__ == "__main__":
