@@ -1649,7 +1649,7 @@ class Pool:
     def __init__(self, num_workers: int):
         self.stopping = threading.Event()  # set when the run fails: no more calls
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # sockets, as files
-        self._words = collections.deque[bytes](maxlen=1000)  # last lines of stderr
+        self._words = b""  # the last that the processes wrote to stderr
         pairs = [socket.socketpair() for _ in range(num_workers)]
         sockets = [theirs.fileno() for _, theirs in pairs]
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
@@ -1695,8 +1695,10 @@ class Pool:
 
     def _listen(self) -> None:
         """Keeps what the processes write to stderr, until all have ended."""
-        with self._helper.stderr as lines:
-            self._words.extend(lines)
+        with self._helper.stderr as stderr:
+            while piece := os.read(stderr.fileno(), 2**16):
+                self._words = (self._words + piece)[-(2**16) :]
+                time.sleep(0.05)  # else each image would wake this thread
         self._helper.wait()
 
     def _cause_of_death(self) -> str:
@@ -1705,7 +1707,7 @@ class Pool:
         with contextlib.suppress(subprocess.TimeoutExpired):  # the helper is stopped
             self._helper.wait(timeout=5)
         self.close()
-        text = b"".join(self._words).decode(errors="replace")
+        text = self._words.decode(errors="replace")
         status = self._helper.returncode or 0
         if status == -signal.SIGKILL or "failed to map segment" in text:
             killed = "A worker process was killed, most likely because"
