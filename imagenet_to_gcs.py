@@ -1640,7 +1640,7 @@ def invalidate_if_damaged(path: str, stamp: Stamp) -> None:
 # socket closes, and the helper dies likewise, which tells the run the cause.
 
 AS_HELPER = "--as-helper"  # starts this file as the helper; its sockets follow
-CAUSE_OF_DEATH = re.compile(r"(?m)^((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
+CAUSE_OF_DEATH = re.compile(r"\n((?!WARNING)[\w.()]+: .*|terminate .*|F\d{4} .*)")
 
 
 class Pool:
@@ -1649,7 +1649,7 @@ class Pool:
     def __init__(self, num_workers: int):
         self.stopping = threading.Event()  # set when the run fails: no more calls
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # sockets, as files
-        self._words = b""  # the last that the processes wrote to stderr
+        self._words = b"\n"  # the last that the processes wrote to stderr
         pairs = [socket.socketpair() for _ in range(num_workers)]
         sockets = [theirs.fileno() for _, theirs in pairs]
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
