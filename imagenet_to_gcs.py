@@ -327,10 +327,7 @@ def run(
 def plan_job(options: Options, pool: Pool | None = None) -> Job:
     """Plans the run, checks all that can be before an image is read, and logs it."""
     problems: list[str] = []
-    dataset, destination = (
-        Dataset(),
-        None,
-    )  # so that the rest is checked if listing fails
+    dataset, destination = Dataset(), None  # if listing fails, the rest is checked
     with _collecting(problems):
         dataset = _find_dataset(options, pool)
     shards = plan_shards(dataset, options.training_shards, options.validation_shards)
