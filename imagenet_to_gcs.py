@@ -2182,7 +2182,7 @@ REMEDIES = {  # by class, reason or permission: the first that is in `told` help
     "roles/iam.workloadIdentityUser) on that service account to this run's account.",
     "DefaultCredentialsError": f"Unset {KEY_FILE} and, on your own machine, {LOG_IN}.",
     "service-accounts/": "Attach a service account to this machine.",
-    "GoogleAuthError": "",  # what it does not find is not the bucket
+    "RefreshError": f"Check {KEY_FILE} or, as a person, {LOG_IN}.",
     '"insufficientPermissions"': "Stop the VM and run: gcloud compute instances "
     "set-service-account NAME --scopes=cloud-platform",
     "serviceusage.services.": "Grant roles/serviceusage.serviceUsageConsumer on the "
@@ -2254,7 +2254,10 @@ class Fault:
         known = (text for name, text in REMEDIES.items() if name in self.told)
         page = "A sign-in page or a proxy may be in the way." if self.is_page else ""
         again = RERUN if self.may_pass or self.is_lost else ""
-        return again if self.is_lost else f"{next(known, '') or page} {again}".strip()
+        is_theirs = self.status >= 500 and "ProxyError" not in self.told
+        if self.is_lost or is_theirs:
+            return again
+        return f"{next(known, '') or page} {again}".strip()
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

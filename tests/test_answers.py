@@ -54,6 +54,10 @@ def refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     return reach_for
 
 
+LOG_IN = (
+    "Check GOOGLE_APPLICATION_CREDENTIALS or, as a person, run `gcloud auth "
+    "application-default login`."
+)
 ROLE = "Grant roles/storage.objectUser on gs://bucket to this account."
 SCOPE = (
     "Stop the VM and run: gcloud compute instances set-service-account NAME "
@@ -553,7 +557,7 @@ def within(error: Exception) -> Exception:
         pytest.param(
             RefreshError("No.", '{"error": {"code": 404, "reason": "notFound"}}'),  # type: ignore[no-untyped-call]
             "404 Not Found",
-            "",
+            LOG_IN,
             id="404 of a service account, not of the bucket",
         ),
         pytest.param(
