@@ -717,8 +717,7 @@ def list_split(raw_data_dir: str, split: str, skipped: list[str]) -> list[RawIma
     is_training = split == TRAINING_DIRECTORY
     (used, *unused), others = _find_layouts(raw_data_dir, split)
     images = list_all(used, others)
-    size = IMAGENET_SIZES["training" if is_training else "validation"]
-    if len(images) != size:  # else what is unused is there twice
+    if len(images) != IMAGENET_SIZES[split]:  # else what is unused is there twice
         others += [source.path for layout in unused for source in layout]
     skipped += {*others}
     if is_training and not images[0].synset:
@@ -892,7 +891,7 @@ def _describe_skipped(paths: Sequence[str]) -> str:
 
 
 IMAGENET_CLASSES = 1000  # https://image-net.org/challenges/LSVRC/2012
-IMAGENET_SIZES = {"training": 1_281_167, "validation": 50_000}
+IMAGENET_SIZES = {TRAINING_DIRECTORY: 1_281_167, VALIDATION_DIRECTORY: 50_000}
 # SHA-256 of its sorted synsets, and of the synsets of its validation images in order
 SYNSETS_DIGEST = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 VALIDATION_DIGEST = "2707a43f27dcd55fef87fbef0730966cb91c3aba99eb0c9e6f021217a553a3b1"
@@ -1042,7 +1041,7 @@ def _decide(
 def _check_imagenets(decided: Sequence[tuple[str, str]], warnings: list[str]) -> None:
     """Compares the labels of all of ImageNet's validation images with its own."""
     synsets = [synset for _, synset in decided]
-    is_whole = len(synsets) == IMAGENET_SIZES["validation"]
+    is_whole = len(synsets) == IMAGENET_SIZES[VALIDATION_DIRECTORY]
     is_imagenet = is_whole and has_digest(sorted({*synsets}), SYNSETS_DIGEST)
     if is_imagenet and not has_digest(synsets, VALIDATION_DIGEST):
         problem = "Labels of validation images, in order of names, are not ImageNet's."
@@ -1091,7 +1090,7 @@ def warnings_about(dataset: Dataset) -> Iterator[str]:
         among = f"{len(wrong):,} of {_count(len(training), 'training image')}"
         yield f"Directories overrule the names of {among}, such as {wrong[0].path}."
     yield from _class_warnings(dataset)
-    for split, images in ("training", training), ("validation", dataset.validation):
+    for split, images in zip(SPLITS, (training, dataset.validation)):
         expected = IMAGENET_SIZES[split]
         if len(dataset.synsets) == IMAGENET_CLASSES and len(images) != expected:
             found = f"{len(images):,} ({len(images) - expected:+,})"
@@ -1099,7 +1098,7 @@ def warnings_about(dataset: Dataset) -> Iterator[str]:
                 sizes = collections.Counter(image.synset for image in images)
                 *_, (synset, size) = sizes.most_common()
                 found += f", of {synset} only {size:,}"
-            yield f"ImageNet-1k has {expected:,} {split} images, found {found}."
+            yield f"ImageNet-1k has {expected:,} images in {split}/, found {found}."
 
 
 def _class_warnings(dataset: Dataset) -> Iterator[str]:
@@ -2232,8 +2231,8 @@ class Fault:
         )
         is_session = "upload_id=" in told and status in (200, 308, 400, 404, 410)
         self.is_lost = is_session or type(error) is ValueError  # it holds other bytes
-        is_others = is_login or "ProxyError" in kinds or self.may_pass or self.is_page
-        self.is_denied = status == 403 and not is_others
+        is_elsewhere = is_login or "ProxyError" in kinds or self.is_page
+        self.is_denied = status == 403 and not (is_elsewhere or self.may_pass)
         self.is_taken = self.is_denied and "storage.objects.delete" in told
 
     def _quote(self, body: str, text: str) -> None:
@@ -2291,24 +2290,25 @@ def find_work(job: Job) -> Work:
         path, is_ours = shard_path(shard, options.scratch_dir), options.is_own(shard)
         # A stamp counts even if its shard is gone (--nokeep_local_shards). Other tasks'
         # shards are judged by the bucket alone, if there is one, and never by times.
-        counts = is_ours or (not job.destination and os.path.exists(path))
-        here, there = read_stamp(path) if counts else None, objects.get(shard.name)
+        is_judged_here = is_ours or (not job.destination and os.path.exists(path))
+        here = read_stamp(path) if is_judged_here else None
+        there = objects.get(shard.name)
         digest = shard.digest() if here or there else ""
-        known = here if here and here.digest in (digest, "") else None  # or unreadable
-        is_touched = is_ours and known and known.fingerprint != shard.fingerprint()
-        # By bytes where they are known: another TensorFlow encodes some in another way.
-        equal = there and (there.same_bytes(known) if known else there.digest == digest)
+        stamp = here if here and here.digest in (digest, "") else None  # "": unreadable
+        is_touched = is_ours and stamp and stamp.fingerprint != shard.fingerprint()
+        # By bytes if a stamp tells them: another TensorFlow encodes some otherwise.
+        same = there and (there.same_bytes(stamp) if stamp else there.digest == digest)
         if is_touched:  # first: the bucket's copy can be older
             work.to_write.append(shard)
-        elif there and equal:
+        elif there and same:
             work.done[shard.name] = there
-            if known and not options.keep_local_shards and os.path.exists(path):
+            if stamp and not options.keep_local_shards and os.path.exists(path):
                 work.spare.append(path)
-        elif known and is_as_stamped(path, known):  # its bytes are not read again
+        elif stamp and is_as_stamped(path, stamp):  # its bytes are not read again
             if job.destination:
-                work.to_upload.append((shard, known))
+                work.to_upload.append((shard, stamp))
             else:
-                work.done[shard.name] = known
+                work.done[shard.name] = stamp
         elif is_ours:
             work.to_write.append(shard)  # absent, or of other images, or changed
         elif (found := there or here) and found.digest not in (digest, ""):

@@ -205,7 +205,7 @@ def test_tars_are_not_named_beside_all_of_imagenet(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was extracted whole is known by the number of its images."""
-    sizes = {"training": 12, "validation": 4}
+    sizes = {"train": 12, "validation": 4}
     monkeypatch.setattr("imagenet_to_gcs.IMAGENET_SIZES", sizes)
     merged = merge(raw, tmp_path, [TARS, ("directories", "flat")])
     assert read_dataset(str(merged)).skipped == []

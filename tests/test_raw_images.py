@@ -406,18 +406,18 @@ def test_shortfalls_are_named_when_it_is_nearly_imagenet() -> None:
     assert warnings(imagenet(COMPLETE, validation)) == [NOT_IMAGENET]
     assert warnings(imagenet([1_283, *COMPLETE[1:]], validation)) == [
         NOT_IMAGENET,
-        "ImageNet-1k has 1,281,167 training images, found 1,281,168 (+1).",
+        "ImageNet-1k has 1,281,167 images in train/, found 1,281,168 (+1).",
     ]
     training = [700, *COMPLETE[1:]]
     validation[5:17] = [49] * 12
     assert warnings(imagenet(training, validation)) == [
         NOT_IMAGENET,
         (
-            "ImageNet-1k has 1,281,167 training images, found 1,280,585 (-582), of "
+            "ImageNet-1k has 1,281,167 images in train/, found 1,280,585 (-582), of "
             "n00000000 only 700."
         ),
         (
-            "ImageNet-1k has 50,000 validation images, found 49,988 (-12), of n00000016 "
+            "ImageNet-1k has 50,000 images in validation/, found 49,988 (-12), of n00000016 "
             "only 49."
         ),
     ]
