@@ -2817,10 +2817,7 @@ Places: TypeAlias = dict[str, tuple[int, int]]  # offset and size of files by pa
 
 
 def list_tar(tar: Tar) -> tuple[TarFingerprint, Places]:
-    """Tells the fingerprint of a tar, and where its files are, by their paths.
-
-    As in extracting, a later member replaces an earlier one of the same name.
-    """
+    """Tells a tar's fingerprint, and where its files are: the last of each name."""
     found: Places = {}
     with trying_to("list the tar", tar.place, True), open_file(tar.path) as file:
         descriptor = file.fileno()
@@ -2836,10 +2833,13 @@ def list_tar(tar: Tar) -> tuple[TarFingerprint, Places]:
                 offset = position + tarfile.BLOCKSIZE
                 found[_normalized(name)] = offset, size
             elif any(header) and (member := _read_member(descriptor, position, end)):
-                name, offset = _normalized(member.name), position + member.offset_data
+                name, target = map(_normalized, (member.name, member.linkname))
+                offset = position + member.offset_data
                 size = 0 if member.type in b"123456" else member.size  # no files
                 if member.isreg():
                     found[name] = offset, size
+                elif member.islnk() and target in found:
+                    found[name] = found[target]
                 elif not (member.isdir() or HIDDEN.match(name)):
                     problem = f"{name} in it is no plain file; extract the tar instead"
                     raise OSError(errno.EINVAL, problem)

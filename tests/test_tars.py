@@ -144,6 +144,14 @@ LISTED: dict[str, tuple[bytes, dict[str, bytes]]] = {
         )
         for kind in NOT_FILES
     },
+    "hard link to itself, as to a file that was packed twice": (
+        B + member("./b.JPEG", kind=tarfile.LNKTYPE, target="b.JPEG") + END,
+        {"b.JPEG": b"b"},
+    ),
+    "hard link, the first in a directory": (
+        B + member("a/c.JPEG", kind=tarfile.LNKTYPE, target="b.JPEG") + END,
+        {"b.JPEG": b"b", "a/c.JPEG": b"b"},
+    ),
     "infinite time": (pax_member(mtime="inf") + END, {"a.JPEG": b""}),
     **{
         f"{number} empty blocks": (B + bytes(number * BLOCK), {"b.JPEG": b"b"})
@@ -199,10 +207,10 @@ def test_all_files_are_found_when_the_command_tar_packed_them(
 
 
 def random_members(seed: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Makes up a tree: files and directories; long, strange and equal names."""
+    """Makes up a tree: files, links, directories; long, strange and equal names."""
     rng = random.Random(seed)
     kinds = [tarfile.REGTYPE] * 6 + [tarfile.AREGTYPE, tarfile.CONTTYPE]
-    kinds += [tarfile.DIRTYPE]
+    kinds += [tarfile.LNKTYPE, tarfile.DIRTYPE]
     names: list[str] = []
     for i in range(rng.randint(0, 12)):
         parts = ["n" * rng.choice((1, 9, 9, 60)) for _ in range(rng.choice((1, 2)))]
@@ -212,7 +220,9 @@ def random_members(seed: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         info.type = rng.choice(kinds) if names else tarfile.REGTYPE
         info.mtime = rng.choice((0, MTIME, 2**33 - 1))
         data = rng.randbytes(rng.choice((0, 1, 511, 512, 513, 2000)))
-        if info.isreg():
+        if info.islnk():
+            info.linkname = min(names, key=len)
+        elif info.isreg():
             if names and rng.random() < 0.1:
                 info.name = rng.choice(names)
             info.size = len(data)
@@ -276,7 +286,7 @@ REFUSED = {
     "gzip": (gzip.compress(random.Random(0).randbytes(5000)), DAMAGED),
     **{
         f"{name} of type {kind!r}": (
-            B + member(name, kind=kind, target="b.JPEG") + END,
+            B + member(name, kind=kind, target="not there") + END,
             f"{name} {NO_FILE}",
         )
         for kind in NOT_FILES
