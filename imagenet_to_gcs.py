@@ -2611,9 +2611,9 @@ def convert_to_tf_records(
     raw_data_dir: StrPath, local_scratch_dir: StrPath
 ) -> tuple[list[str], list[str]]:
     """Writes all shards, as `run` does; returns the paths, in order, of both splits."""
-    scratch_dir = os.path.abspath(os.path.expanduser(local_scratch_dir))
+    directory = Options(raw_data_dir, False, None, None, local_scratch_dir).scratch_dir
     run(raw_data_dir, gcs_upload=False, local_scratch_dir=local_scratch_dir)
-    paths = [shard_path(shard, scratch_dir) for shard in plan_shards(Dataset())]
+    paths = [shard_path(shard, directory) for shard in plan_shards(Dataset())]
     return paths[:TRAINING_SHARDS], paths[TRAINING_SHARDS:]
 
 
